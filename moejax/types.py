@@ -1,0 +1,74 @@
+"""The vocabulary that every other module speaks.
+
+The letters are the same in names, docstrings, comments and einsums:
+T tokens, E experts, K experts per token, C slots per expert, D input width, F hidden width,
+O output width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+Expert = Callable[..., Array]  # (params, x [T, ...]) -> [T, ...]
+Matmul = Callable[[Array, Array], Array]  # (x [T, D], kernel [D, O]) -> [T, O]
+
+
+class Layer(NamedTuple):
+    """A pair of pure functions: whatever owns parameters is one.
+
+    Attributes:
+        init: ``key -> params``, where params is a pytree of arrays.
+        apply: ``(params, x, ...) -> y``.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., Any]
+
+
+class Routing(NamedTuple):
+    """A token-choice decision, with the evidence that losses and plots read.
+
+    An expert id of E means "nowhere": every choice of a masked token has it. Such a choice has
+    weight zero, runs in no expert, takes no capacity and enters no loss.
+
+    Attributes:
+        experts: chosen experts, integers in [0, E], shape [T, K].
+        weights: their gates, at least float32, shape [T, K].
+        scores: probabilities (or normalised scores) over all experts, shape [T, E].
+        logits: the router's output before any noise, shape [T, E].
+    """
+
+    experts: Array
+    weights: Array
+    scores: Array
+    logits: Array
+
+    @property
+    def num_experts(self) -> int:
+        """E, read from the shape of the scores."""
+        return self.scores.shape[-1]
+
+    @property
+    def chosen(self) -> Array:
+        """Which choices go to an expert at all, shape [T, K]."""
+        return self.experts < self.num_experts
+
+
+def accepts(function: Callable, name: str) -> bool:
+    """Whether ``function`` can be called with the keyword ``name`` (``partial`` included)."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def at_least_float32(x: Array) -> Array:
+    """Promotes bfloat16 and float16 (and integers) to float32; float64 stays float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
