@@ -1,5 +1,31 @@
 """Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum."""
 
+from moejax.execution import dense, dropless, mixture
+from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
+from moejax.layer import moe
+from moejax.losses import importance_loss, load_balancing_loss, router_z_loss
+from moejax.routers import noisy
+from moejax.routing import noisy_top_k, softmax, switch, top_k
 from moejax.types import Layer, Routing
 
-__all__ = ["Layer", "Routing"]
+__all__ = [
+    "Layer",
+    "Routing",
+    "dense",
+    "dropless",
+    "fan_in_uniform",
+    "glu",
+    "importance_loss",
+    "linear",
+    "load_balancing_loss",
+    "mixture",
+    "mlp",
+    "moe",
+    "noisy",
+    "noisy_top_k",
+    "router_z_loss",
+    "softmax",
+    "stack",
+    "switch",
+    "top_k",
+]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Params = Any  # a pytree of arrays
@@ -70,5 +70,6 @@ def accepts(function: Callable, name: str) -> bool:
 
 
 def at_least_float32(x: Array) -> Array:
-    """Promotes bfloat16 and float16 (and integers) to float32; float64 stays float64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """Promotes bfloat16 and float16 to float32; float64 stays float64."""
+    # NumPy's promotion, because JAX's own refuses to mix dtypes in its strict mode.
+    return x.astype(np.promote_types(x.dtype, np.float32))

@@ -1,0 +1,88 @@
+"""Schedules: ways to compute the one sum ``y_t = sum_e g_te E_e(x_t)``.
+
+`dense` is the definition. Every other schedule is a faster order of the same sum, and agrees with
+it in value and in gradient wherever nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.types import Array, Expert, Params, Routing
+
+
+def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
+    """The definition of a mixture, ``y_t = sum_e g_te E_e(x_t)``.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        gates: weight of every expert for every token, shape [T, E].
+
+    Returns:
+        The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
+
+    Example:
+        >>> experts = moejax.stack(moejax.linear(3, 2), 4)
+        >>> params = experts.init(jax.random.key(0))
+        >>> gates = jax.nn.softmax(jnp.zeros((5, 4)))
+        >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
+        (5, 2)
+    """
+    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
+    gates, blended = _promote(gates, outputs)
+    y = jnp.einsum("te,et...->t...", gates, blended)
+    return y.astype(output_dtype(x, outputs))
+
+
+def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    """Runs every expert on every token and blends: exact for every rule, and never sparse.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        routing: the decision.
+
+    Returns:
+        The blend, shape [T, ...], in the dtype of x.
+
+    Example:
+        >>> experts = moejax.stack(moejax.linear(3, 2), 4)
+        >>> params = experts.init(jax.random.key(0))
+        >>> routing = moejax.top_k(jnp.ones((5, 4)), k=2)
+        >>> dense(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), routing).shape
+        (5, 2)
+    """
+    return mixture(expert, params, x, gates_by_expert(routing))
+
+
+def gates_by_expert(routing: Routing) -> Array:
+    """The gates laid out by expert, [T, K] -> [T, E]; zero where an expert was not chosen."""
+    tokens = jnp.arange(len(routing.experts))[:, None]  # [T, 1]
+    gates = jnp.zeros(routing.scores.shape, routing.weights.dtype)
+    return gates.at[tokens, routing.experts].add(routing.weights, mode="drop")
+
+
+def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
+    """The dtype of a mixture: that of x, or of the outputs if x holds integers."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype
+
+
+def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:
+    # bfloat16 outputs are summed in the gates' float32: rounded gates would not sum to one.
+    dtype = np.promote_types(gates.dtype, outputs.dtype)
+    return gates.astype(dtype), outputs.astype(dtype)
+
+
+def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    """Provisional: the definition, until the sparse schedule is in place.
+
+    Example:
+        >>> dropless is not dense
+        True
+    """
+    return dense(expert, params, x, routing)

@@ -1,0 +1,154 @@
+"""The composed layer: experts, a router, a rule and a schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.execution import dense, dropless
+from moejax.experts import stack
+from moejax.routing import softmax
+from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32
+
+
+def moe(
+    expert: Layer,
+    router: Layer,
+    *,
+    num_experts: int,
+    route: Callable[..., Any] = softmax,
+    execute: Callable[..., Array] | None = None,
+    feature_ndim: int = 1,
+) -> Layer:
+    """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
+
+    Args:
+        expert: the layer of one expert; any ``f(params, x)`` that treats tokens (axis 0 of x)
+            independently of each other.
+        router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 at the least. What it
+            returns goes to the rule, several values as several arguments.
+        num_experts: E.
+        route: the rule, ``logits -> Routing``.
+        execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
+            decision with K = E and `dropless` otherwise.
+        feature_ndim: how many trailing axes of x are one token: 1 for vectors, 3 for images.
+
+    Returns:
+        A layer with params ``{"router": ..., "experts": ...}``, every leaf of the experts with a
+        leading axis E. ``apply(params, x, *, key=None, mask=None)`` takes x ``[..., D]`` and
+        returns ``(y, routing)``: y of the leading shape and the dtype of x, the decision over the
+        T flattened tokens. ``key`` goes to the router and the rule if they take one; without it
+        nothing is random. ``mask``, of x's leading shape, is False for padding: such a token goes
+        nowhere and gets zeros.
+
+    Raises:
+        ValueError: if shapes do not agree, at trace time.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 2), num_experts=2)
+        >>> params = model.init(jax.random.key(0))
+        >>> y, routing = model.apply(params, jnp.ones((5, 2)))
+        >>> y.shape, routing.weights.shape
+        ((5, 1), (5, 2))
+
+    References:
+        Jacobs et al., `Adaptive Mixtures of Local Experts
+        <https://doi.org/10.1162/neco.1991.3.1.79>`_, 1991
+    """
+    experts = stack(expert, num_experts)
+
+    def init(key: Array) -> Params:
+        router_key, experts_key = jax.random.split(key)
+        return {"router": router.init(router_key), "experts": experts.init(experts_key)}
+
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        tokens, leading = _flatten_tokens(x, feature_ndim)
+        if mask is not None:
+            mask = _flatten_mask(mask, leading)
+            tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
+        with jax.named_scope("route"):
+            decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
+        with jax.named_scope("execute"):
+            schedule = execute or _default_schedule(decision)
+            y = schedule(expert.apply, params["experts"], tokens, decision)
+        return y.reshape(*leading, *y.shape[1:]), decision
+
+    return Layer(init, apply)
+
+
+def _flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
+    if x.ndim <= feature_ndim:
+        raise ValueError(
+            f"`x` must have at least one axis of tokens before its {feature_ndim} feature "
+            f"axes (`feature_ndim`), got shape {x.shape}: add one with x[None]."
+        )
+    split = x.ndim - feature_ndim
+    leading = x.shape[:split]
+    return x.reshape(math.prod(leading), *x.shape[split:]), leading  # [..., D] -> [T, D]
+
+
+def _flatten_mask(mask: Array, leading: tuple[int, ...]) -> Array:
+    if mask.shape != leading or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"`mask` must be a boolean array of x's leading shape {leading}, True for tokens that "
+            f"count, got {mask.dtype}{list(mask.shape)}."
+        )
+    return mask.reshape(-1)  # [T]
+
+
+def _decide(
+    router: Layer,
+    route: Callable[..., Any],
+    params: Params,
+    tokens: Array,
+    num_experts: int,
+    key: Array | None,
+    mask: Array | None,
+) -> Any:
+    router_key, route_key = (None, None) if key is None else jax.random.split(key)
+    takes_key = {"key": router_key} if accepts(router.apply, "key") else {}
+    outputs = router.apply(params, _router_input(tokens), **takes_key)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    _check_logits(outputs[0], len(tokens), num_experts)
+    extras = {"key": route_key, "mask": mask}
+    decision = route(*outputs, **{k: v for k, v in extras.items() if accepts(route, k)})
+    if mask is None or accepts(route, "mask"):
+        return decision
+    return _mask_choices(decision, mask)
+
+
+def _router_input(tokens: Array) -> Array:
+    return at_least_float32(tokens) if jnp.issubdtype(tokens.dtype, jnp.floating) else tokens
+
+
+def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
+    if logits.shape[:2] != (num_tokens, num_experts):
+        raise ValueError(
+            f"The router must return one logit per token and expert, [{num_tokens}, "
+            f"{num_experts}], got {list(logits.shape)}: its last width must equal `num_experts`."
+        )
+
+
+def _mask_choices(routing: Routing, mask: Array) -> Routing:
+    kept = mask[:, None]  # [T, 1]
+    return routing._replace(
+        experts=jnp.where(kept, routing.experts, routing.num_experts),  # E means nowhere
+        weights=jnp.where(kept, routing.weights, 0),
+        scores=jnp.where(kept, routing.scores, 0),
+    )
+
+
+def _default_schedule(decision: Any) -> Callable[..., Array]:
+    if not isinstance(decision, Routing):
+        raise ValueError(
+            f"A decision of type {type(decision).__name__} needs its own schedule: pass it to "
+            "`moe` as `execute`."
+        )
+    every_expert = decision.experts.shape[-1] == decision.num_experts
+    return dense if every_expert else dropless

@@ -1,0 +1,49 @@
+"""The table: a new rule or schedule joins every property test with one line here."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import moejax
+
+T, D, O, E = 6, 4, 3, 4  # noqa: E741
+
+RULES = {
+    "softmax": moejax.softmax,
+    "top_2": partial(moejax.top_k, k=2),
+    "top_2_raw": partial(moejax.top_k, k=2, renormalize=False),
+    "top_all": partial(moejax.top_k, k=E),
+    "switch": moejax.switch,
+    "noisy_top_2": partial(moejax.noisy_top_k, noise_scale=0.5, k=2, key=jax.random.key(7)),
+}
+
+# Each with room for every token, so that nothing is dropped.
+SCHEDULES = {
+    "dense": moejax.dense,
+    "dropless": moejax.dropless,
+}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def fourier(params, x):
+    """A user's own expert: no layer of the library, no `matmul`."""
+    phases = x @ params["frequencies"].astype(x.dtype)
+    return jnp.sin(phases) @ params["amplitudes"].astype(x.dtype)
+
+
+def init_fourier(key):
+    one, two = jax.random.split(key)
+    return {
+        "frequencies": jax.random.normal(one, (D, 5)),
+        "amplitudes": jax.random.normal(two, (5, O)),
+    }
+
+
+EXPERTS = {
+    "linear": moejax.linear(D, O),
+    "mlp": moejax.mlp(D, 5, O, activation=jnp.tanh),
+    "glu": moejax.glu(D, 5),
+    "fourier": moejax.Layer(init_fourier, fourier),
+}

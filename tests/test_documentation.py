@@ -1,0 +1,30 @@
+"""Every example in a public docstring runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import moejax
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(moejax.__path__, prefix="moejax."))
+NAMES = {"jax": jax, "jnp": jnp, "moejax": moejax, "partial": partial}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for example in doctest.DocTestFinder().find(module, extraglobs=NAMES):
+        runner.run(example)
+    assert runner.failures == 0, f"{runner.failures} examples of {name} print something else"
+
+
+def test_public_names_have_examples():
+    functions = [getattr(moejax, name) for name in moejax.__all__]
+    missing = [f.__name__ for f in functions if not isinstance(f, type) and ">>>" not in f.__doc__]
+    assert not missing

@@ -1,0 +1,50 @@
+"""Every rule x schedule x dtype, in value and in gradient, against the obvious loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, EXPERTS, RULES, SCHEDULES, D, E, T
+from reference import loop
+
+import moejax
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # bfloat16 has 8 bits: 2^-8 per operation
+
+
+def problem(expert, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = moejax.stack(expert, E).init(keys[0])
+    x = jax.random.normal(keys[1], (T, D)).astype(dtype)
+    logits = 2 * jax.random.normal(keys[2], (T, E))
+    return params, x, logits
+
+
+def value_and_gradients(schedule, expert, route):
+    def scalar(params, x, logits):
+        y = schedule(expert.apply, params, x, route(logits))
+        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(weight.astype(y.dtype) * y, dtype=weight.dtype), y
+
+    return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_computes_the_sum(schedule, rule, dtype):
+    expert, route = EXPERTS["mlp"], RULES[rule]
+    problem_in_dtype = problem(expert, DTYPES[dtype])
+    (_, y), gradients = jax.jit(value_and_gradients(SCHEDULES[schedule], expert, route))(
+        *problem_in_dtype
+    )
+    params, x, logits = problem_in_dtype
+    (_, expected), expected_gradients = value_and_gradients(loop, expert, route)(
+        params, x.astype(jnp.float32), logits
+    )
+    assert y.dtype == DTYPES[dtype]
+    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
+        a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
+    )
+    close(y, expected)
+    jax.tree.map(close, gradients, expected_gradients)
