@@ -8,6 +8,8 @@ from moejax.routers import noisy
 from moejax.routing import noisy_top_k, softmax, switch, top_k
 from moejax.types import Layer, Routing
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Layer",
     "Routing",

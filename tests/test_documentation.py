@@ -7,13 +7,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import moejax
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(moejax.__path__, prefix="moejax."))
-NAMES = {"jax": jax, "jnp": jnp, "moejax": moejax, "optax": optax, "partial": partial}
+NAMES = {"jax": jax, "jnp": jnp, "moejax": moejax, "np": np, "optax": optax, "partial": partial}
 
 
 @pytest.mark.parametrize("name", MODULES)

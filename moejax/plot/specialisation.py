@@ -1,0 +1,103 @@
+"""Which expert serves what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moejax.plot.style import new_figure
+
+
+def specialisation(by_class: np.ndarray) -> Figure:
+    """Which expert serves which class: of each class, the share of gate that each expert has.
+
+    Args:
+        by_class: gate mass, shape [E, classes].
+
+    Returns:
+        A figure; every column adds up to 100%.
+
+    Example:
+        >>> len(specialisation(np.ones((2, 3))).axes)
+        1
+    """
+    share = by_class / np.maximum(by_class.sum(axis=0), 1e-12)
+    return table(
+        share,
+        rows="expert",
+        columns="digit",
+        title="Share of each digit's gate, by expert",
+        form=lambda value: f"{100 * value:.0f}%",
+    )
+
+
+def table(
+    values: np.ndarray, *, rows: str, columns: str, title: str, form: Callable[[float], str]
+) -> Figure:
+    """A table of numbers as a heat map with the number in every cell.
+
+    Args:
+        values: shape [R, C].
+        rows: what a row is.
+        columns: what a column is.
+        title: above the table.
+        form: how a number is written.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> len(table(np.eye(2), rows="expert", columns="digit", title="t", form=str).axes)
+        1
+    """
+    num_rows, num_columns = values.shape
+    figure, axes = new_figure(width=1.6 + 0.55 * num_columns, height=1.3 + 0.42 * num_rows)
+    ax = axes[0, 0]
+    ax.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+    dark = values.max() / 2
+    for (r, c), value in np.ndenumerate(values):
+        color = "white" if value > dark else "#222222"
+        ax.text(c, r, form(value), ha="center", va="center", color=color, fontsize=8)
+    ax.set(xlabel=columns, ylabel=rows, title=title)
+    ax.set_xticks(range(num_columns))
+    ax.set_yticks(range(num_rows))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> Figure:
+    """The first images that each expert has the largest gate for.
+
+    Args:
+        images: shape [N, H, W].
+        top: the expert with the largest gate for each image, shape [N].
+        num_experts: E.
+
+    Returns:
+        A figure with one row per expert; the row of an expert that serves no image is empty.
+
+    Example:
+        >>> len(images_by_expert(np.ones((3, 2, 2)), np.zeros(3), 2).axes)
+        24
+    """
+    columns = 12
+    figure, axes = new_figure(num_experts, columns, width=8.6, height=0.72 * num_experts)
+    for expert, row in enumerate(axes):
+        own = np.flatnonzero(top == expert)
+        row[0].text(
+            -0.15,
+            0.5,
+            f"expert {expert}\n{len(own) / len(top):.0%}",
+            ha="right",
+            va="center",
+            fontsize=8,
+            transform=row[0].transAxes,
+        )
+        for ax, index in zip(row, own, strict=False):
+            ax.imshow(images[index], cmap="gray_r")
+        for ax in row:
+            ax.axis("off")
+    return figure

@@ -1,0 +1,58 @@
+"""Colours, and the grid of axes that every picture starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+# Okabe and Ito: told apart with any colour vision.
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#999933",
+    "#666666",
+)
+
+
+def color(index: int) -> str:
+    """The colour of an expert or a curve; they repeat after eight.
+
+    Args:
+        index: its number.
+
+    Returns:
+        A hexadecimal colour.
+
+    Example:
+        >>> color(0) == color(8)
+        True
+    """
+    return _COLORS[index % len(_COLORS)]
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, *, width: float, height: float
+) -> tuple[Figure, Any]:
+    """A figure with a grid of axes, laid out so that nothing is clipped.
+
+    Args:
+        rows: of axes.
+        columns: of axes.
+        width: of the figure in inches.
+        height: of the figure in inches.
+
+    Returns:
+        The figure, and its axes as an array [rows, columns].
+
+    Example:
+        >>> figure, axes = new_figure(1, 2, width=6, height=3)
+        >>> axes.shape
+        (1, 2)
+    """
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -1,0 +1,77 @@
+"""How training went, and where the model errs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moejax.plot.style import color, new_figure
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss and accuracy per epoch, train dotted and test solid, one colour per model.
+
+    Args:
+        histories: for each model one record per epoch, with ``epoch``, ``train_loss``,
+            ``test_loss``, ``train_accuracy`` and ``test_accuracy``.
+
+    Returns:
+        A figure with two panels.
+
+    Example:
+        >>> record = dict(epoch=1, train_loss=1, test_loss=1, train_accuracy=0.5, test_accuracy=0.5)
+        >>> len(curves({"soft": [record]}).axes)
+        2
+    """
+    figure, axes = new_figure(1, 2, width=9, height=3.6)
+    for ax, name in zip(axes[0], ("loss", "accuracy"), strict=True):
+        for index, (model, history) in enumerate(histories.items()):
+            epochs = [record["epoch"] for record in history]
+            for split, style in (("train", ":"), ("test", "-")):
+                values = [record[f"{split}_{name}"] for record in history]
+                ax.plot(
+                    epochs,
+                    values,
+                    style,
+                    color=color(index),
+                    marker="o",
+                    markersize=3,
+                    label=f"{model}, {split}",
+                )
+        ax.set(xlabel="epoch", ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def confusion(counts: np.ndarray) -> Figure:
+    """Which class is taken for which.
+
+    Args:
+        counts: examples by true class and predicted class, shape [classes, classes].
+
+    Returns:
+        A figure; shades are shares of the row, numbers are counts.
+
+    Example:
+        >>> len(confusion(np.eye(3, dtype=int)).axes)
+        1
+    """
+    figure, axes = new_figure(width=6, height=5.4)
+    ax = axes[0, 0]
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The square root brings out the few mistakes beside the many right answers.
+    ax.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
+    for (true, predicted), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if share[true, predicted] > 0.3 else "#222222"
+            ax.text(predicted, true, str(count), ha="center", va="center", color=color, fontsize=8)
+    ax.set(xlabel="predicted digit", ylabel="true digit", title="Test images, true by predicted")
+    ax.set_xticks(range(len(counts)))
+    ax.set_yticks(range(len(counts)))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return figure
