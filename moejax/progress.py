@@ -1,0 +1,51 @@
+"""A progress bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def progress(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
+    """Yields the items unchanged and reports on standard error how many have been consumed.
+
+    Args:
+        items: what to iterate over.
+        description: what stands before the bar, or at the start of each plain line.
+        total: the number of items, where ``len(items)`` does not tell.
+
+    Returns:
+        An iterator over the same items in the same order.
+
+    Example:
+        >>> sum(progress([1, 2, 3], "adding"))
+        6
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if sys.stderr.isatty() and find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        return iter(tqdm(items, desc=description, total=total, file=sys.stderr))
+    return _plain_lines(items, description, total)
+
+
+def _plain_lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = last = time.perf_counter()
+    of_total = "" if total is None else f"/{total}"
+    count = 0
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - last >= SECONDS_BETWEEN_LINES and count != total:
+            last = now
+            print(f"{description}: {count}{of_total}", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{description}: {count}{of_total} in {seconds:.1f} s", file=sys.stderr, flush=True)
