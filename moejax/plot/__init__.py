@@ -3,20 +3,24 @@
 Every function takes arrays and returns a figure; nothing is shown, saved or kept in global state.
 """
 
-from moejax.plot.boundaries import Plane, boundaries, data, grid
+from moejax.plot.animation import save_animation
+from moejax.plot.boundaries import Plane, boundaries, boundary_frame, data, grid
 from moejax.plot.specialisation import images_by_expert, specialisation, table
 from moejax.plot.style import new_figure
-from moejax.plot.training import confusion, curves
+from moejax.plot.training import confusion, curves, loss
 
 __all__ = [
     "Plane",
     "boundaries",
+    "boundary_frame",
     "confusion",
     "curves",
     "data",
     "grid",
     "images_by_expert",
+    "loss",
     "new_figure",
+    "save_animation",
     "specialisation",
     "table",
 ]

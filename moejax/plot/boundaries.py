@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from moejax.plot.style import color, new_figure
 
-CLASS_MARKS = (("#8c8c8c", "x"), ("#1a1a1a", "."))  # label 0, label 1
+CLASS_MARKS = (("#5c5c5c", "x"), ("#111111", "."))  # label 0, label 1
 
 
 class Plane(NamedTuple):
@@ -92,7 +92,7 @@ def boundaries(points: np.ndarray, labels: np.ndarray, plane: Plane) -> Figure:
         >>> len(boundaries(np.zeros((2, 2)), np.array([0, 1]), plane).axes)
         4
     """
-    figure, axes = new_figure(2, 2, width=9, height=6.6)
+    figure, axes = new_figure(2, 2, width=9, height=5.6)
     panels = (
         ("The data", lambda ax: None),
         ("Each expert's line, where its score is 0", lambda ax: draw_experts(ax, plane)),
@@ -104,6 +104,35 @@ def boundaries(points: np.ndarray, labels: np.ndarray, plane: Plane) -> Figure:
         draw_points(ax, points, labels)
         ax.set(title=title, xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
     axes[0, 1].legend(handles=_expert_handles(len(plane.experts)), loc="lower left", fontsize=8)
+    return figure
+
+
+def boundary_frame(points: np.ndarray, labels: np.ndarray, plane: Plane, *, title: str) -> Figure:
+    """One panel with everything: the data, the line of each expert, the model's boundary.
+
+    Args:
+        points: shape [N, 2].
+        labels: 0 or 1, shape [N].
+        plane: the mixture on a grid.
+        title: above the panel.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> x, y, _ = grid(np.zeros((1, 2)), size=4)
+        >>> slope = np.add.outer(y, x)
+        >>> plane = Plane(x, y, slope[None], np.ones((1, 4, 4)), 0.5 + slope)
+        >>> len(boundary_frame(np.zeros((2, 2)), np.array([0, 1]), plane, title="step 0").axes)
+        1
+    """
+    figure, axes = new_figure(width=5.4, height=3.2)
+    ax = axes[0, 0]
+    draw_model(ax, plane)
+    draw_points(ax, points, labels)
+    draw_experts(ax, plane)
+    ax.legend(handles=_expert_handles(len(plane.experts)), loc="lower left", fontsize=8)
+    ax.set(title=title, xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
     return figure
 
 
@@ -155,7 +184,7 @@ def draw_model(ax: Axes, plane: Plane) -> None:
         vmax=1,
         origin="lower",
         extent=extent,
-        alpha=0.55,
+        alpha=0.5,
         interpolation="bilinear",
     )
     _contour(ax, plane, plane.probability, 0.5, "#222222")

@@ -47,6 +47,41 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
+def loss(runs: Mapping[str, np.ndarray], seeds: np.ndarray) -> Figure:
+    """Loss per step: named runs as lines, many seeds as a band.
+
+    Args:
+        runs: for each run its losses, shape [steps].
+        seeds: losses of one run per seed, shape [seeds, steps].
+
+    Returns:
+        A figure; the band holds the middle 90% of the seeds.
+
+    Example:
+        >>> len(loss({"this run": np.ones(3)}, np.ones((2, 3))).axes)
+        1
+    """
+    figure, axes = new_figure(width=5.4, height=3.6)
+    ax = axes[0, 0]
+    low, middle, high = np.quantile(seeds, [0.05, 0.5, 0.95], axis=0)
+    ax.fill_between(
+        range(len(low)),
+        low,
+        high,
+        color="#bbbbbb",
+        alpha=0.6,
+        linewidth=0,
+        label=f"middle 90% of {len(seeds)} seeds",
+    )
+    ax.plot(middle, "--", color="#666666", linewidth=1, label="median seed")
+    for index, (name, losses) in enumerate(runs.items()):
+        ax.plot(losses, color=color(index), label=name)
+    ax.set(xlabel="step", ylabel="mean squared error", ylim=(0, None), xlim=(0, len(low) - 1))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def confusion(counts: np.ndarray) -> Figure:
     """Which class is taken for which.
 

@@ -1,0 +1,50 @@
+"""Figures, one after the other, as a moving picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int = 120) -> None:
+    """Writes an animated GIF that repeats and holds its last frame.
+
+    Args:
+        figures: the frames, all of one size; drawn one at a time, so an iterator needs the memory
+            of one figure.
+        path: the file to write.
+        milliseconds: how long a frame is shown; the last is shown twenty times as long.
+
+    Raises:
+        ValueError: if there is no frame.
+
+    Example:
+        >>> import tempfile
+        >>> from moejax.plot import new_figure
+        >>> figures = (new_figure(width=1, height=1)[0] for _ in range(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_animation(figures, Path(folder, "two.gif"))
+    """
+    from PIL import Image
+
+    frames = [_pixels(figure) for figure in figures]
+    if not frames:
+        raise ValueError("An animation needs at least one figure, got none.")
+    # One palette for all frames, so that colours do not flicker.
+    palette = Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)])).quantize(200)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    first, *rest = (
+        picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
+    )
+    durations = [milliseconds] * len(rest) + [20 * milliseconds]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # [H, W, 3]
