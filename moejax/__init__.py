@@ -1,5 +1,14 @@
 """Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum."""
 
+from moejax.diagnostics import (
+    confidence,
+    dead_experts,
+    effective_experts,
+    expert_by_class,
+    expert_load,
+    gate_entropy,
+    mutual_information,
+)
 from moejax.execution import dense, dropless, mixture
 from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
 from moejax.layer import moe
@@ -13,9 +22,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Layer",
     "Routing",
+    "confidence",
+    "dead_experts",
     "dense",
     "dropless",
+    "effective_experts",
+    "expert_by_class",
+    "expert_load",
     "fan_in_uniform",
+    "gate_entropy",
     "glu",
     "importance_loss",
     "linear",
@@ -23,6 +38,7 @@ __all__ = [
     "mixture",
     "mlp",
     "moe",
+    "mutual_information",
     "noisy",
     "noisy_top_k",
     "router_z_loss",

@@ -1,0 +1,153 @@
+"""What a decision shows: load, entropy, specialisation. Pure functions; masked tokens do not count.
+
+Read them off the decision before capacity drops any choice, or a collapse looks balanced.
+Entropies and information are in nats.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from moejax.execution import gates_by_expert
+from moejax.losses import choices_per_expert, mean_over_tokens
+from moejax.types import Array, Routing
+
+
+def expert_load(routing: Routing) -> Array:
+    """The share of all choices that goes to each expert, ``f_e = n_e / sum n``.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        Shares that sum to one (zeros if no token counts), shape [E].
+
+    Example:
+        >>> expert_load(moejax.switch(jnp.eye(2)))
+        Array([0.5, 0.5], dtype=float32)
+    """
+    counts = choices_per_expert(routing).astype(routing.weights.dtype)
+    return counts / jnp.maximum(counts.sum(), 1)
+
+
+def dead_experts(routing: Routing) -> Array:
+    """How many experts no token chose.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        An integer scalar between 0 and E.
+
+    Example:
+        >>> int(dead_experts(moejax.switch(jnp.array([[2.0, 1.0, 0.0]]))))
+        2
+    """
+    return jnp.sum(choices_per_expert(routing) == 0)
+
+
+def gate_entropy(routing: Routing) -> Array:
+    """The mean entropy of a token's gates, ``mean_t H(g_t)``, g normalised to sum to one.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        A scalar between 0 (one expert per token) and log K (equal gates).
+
+    Example:
+        >>> f"{gate_entropy(moejax.softmax(jnp.zeros((3, 4)))):.4f}"  # log 4
+        '1.3863'
+    """
+    return mean_over_tokens(routing, entropy(_normalized_gates(routing)))
+
+
+def confidence(routing: Routing) -> Array:
+    """The mean of a token's largest gate, ``mean_t max_e g_te``, g normalised to sum to one.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        A scalar between 1/K (equal gates) and 1.
+
+    Example:
+        >>> float(confidence(moejax.softmax(jnp.zeros((3, 4)))))
+        0.25
+    """
+    return mean_over_tokens(routing, _normalized_gates(routing).max(axis=-1))
+
+
+def effective_experts(routing: Routing) -> Array:
+    """How many experts share the work, ``exp H(mean_t g_t)``: the perplexity of the mean gate.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        A scalar between 1 (collapse) and E (balance).
+
+    Example:
+        >>> f"{effective_experts(moejax.switch(jnp.eye(3))):.4f}"
+        '3.0000'
+    """
+    return jnp.exp(entropy(mean_over_tokens(routing, _normalized_gates(routing))))
+
+
+def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
+    """Which expert serves which class: the gate mass of every pair.
+
+    ``table_ec = sum over tokens t of class c of g_te``, g normalised to sum to one, so that a
+    column sums to the number of tokens of its class.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+        labels: the class of every token, integers [T].
+        num_classes: how many classes there are.
+
+    Returns:
+        The table, shape [E, classes].
+
+    Raises:
+        ValueError: if there is not one integer label per token.
+
+    Example:
+        >>> expert_by_class(moejax.switch(3 * jnp.eye(2)), jnp.array([0, 2]), 3)
+        Array([[1., 0., 0.],
+               [0., 0., 1.]], dtype=float32)
+    """
+    gates = _normalized_gates(routing)  # [T, E]
+    if labels.shape != gates.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"`labels` must hold one integer per token, [{len(gates)}], got "
+            f"{labels.dtype}{list(labels.shape)}."
+        )
+    table = jnp.zeros((num_classes, routing.num_experts), gates.dtype)
+    return table.at[labels].add(gates, mode="drop").T
+
+
+def mutual_information(table: Array) -> Array:
+    """How much the expert tells about the class, ``I = sum_ec p_ec log(p_ec / (p_e p_c))``.
+
+    Args:
+        table: non-negative masses, shape [E, classes], as from `expert_by_class`.
+
+    Returns:
+        A scalar in nats, between 0 (independent) and ``min(log E, log classes)``.
+
+    Example:
+        >>> f"{mutual_information(jnp.eye(2)):.4f}"  # log 2
+        '0.6931'
+    """
+    joint = table / jnp.maximum(table.sum(), jnp.finfo(table.dtype).tiny)
+    return entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
+
+
+def entropy(p: Array) -> Array:
+    """``-sum p log p`` over the last axis, with a finite gradient where p is zero."""
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
+
+
+def _normalized_gates(routing: Routing) -> Array:
+    gates = gates_by_expert(routing)  # [T, E]
+    return gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), jnp.finfo(gates.dtype).tiny)

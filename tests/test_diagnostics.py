@@ -1,0 +1,95 @@
+"""Diagnostics on decisions small enough to work out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+
+GATES = jnp.array([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
+LABELS = jnp.array([0, 1, 1, 0])
+
+
+def decision(gates):
+    experts = jnp.broadcast_to(jnp.arange(gates.shape[1], dtype=jnp.int32), gates.shape)
+    return moejax.Routing(experts, gates, gates, jnp.zeros_like(gates))
+
+
+def masked(routing, t):
+    """The same decision with token t turned into padding."""
+    kept = (jnp.arange(len(routing.experts)) != t)[:, None]
+    return routing._replace(
+        experts=jnp.where(kept, routing.experts, routing.num_experts),
+        weights=jnp.where(kept, routing.weights, 0),
+        scores=jnp.where(kept, routing.scores, 0),
+    )
+
+
+def test_load_is_the_share_of_choices():
+    routing = moejax.top_k(jnp.array([[3.0, 2, 1, 0], [3, 1, 2, 0]]), k=2)
+    np.testing.assert_allclose(moejax.expert_load(routing), [0.5, 0.25, 0.25, 0])
+    assert int(moejax.dead_experts(routing)) == 1
+
+
+def test_entropy_confidence_and_effective_number():
+    gates = np.asarray(GATES, np.float64)
+    rows = [-sum(p * np.log(p) for p in row if p > 0) for row in gates]
+    mean = gates.mean(0)
+    np.testing.assert_allclose(moejax.gate_entropy(decision(GATES)), np.mean(rows), rtol=1e-6)
+    np.testing.assert_allclose(moejax.confidence(decision(GATES)), 0.6, rtol=1e-6)
+    np.testing.assert_allclose(
+        moejax.effective_experts(decision(GATES)), np.exp(-np.sum(mean * np.log(mean))), rtol=1e-6
+    )
+
+
+def test_entropy_normalises_weights_that_do_not_sum_to_one():
+    np.testing.assert_allclose(
+        moejax.gate_entropy(decision(0.25 * GATES)), moejax.gate_entropy(decision(GATES)), rtol=1e-6
+    )
+
+
+def test_class_table_and_its_information():
+    table = moejax.expert_by_class(decision(GATES), LABELS, 2)
+    np.testing.assert_allclose(table, [[1.3, 0.4], [0.6, 0.5], [0.1, 1.1]], rtol=1e-6)
+    joint = np.asarray(table, np.float64) / 4
+    expected = sum(
+        joint[e, c] * np.log(joint[e, c] / joint[e].sum() / joint[:, c].sum())
+        for e in range(3)
+        for c in range(2)
+    )
+    np.testing.assert_allclose(moejax.mutual_information(table), expected, rtol=1e-5)
+
+
+def test_information_of_independent_and_of_identical():
+    np.testing.assert_allclose(moejax.mutual_information(jnp.ones((3, 4))), 0, atol=1e-6)
+    np.testing.assert_allclose(moejax.mutual_information(jnp.eye(4)), np.log(4), rtol=1e-6)
+
+
+DIAGNOSTICS = [
+    moejax.expert_load,
+    moejax.dead_experts,
+    moejax.gate_entropy,
+    moejax.confidence,
+    moejax.effective_experts,
+]
+
+
+@pytest.mark.parametrize("diagnostic", DIAGNOSTICS)
+def test_masked_tokens_do_not_count(diagnostic):
+    with_padding = diagnostic(masked(decision(GATES), 1))
+    without = diagnostic(decision(jnp.delete(GATES, 1, axis=0)))
+    np.testing.assert_allclose(with_padding, without, rtol=1e-6)
+
+
+@pytest.mark.parametrize("diagnostic", DIAGNOSTICS)
+def test_nothing_but_padding_is_finite(diagnostic):
+    routing = decision(GATES)
+    for t in range(4):
+        routing = masked(routing, t)
+    assert bool(jnp.all(jnp.isfinite(jax.jit(diagnostic)(routing))))
+
+
+def test_labels_must_match_tokens():
+    with pytest.raises(ValueError, match="one integer per token"):
+        moejax.expert_by_class(decision(GATES), LABELS[:3], 2)
