@@ -1,0 +1,208 @@
+"""MNIST with one network or a mixture of experts: blended, sparse or one per image.
+
+    python experiments/mnist.py
+    python experiments/mnist.py --model all --out runs/all
+    python experiments/mnist.py --model dense --hidden 50 --optimizer sgd --batch-size 60000 \
+        --epochs 3 --inspect
+
+A line per epoch says how training goes; pictures, metrics.jsonl and summary.json go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
+from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
+from models import DIGITS, EXPERTS, MODELS, Model
+
+from moejax import datasets, plot
+from moejax.diagnostics import expert_by_class, gate_entropy
+from moejax.training import (
+    TrainState,
+    batch_sizes,
+    epoch_order,
+    init_state,
+    inspect_step,
+    train_epoch,
+    train_step,
+)
+
+OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
+DATASETS = {"auto": datasets.load, "mnist": datasets.mnist, "digits": lambda _: datasets.digits()}
+
+
+def objective(
+    model: Model, params: Any, batch: datasets.Split, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy plus the balance losses; the metrics hold the cross-entropy alone."""
+    logits, routing = model.apply(params, batch.images, key)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+    return loss + model.balance(routing), {"cross_entropy": loss, "accuracy": accuracy}
+
+
+def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]:
+    """The whole split in one batch: loss, accuracy, confusion, and what the gate did."""
+    logits, routing = model.apply(params, split.images, None)
+    predicted = jnp.argmax(logits, axis=-1)
+    confusion = jnp.zeros((DIGITS, DIGITS), jnp.int32).at[split.labels, predicted].add(1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels)
+    result = {
+        "loss": losses.mean(),
+        "accuracy": jnp.mean(predicted == split.labels),
+        "confusion": confusion,
+    }
+    if routing is None:
+        return result
+    by_class = expert_by_class(routing, jnp.asarray(split.labels), DIGITS)
+    return result | {
+        "gate_entropy": gate_entropy(routing),
+        "expert_load": by_class.sum(axis=1) / by_class.sum(),  # share of the gate
+        "by_class": by_class,
+        "top_expert": jnp.take_along_axis(
+            routing.experts, routing.weights.argmax(axis=-1, keepdims=True), axis=-1
+        )[:, 0],
+    }
+
+
+def start(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step, a function of the seed."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_state(jax.jit(model.init)(init_key), optimizer, run_key)
+
+
+def train(args: argparse.Namespace, model: Model, data: datasets.Dataset, out: Path) -> Run:
+    """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
+    optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
+    state = start(model, optimizer, args.seed)
+    step = train_step(partial(objective, model), optimizer)
+    if args.inspect:
+        rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
+        batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
+        print_step(inspect_step(partial(objective, model), optimizer, state, batch))
+    epoch = partial(train_epoch, step, batch_size=args.batch_size)
+    run_epoch, epoch_compile = compiled(epoch, state, data.train)
+    run_test, test_compile = compiled(partial(evaluate, model), state.params, data.test)
+    sizes = batch_sizes(len(data.train.labels), args.batch_size)
+    history = []
+    say("\n" + HEADER)
+    with open(out / "metrics.jsonl", "w") as log:
+        for number in range(1, args.epochs + 1):
+            began = time.perf_counter()
+            state, metrics = jax.block_until_ready(run_epoch(state, data.train))
+            seconds = time.perf_counter() - began
+            test = jax.device_get(run_test(state.params, data.test))
+            record = epoch_record(number, sizes, metrics, test, seconds)
+            history.append(record)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            say(LINE.format(**record))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return Run(history, test, parameters, epoch_compile + test_compile)
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/mnist"), help="folder for all that is written")
+    add("--data-dir", type=Path, help="folder of IDX files, or of images by digit")
+    add("--dataset", choices=DATASETS, default="auto")
+    add("--model", choices=[*MODELS, "all"], default="soft")
+    add("--experts", type=at_least(1), default=8)
+    add("--top-k", type=at_least(1), default=2, help="experts per image of --model sparse")
+    add("--expert", choices=EXPERTS, default="mlp")
+    add("--hidden", type=at_least(1), default=128, help="hidden width of every network")
+    add("--epochs", type=at_least(1), default=5)
+    add("--batch-size", type=at_least(1), default=128)
+    add("--optimizer", choices=OPTIMIZERS, default="adam")
+    add("--learning-rate", type=positive_float, default=1e-3)
+    add("--seed", type=at_least(0), default=0)
+    add("--inspect", action="store_true", help="print what the first step does")
+    return parser, parser.parse_args()
+
+
+def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> datasets.Dataset:
+    """The data, as NumPy arrays."""
+    try:
+        data = DATASETS[args.dataset](args.data_dir)
+        batch_sizes(len(data.train.labels), args.batch_size)
+    except ValueError as error:
+        parser.error(str(error))
+    except (ConnectionError, ImportError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    say(
+        f"{data.name}: {len(data.train.labels):,} images to train, {len(data.test.labels):,} to "
+        f"test, from {data.source}"
+    )
+    return data
+
+
+def build(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Model]:
+    """The models to train, each tried out on the shape of one image, so that errors come now."""
+    kind = EXPERTS[args.expert](args.hidden)
+    names = MODELS if args.model == "all" else [args.model]
+    models = {name: MODELS[name](kind, args.experts, args.top_k) for name in names}
+    image = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
+    for model in models.values():
+        try:
+            params = jax.eval_shape(model.init, jax.random.key(0))
+            jax.eval_shape(model.apply, params, image, None)
+        except ValueError as error:
+            parser.error(str(error))
+    return models
+
+
+def main() -> None:
+    """Trains what was asked for, reports and draws."""
+    parser, args = arguments()
+    models = build(parser, args)
+    output_folder(parser, args.out)
+    data = load(parser, args)
+    write_json(args.out / "config.json", {name: str(value) for name, value in vars(args).items()})
+    on_device = data._replace(train=to_device(data.train), test=to_device(data.test))
+    runs = {}
+    for name, model in models.items():
+        out = args.out / name if args.model == "all" else args.out
+        output_folder(parser, out)
+        say(f"\n{describe(args, name)}")
+        runs[name] = train(args, model, on_device, out)
+        write_json(out / "summary.json", summarize(runs[name], name, data.name))
+        draw(runs[name], name, data.test.images, out)
+    if args.model == "all":
+        compare(runs)
+        plot.curves({name: run.history for name, run in runs.items()}).savefig(
+            args.out / "curves.png"
+        )
+        summaries = {name: summarize(run, name, data.name) for name, run in runs.items()}
+        write_json(args.out / "summary.json", {"dataset": data.name, "models": summaries})
+    say(f"\nmetrics, summary and pictures are in {args.out}")
+    if data.notice:
+        say(f"\n{data.notice}")
+
+
+def to_device(split: datasets.Split) -> datasets.Split:
+    """The split as arrays on the device, images still uint8."""
+    return jax.tree.map(jnp.asarray, split)
+
+
+def describe(args: argparse.Namespace, name: str) -> str:
+    """The run in one line."""
+    experts = "" if name == "dense" else f"{args.experts} experts, "
+    return (
+        f"{name}: {experts}{args.expert} with {args.hidden} hidden units, {args.optimizer} at "
+        f"{args.learning_rate:g}, batches of {args.batch_size}"
+    )
+
+
+if __name__ == "__main__":
+    main()
