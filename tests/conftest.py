@@ -31,3 +31,10 @@ def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's usual promotion, for code that calls libraries which rely on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

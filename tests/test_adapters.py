@@ -1,0 +1,75 @@
+"""Flax modules, Linen and NNX, as experts and as routers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import D, E, O, T
+from flax import linen, nnx
+
+import moejax
+from moejax.adapters import from_linen, from_nnx
+
+
+class LinenExpert(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(O)(jnp.tanh(linen.Dense(5)(x)))
+
+
+class NnxExpert(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, 5, rngs=rngs), nnx.Linear(5, O, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[1](jnp.tanh(self.layers[0](x)))
+
+
+EXPERTS = {
+    "linen": from_linen(LinenExpert(), jnp.ones((1, D))),
+    "nnx": from_nnx(lambda rngs: NnxExpert(rngs)),
+}
+
+
+@pytest.mark.parametrize("expert", EXPERTS.values(), ids=EXPERTS)
+@pytest.mark.parametrize("route", [moejax.softmax, moejax.switch])
+def test_a_module_is_an_expert(expert, route, key):
+    layer = moejax.moe(expert, moejax.linear(D, E), num_experts=E, route=route)
+    params = layer.init(key)
+    x = jax.random.normal(key, (T, D))
+    y, routing = jax.jit(layer.apply)(params, x)
+    expected = jnp.zeros((T, O))
+    for k in range(routing.experts.shape[1]):
+        for t in range(T):
+            e = routing.experts[t, k]
+            own = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"])
+            expected = expected.at[t].add(routing.weights[t, k] * expert.apply(own, x[t]))
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
+    kernels = [leaf for leaf in jax.tree.leaves(params["experts"]) if leaf.ndim == 3]
+    assert all(not jnp.array_equal(kernel[0], kernel[1]) for kernel in kernels)
+    gradients = jax.grad(lambda p: layer.apply(p, x)[0].sum())(params)
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
+
+
+def test_a_module_is_a_router(key):
+    router = from_nnx(lambda rngs: nnx.Linear(D, E, rngs=rngs))
+    layer = moejax.moe(moejax.linear(D, O), router, num_experts=E)
+    assert layer.apply(layer.init(key), jnp.ones((T, D)))[0].shape == (T, O)
+
+
+@pytest.mark.parametrize(
+    ("make", "state"),
+    [
+        (lambda key: from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs)), "BatchStat"),
+        (lambda key: from_nnx(lambda rngs: nnx.Dropout(0.5, rngs=rngs)), "RngKey"),
+        (
+            lambda key: from_linen(
+                linen.BatchNorm(use_running_average=False), jnp.ones((1, 3))
+            ).init(key),
+            "batch_stats",
+        ),
+    ],
+)
+def test_a_module_with_other_state_is_refused(make, state, key):
+    with pytest.raises(ValueError, match=state):
+        make(key)

@@ -1,0 +1,95 @@
+"""Layers: shapes, how they start, dtypes, and stacking."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+
+
+def test_linear_is_an_affine_map(key):
+    layer = moejax.linear(3, 2)
+    params = layer.init(key)
+    x = jnp.arange(12.0).reshape(4, 3)
+    expected = np.asarray(x) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-6)
+    assert set(moejax.linear(3, 2, bias=False).init(key)) == {"kernel"}
+
+
+def test_start_is_uniform_within_one_over_root_fan_in(key):
+    params = moejax.linear(400, 300).init(key)
+    for leaf in (params["kernel"], params["bias"]):
+        assert jnp.abs(leaf).max() <= 1 / 20
+        assert jnp.abs(leaf).max() > 0.9 / 20
+        np.testing.assert_allclose(leaf.std(), 1 / 20 / np.sqrt(3), rtol=0.1)
+
+
+def test_another_initializer_is_one_argument(key):
+    zeros = jax.nn.initializers.zeros
+    layer = partial(moejax.linear, kernel_init=zeros, bias_init=zeros)
+    assert not layer(3, 2).init(key)["kernel"].any()
+    params = moejax.mlp(3, 4, 2, layer=layer).init(key)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(params))
+
+
+def test_mlp_has_no_activation_after_the_last_layer(key):
+    layer = moejax.mlp(3, 5, 2)
+    params = layer.init(key)
+    x = jax.random.normal(key, (64, 3))
+    first, second = params["layers"]
+    hidden = np.maximum(x @ first["kernel"] + first["bias"], 0)
+    expected = hidden @ second["kernel"] + second["bias"]
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
+    assert (expected < 0).any()
+
+
+def test_glu(key):
+    layer = moejax.glu(3, 5)
+    params = layer.init(key)
+    assert jax.tree.map(jnp.shape, params) == {
+        "gate": {"kernel": (3, 5)},
+        "up": {"kernel": (3, 5)},
+        "down": {"kernel": (5, 3)},
+    }
+    x = jax.random.normal(key, (4, 3))
+    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    expected = (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [moejax.linear(3, 2), moejax.mlp(3, 4, 2), moejax.glu(3, 4)])
+def test_computes_in_the_dtype_of_x(layer, key):
+    params = layer.init(key)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        assert layer.apply(params, jnp.ones((2, 3), dtype)).dtype == dtype
+
+
+def test_stack_is_every_copy_by_itself(key):
+    layer = moejax.mlp(3, 4, 2)
+    params = moejax.stack(layer, 5).init(key)
+    x = jax.random.normal(key, (7, 3))
+    outputs = moejax.stack(layer, 5).apply(params, x)
+    assert outputs.shape == (5, 7, 2)
+    for e, output in enumerate(outputs):
+        own = jax.tree.map(lambda leaf, e=e: leaf[e], params)
+        np.testing.assert_allclose(output, layer.apply(own, x), rtol=1e-5, atol=1e-6)
+    kernels = params["layers"][0]["kernel"]
+    assert not jnp.array_equal(kernels[0], kernels[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: moejax.linear(0, 2), "positive integers, got \\(0, 2\\)"),
+        (lambda: moejax.linear(2, 1.5), "positive integers"),
+        (lambda: moejax.mlp(3), "at least an input and an output"),
+        (lambda: moejax.glu(3, -1), "positive integers"),
+        (lambda: moejax.stack(moejax.linear(1, 1), 0), "`num_experts` must be at least 1, got 0"),
+    ],
+)
+def test_bad_widths(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

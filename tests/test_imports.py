@@ -1,0 +1,53 @@
+"""What `import moejax` costs, and which way modules import each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import moejax
+
+PACKAGE = Path(moejax.__file__).parent
+LAZY = {"flax", "optax", "orbax", "matplotlib", "tensorflow_datasets", "torch", "PIL", "sklearn"}
+ORDER = ["types", "experts", "routing", "losses", "execution", "layer"]
+
+
+def test_import_is_light_and_starts_no_backend():
+    code = (
+        "import sys, moejax\n"
+        "from jax._src import xla_bridge\n"
+        f"loaded = sorted({LAZY!r} & set(sys.modules))\n"
+        "assert not loaded, loaded\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = [node.module for node in nodes]
+    return {name.split(".")[1] for name in names if name.startswith("moejax.")}
+
+
+def test_the_core_imports_one_way():
+    core = {module: imports(PACKAGE / f"{module}.py") for module in ORDER}
+    for position, module in enumerate(ORDER):
+        later = set(ORDER[position:]) & core[module]
+        assert not later, f"{module} imports {later}"
+
+
+def test_the_core_imports_nothing_outside_it():
+    outside = {
+        "training",
+        "datasets",
+        "plot",
+        "adapters",
+        "checkpoint",
+        "conversion",
+        "diagnostics",
+    }
+    for module in ORDER:
+        assert not outside & imports(PACKAGE / f"{module}.py")
+    assert not imports(PACKAGE / "training.py") - {"types"}, "training knows only callables"

@@ -1,0 +1,104 @@
+"""Training: the step, the order of examples, the scan, and the look inside."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moejax.training import (
+    batch_sizes,
+    epoch_order,
+    init_state,
+    inspect_step,
+    scan_batches,
+    train_epoch,
+    train_step,
+)
+
+# Optax's Adam raises a float to the power of an integer count, which strict promotion refuses.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)), jnp.float32)
+OPTIMIZER = optax.adam(0.1)
+
+
+def loss(params, batch, key):
+    error = batch @ params["w"] - 1
+    return jnp.mean(error**2), {"noise": jax.random.normal(key)}
+
+
+def start(seed=0):
+    return init_state({"w": jnp.ones(3)}, OPTIMIZER, jax.random.key(seed))
+
+
+STEP = train_step(loss, OPTIMIZER)
+
+
+def test_a_step_is_what_optax_does_by_hand():
+    state, metrics = jax.jit(STEP)(start(), X)
+    params = {"w": jnp.ones(3)}
+    value, gradients = jax.value_and_grad(lambda p: loss(p, X, jax.random.key(0))[0])(params)
+    updates, opt_state = OPTIMIZER.update(gradients, OPTIMIZER.init(params), params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], params["w"] + updates["w"], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.opt_state, opt_state
+    )
+    assert state.step == 1
+
+
+def test_every_epoch_sees_every_example_once_in_another_order():
+    orders = [epoch_order(start(), epoch, 10) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(10)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    np.testing.assert_array_equal(orders[1], epoch_order(start(), 1, 10))
+    assert not np.array_equal(orders[0], epoch_order(start(seed=1), 0, 10))
+
+
+def test_an_epoch_is_its_steps_one_by_one():
+    run = jax.jit(lambda state: train_epoch(STEP, state, X, batch_size=4))
+    state, by_hand = start(), start()
+    step = jax.jit(STEP)
+    for epoch in range(2):
+        state, metrics = run(state)
+        order = np.asarray(epoch_order(by_hand, epoch, 10))
+        batches = [order[:4], order[4:8], order[8:]]
+        losses = []
+        for rows in batches:
+            by_hand, one = step(by_hand, X[rows])
+            losses.append(one["loss"])
+        np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], by_hand.params["w"], rtol=1e-5)
+    assert state.step == by_hand.step == 6
+    assert batch_sizes(10, 4) == (4, 4, 2)
+
+
+def test_noise_differs_by_step_and_repeats_by_seed():
+    indices = jnp.arange(8).reshape(4, 2)
+    _, metrics = scan_batches(STEP, start(), X, indices)
+    _, again = scan_batches(STEP, start(), X, indices)
+    assert len(set(metrics["noise"].tolist())) == 4
+    np.testing.assert_array_equal(metrics["noise"], again["noise"])
+
+
+def test_inspecting_a_step_tells_what_the_step_does():
+    [record] = inspect_step(loss, OPTIMIZER, start(), X)
+    state, _ = STEP(start(), X)
+    assert (record.path, record.shape) == ("w", (3,))
+    expected = jax.grad(lambda w: loss({"w": w}, X, jax.random.key(0))[0])(jnp.ones(3))
+    np.testing.assert_allclose(record.gradient, expected, rtol=1e-6)
+    np.testing.assert_allclose(record.value + record.update, state.params["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_batch_size_out_of_range(batch_size):
+    with pytest.raises(ValueError, match=f"between 1 and .* \\(10\\), got {batch_size}"):
+        train_epoch(STEP, start(), X, batch_size=batch_size)
+
+
+def test_an_epoch_compiles_once():
+    run = jax.jit(lambda state: train_epoch(STEP, state, X, batch_size=5))
+    state, _ = run(start())
+    with jax.no_tracing():
+        run(state)
