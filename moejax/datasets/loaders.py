@@ -125,7 +125,7 @@ def _stand_in_notice(data: Dataset, error: ConnectionError) -> str:
     return (
         f"THIS IS NOT MNIST.\n{error}.\n"
         f"In its place: {data.source}, {len(data.train.labels):,} to train and "
-        f"{len(data.test.labels):,} to test on. No number below is comparable with MNIST.\n"
+        f"{len(data.test.labels):,} to test on. No result of this run is comparable with MNIST.\n"
         f"For MNIST, {HOW_TO_GET_MNIST}."
     )
 
