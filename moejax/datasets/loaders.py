@@ -48,14 +48,7 @@ def mnist(data_dir: str | Path | None = None) -> Dataset:
             return _cached_or_downloaded()
         except ConnectionError as error:
             raise ConnectionError(f"{error}; {HOW_TO_GET_MNIST}.") from None
-    data = read_folder(folder)
-    first = find(folder, NAMES[0])
-    if first is not None and data.name != "mnist":
-        raise ValueError(
-            f"{first} must be MNIST's file by SHA-256, got another data set of the same format; "
-            "replace the four files, or load them as they are with `load` (`--dataset auto`)."
-        )
-    return data
+    return _read_mnist(folder)
 
 
 def load(data_dir: str | Path | None = None) -> Dataset:
@@ -101,6 +94,17 @@ def read_folder(folder: Path) -> Dataset:
     return Dataset("mnist" if is_mnist else "custom", train, test, f"{form} in {folder}")
 
 
+def _read_mnist(folder: Path) -> Dataset:
+    data = read_folder(folder)
+    first = find(folder, NAMES[0])
+    if first is not None and data.name != "mnist":
+        raise ValueError(
+            f"{first} must be MNIST's file by SHA-256, got another data set of the same format; "
+            "replace the four files, or load them as they are with `load` (`--dataset auto`)."
+        )
+    return data
+
+
 def _given_folder(data_dir: str | Path | None) -> Path | None:
     folder = data_dir or os.environ.get("MOEJAX_DATA_DIR")
     return Path(folder).expanduser() if folder else None
@@ -110,12 +114,15 @@ def _cached_or_downloaded() -> Dataset:
     folder = cache_dir() / "mnist"
     if any(find(folder, name) for name in NAMES):
         try:
-            return mnist(folder)
+            return _read_mnist(folder)
         except ValueError as error:
             logger.warning("The cached MNIST is downloaded again: %s", error)
     with tempfile.TemporaryDirectory() as temporary:
         download(Path(temporary))
-        data = mnist(temporary)
+        try:
+            data = _read_mnist(Path(temporary))
+        except ValueError as error:
+            raise ConnectionError(f"What was downloaded is not MNIST: {error}") from error
         for name in NAMES:
             store(folder / f"{name}.gz", Path(temporary, f"{name}.gz").read_bytes())
     return data._replace(source="the catalogue of tensorflow-datasets")
