@@ -85,7 +85,8 @@ def load(data_dir: str | Path | None = None) -> Dataset:
 def read_folder(folder: Path) -> Dataset:
     """Reads a folder of IDX files or of images, whichever it holds."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, got none of that name; {HOW_TO_GET_MNIST}.")
+        kind = "a file" if folder.exists() else "nothing of that name"
+        raise ValueError(f"{folder} must be a folder, got {kind}; {HOW_TO_GET_MNIST}.")
     has_idx = any(find(folder, name) for name in NAMES)
     read, form = (
         (read_tree, "images") if is_tree(folder) and not has_idx else (read_idx_folder, "IDX files")
