@@ -474,10 +474,9 @@ def test_the_checksums_of_image_folders_belong_to_mnist():
 
 @real
 def test_mnist_loads_in_half_a_second():
-    datasets.mnist(REAL)
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        start = time.process_time()  # of both threads: no less than the time on an idle machine
         datasets.mnist(REAL)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5
