@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ def progress(items: Iterable[T], description: str, *, total: int | None = None) 
         >>> sum(progress([1, 2, 3], "adding"))
         6
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty() and find_spec("tqdm") is not None:
         from tqdm import tqdm

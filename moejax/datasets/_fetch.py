@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     tfds.disable_progress_bar()
     catalogue = tfds.builder_cls("mnist").url_infos
     manager = tfds.download.DownloadManager(
-        download_dir=folder, dataset_name="mnist", force_checksums_validation=True
+        download_dir=folder, dataset_name="mnist", url_infos=catalogue
     )
     for url, path in manager.download({url: url for url in catalogue}).items():
         Path(path).rename(folder / catalogue[url].filename)

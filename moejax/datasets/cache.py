@@ -35,8 +35,9 @@ def store(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         logger.warning("%s could not be cached (%s); the next load takes longer.", path, error)
+    finally:
         if temporary is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it is gone where all went well
                 os.unlink(temporary)
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 SECONDS_WITHOUT_PROGRESS = 8.0
+SCRIPT = Path(__file__).with_name("_fetch.py")
 
 
 def download(folder: Path) -> None:
@@ -18,9 +19,8 @@ def download(folder: Path) -> None:
             ``SECONDS_WITHOUT_PROGRESS``.
     """
     print("downloading MNIST (12 MB)", file=sys.stderr, flush=True)
-    script = str(Path(__file__).with_name("_fetch.py"))
     with (folder / "log").open("w+") as log:
-        command = [sys.executable, "-P", script, str(folder)]
+        command = [sys.executable, "-P", str(SCRIPT), str(folder)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             _wait(process, folder)

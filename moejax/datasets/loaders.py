@@ -48,14 +48,7 @@ def mnist(data_dir: str | Path | None = None) -> Dataset:
             return _cached_or_downloaded()
         except ConnectionError as error:
             raise ConnectionError(f"{error}; {HOW_TO_GET_MNIST}.") from None
-    data = read_folder(folder)
-    first = find(folder, NAMES[0])
-    if first is not None and data.name != "mnist":
-        raise ValueError(
-            f"{first} must be MNIST's file by SHA-256, got another data set of the same format; "
-            "replace the four files, or load them as they are with `load` (`--dataset auto`)."
-        )
-    return data
+    return _read_mnist(folder)
 
 
 def load(data_dir: str | Path | None = None) -> Dataset:
@@ -92,13 +85,25 @@ def load(data_dir: str | Path | None = None) -> Dataset:
 def read_folder(folder: Path) -> Dataset:
     """Reads a folder of IDX files or of images, whichever it holds."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, got none of that name; {HOW_TO_GET_MNIST}.")
+        kind = "a file" if folder.exists() else "nothing of that name"
+        raise ValueError(f"{folder} must be a folder, got {kind}; {HOW_TO_GET_MNIST}.")
     has_idx = any(find(folder, name) for name in NAMES)
     read, form = (
         (read_tree, "images") if is_tree(folder) and not has_idx else (read_idx_folder, "IDX files")
     )
     train, test, is_mnist = read(folder)
     return Dataset("mnist" if is_mnist else "custom", train, test, f"{form} in {folder}")
+
+
+def _read_mnist(folder: Path) -> Dataset:
+    data = read_folder(folder)
+    first = find(folder, NAMES[0])
+    if first is not None and data.name != "mnist":
+        raise ValueError(
+            f"{first} must be MNIST's file by SHA-256, got another data set of the same format; "
+            "replace the four files, or load them as they are with `load` (`--dataset auto`)."
+        )
+    return data
 
 
 def _given_folder(data_dir: str | Path | None) -> Path | None:
@@ -110,12 +115,15 @@ def _cached_or_downloaded() -> Dataset:
     folder = cache_dir() / "mnist"
     if any(find(folder, name) for name in NAMES):
         try:
-            return mnist(folder)
+            return _read_mnist(folder)
         except ValueError as error:
             logger.warning("The cached MNIST is downloaded again: %s", error)
     with tempfile.TemporaryDirectory() as temporary:
         download(Path(temporary))
-        data = mnist(temporary)
+        try:
+            data = _read_mnist(Path(temporary))
+        except ValueError as error:
+            raise ConnectionError(f"What was downloaded is not MNIST: {error}") from error
         for name in NAMES:
             store(folder / f"{name}.gz", Path(temporary, f"{name}.gz").read_bytes())
     return data._replace(source="the catalogue of tensorflow-datasets")
@@ -125,7 +133,7 @@ def _stand_in_notice(data: Dataset, error: ConnectionError) -> str:
     return (
         f"THIS IS NOT MNIST.\n{error}.\n"
         f"In its place: {data.source}, {len(data.train.labels):,} to train and "
-        f"{len(data.test.labels):,} to test on. No number below is comparable with MNIST.\n"
+        f"{len(data.test.labels):,} to test on. No result of this run is comparable with MNIST.\n"
         f"For MNIST, {HOW_TO_GET_MNIST}."
     )
 

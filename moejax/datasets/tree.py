@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +22,14 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 EXACT_MODES = ("L", "1", "P", "RGB")  # those that Pillow turns into 8-bit grey without loss
 
 # SHA-256 of MNIST's (label, pixels) records in sorted order, so that file names do not matter.
-MNIST_SHA256 = (
+MNIST_SHA256 = [
     "da6370735bf1d490f086dde49c15f2ed0480ad05dc7c70abf5d36bf471d5e312",
     "0c7bc63f656fb2440dc2b5bea4ff3ac8632e305b73ec1dc88141a32d36204fac",
-)
+]
 
-
-class Entry(NamedTuple):
-    """One image file, and what changes whenever it is written."""
-
-    path: str
-    split: int  # 0 train, 1 test
-    digit: int
-    size: int
-    modified: int  # ns
-    changed: int  # ns; unlike `modified`, no program can set it back
+# Per digit folder, train 0-9 and then test 0-9: (name, bytes, modification time, change time) of
+# every image. Writing a file moves its change time, which no program can set back.
+Scan = dict[Path, list[tuple[str, int, int, int]]]
 
 
 def is_tree(folder: Path) -> bool:
@@ -45,7 +40,7 @@ def is_tree(folder: Path) -> bool:
 def read_tree(folder: Path) -> tuple[Split, Split, bool]:
     """Decodes every image of the folder, or reads what was decoded of the very same files before.
 
-    The decoded arrays are cached, one file per folder, and belong to the path, size, modification
+    The decoded images are cached, one file per folder, and belong to the path, size, modification
     and change time of every image. Examples are ordered by digit, then by file name.
 
     Returns:
@@ -56,32 +51,60 @@ def read_tree(folder: Path) -> tuple[Split, Split, bool]:
         ImportError: if Pillow is not installed.
     """
     folder = folder.resolve()
-    entries = scan(folder)
-    key = hashlib.sha256(repr(entries).encode()).hexdigest()
-    file = cache_dir() / "images" / hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-    if (content := read_checked(file)) is not None:
-        with np.load(io.BytesIO(content)) as arrays:
-            if arrays["key"] == key:
-                return *_unpack(arrays), bool(arrays["is_mnist"])
-    arrays = _decode_all(entries)
-    if scan(folder) != entries:
+    files = scan(folder)
+    key = hashlib.sha256(repr(list(files.items())).encode()).hexdigest()
+    cached = cache_dir() / "images" / hashlib.sha256(str(folder).encode()).hexdigest()
+    if (content := read_checked(cached)) is not None:
+        header, pixels = _split_header(content)
+        if header["key"] == key:
+            return *_splits(pixels, files), header["is_mnist"]
+    images = np.stack(list(_decode_all(files)))
+    if scan(folder) != files:
         raise ValueError(f"{folder} must not change while it is read, but did; load it again.")
-    train, test = _unpack(arrays)
-    is_mnist = (fingerprint(train), fingerprint(test)) == MNIST_SHA256
-    buffer = io.BytesIO()
-    np.savez(buffer, key=np.array(key), is_mnist=np.array(is_mnist), **arrays)
-    store_checked(file, buffer.getvalue())
+    train, test = _splits(images, files)
+    is_mnist = [fingerprint(train), fingerprint(test)] == MNIST_SHA256
+    line = json.dumps({"key": key, "is_mnist": is_mnist}).encode() + b"\n"
+    store_checked(cached, line + images.tobytes())
     return train, test, is_mnist
 
 
-def scan(folder: Path) -> list[Entry]:
-    """Lists the image files of both splits, ordered by split, digit and name."""
-    return [
-        entry
-        for split, names in enumerate(SPLITS)
-        for digit, directory in enumerate(_digit_folders(_split_folder(folder, names)))
-        for entry in _scan_digit(directory, split, digit)
-    ]
+def scan(folder: Path) -> Scan:
+    """Lists the images of every digit of both splits, ordered by name."""
+    return {
+        directory: _scan_digit(directory)
+        for names in SPLITS
+        for directory in _digit_folders(_split_folder(folder, names))
+    }
+
+
+def decode(path: Path) -> np.ndarray:
+    """Reads one image as uint8 [28, 28], checksums included where the format has them."""
+    image_module = _pillow()
+    try:
+        content = path.read_bytes()
+        with image_module.open(io.BytesIO(content)) as image:
+            image.verify()  # decoding alone overlooks some damage that the checksums of PNG show
+        with image_module.open(io.BytesIO(content)) as image:
+            mode, pixels = image.mode, np.asarray(image.convert("L"))
+    except Exception as error:  # a damaged file may raise anything from within a decoder
+        raise ValueError(
+            f"{path} must be a readable PNG or JPEG image, got {type(error).__name__}; "
+            "copy it again."
+        ) from error
+    if pixels.shape != (28, 28) or mode not in EXACT_MODES:
+        raise ValueError(
+            f"{path} must be a grey image of 28x28 pixels, got mode {mode!r} and shape "
+            f"{pixels.shape}; convert it to 8-bit grey."
+        )
+    return pixels
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 of the (label, pixels) records in sorted order."""
+    labels = split.labels.astype(np.uint8)[:, None]
+    records = np.concatenate([labels, split.images.reshape(len(labels), -1)], axis=1)  # [N, 785]
+    ordered = np.sort(records.view("V785").ravel())
+    return hashlib.sha256(ordered.tobytes()).hexdigest()
 
 
 def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
@@ -106,40 +129,37 @@ def _digit_folders(folder: Path) -> list[Path]:
     return [folder / str(digit) for digit in range(10)]
 
 
-def _scan_digit(folder: Path, split: int, digit: int) -> list[Entry]:
-    entries = []
+def _scan_digit(folder: Path) -> list[tuple[str, int, int, int]]:
+    files = []
     for file in os.scandir(folder):
         if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith("."):
-            s = file.stat()
-            entries.append(Entry(file.path, split, digit, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
-    if not entries:
-        raise ValueError(
-            f"{folder} must hold PNG or JPEG images, got none; add the images of {digit}."
-        )
-    return sorted(entries)
+            stat = file.stat()
+            files.append((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    if not files:
+        raise ValueError(f"{folder} must hold PNG or JPEG images, got none; put images there.")
+    return sorted(files)
 
 
-def _decode_all(entries: list[Entry]) -> dict[str, np.ndarray]:
-    images = np.empty((len(entries), 28, 28), np.uint8)
-    start = 0
-    for split, (split_name, _) in enumerate(SPLITS):
-        for digit in range(10):
-            paths = [e.path for e in entries if (e.split, e.digit) == (split, digit)]
-            for i, path in enumerate(progress(paths, f"decoding {split_name}/{digit}"), start):
-                images[i] = decode(path)
-            start += len(paths)
-    labels = np.array([e.digit for e in entries], np.int32)
-    num_train = sum(e.split == 0 for e in entries)
-    return {"images": images, "labels": labels, "num_train": np.array(num_train)}
+def _decode_all(files: Scan) -> Iterator[np.ndarray]:
+    for folder, images in files.items():
+        for name, *_ in progress(images, f"decoding {folder.parent.name}/{folder.name}"):
+            yield decode(folder / name)
 
 
-def _unpack(arrays: Mapping[str, np.ndarray]) -> tuple[Split, Split]:
-    images, labels, n = arrays["images"], arrays["labels"], int(arrays["num_train"])
+def _split_header(content: memoryview) -> tuple[dict[str, Any], np.ndarray]:
+    header = bytes(content[:1024]).split(b"\n", 1)[0]
+    images = np.frombuffer(content, np.uint8, offset=len(header) + 1).reshape(-1, 28, 28)
+    return json.loads(header), images
+
+
+def _splits(images: np.ndarray, files: Scan) -> tuple[Split, Split]:
+    counts = [len(names) for names in files.values()]
+    labels = np.repeat(np.arange(20, dtype=np.int32) % 10, counts)
+    n = sum(counts[:10])
     return Split(images[:n], labels[:n]), Split(images[n:], labels[n:])
 
 
-def decode(path: str) -> np.ndarray:
-    """Reads one image as uint8 [28, 28], checksums included where the format has them."""
+def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
@@ -147,28 +167,4 @@ def decode(path: str) -> np.ndarray:
             "Image folders are decoded by Pillow; install it with "
             "`pip install 'moejax[experiments]'`."
         ) from error
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()  # decoding alone overlooks some damage that the checksums of PNG show
-        with Image.open(io.BytesIO(content)) as image:
-            mode, pixels = image.mode, np.asarray(image.convert("L"))
-    except Exception as error:  # a damaged file may raise anything from within a decoder
-        raise ValueError(
-            f"{path} must be a readable PNG or JPEG image, got: {error}; copy it again."
-        ) from error
-    if pixels.shape != (28, 28) or mode not in EXACT_MODES:
-        raise ValueError(
-            f"{path} must be a grey image of 28x28 pixels, got mode {mode!r} and shape "
-            f"{pixels.shape}; convert it to 8-bit grey."
-        )
-    return pixels
-
-
-def fingerprint(split: Split) -> str:
-    """SHA-256 of the (label, pixels) records in sorted order."""
-    labels = split.labels.astype(np.uint8)[:, None]
-    records = np.concatenate([labels, split.images.reshape(len(labels), -1)], axis=1)  # [N, 785]
-    ordered = np.sort(records.view("V785").ravel())
-    return hashlib.sha256(ordered.tobytes()).hexdigest()
+    return Image

@@ -1,0 +1,46 @@
+"""Progress: the items pass through untouched, and what is reported is true."""
+
+import io
+
+import pytest
+
+from moejax import progress as module
+from moejax.progress import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_lines_without_a_terminal(capsys):
+    assert list(progress("abc", "letters")) == ["a", "b", "c"]
+    assert list(progress(iter("ab"), "stream")) == ["a", "b"]
+    assert list(progress(iter("ab"), "known", total=2)) == ["a", "b"]
+    assert list(progress([], "nothing")) == []
+    out, err = capsys.readouterr()
+    assert out == ""
+    starts = [line.split(" in ")[0] for line in err.splitlines()]
+    assert starts == ["letters: 3/3", "stream: 2", "known: 2/2", "nothing: 0/0"]
+
+
+def test_long_work_reports_in_between(capsys, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
+    list(progress("abc", "letters"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["letters: 1/3", "letters: 2/3"]
+    assert len(lines) == 3
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    pytest.importorskip("tqdm", reason="needs tqdm")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert list(progress("abc", "letters")) == ["a", "b", "c"]
+    assert "letters: 100%" in terminal.getvalue()
+
+
+def test_plain_lines_on_a_terminal_without_tqdm(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert list(progress("abc", "letters")) == ["a", "b", "c"]
+    assert terminal.getvalue().startswith("letters: 3/3 in ")
