@@ -68,7 +68,8 @@ def from_nnx(make: Callable[[Any], Any]) -> Layer:
     from flax import nnx
 
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graph, shapes, rest = nnx.split(abstract, nnx.Param, Ellipsis)
+    graph, *states = nnx.split(abstract, nnx.Param, Ellipsis)
+    shapes, rest = states
     kinds = {type(leaf).__name__ for leaf in nnx.to_flat_state(rest).leaves}
     _refuse_state(type(abstract).__name__, kinds)
 

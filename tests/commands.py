@@ -1,0 +1,27 @@
+"""Runs an experiment's script in this process, as `python experiments/NAME.py ARGUMENTS` would."""
+
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def run(name, *arguments):
+    script = str(EXPERIMENTS / f"{name}.py")
+    path = [str(EXPERIMENTS), *sys.path]
+    with mock.patch.object(sys, "argv", [script, *arguments]), mock.patch.object(sys, "path", path):
+        return runpy.run_path(script, run_name="__main__")
+
+
+def refusal(name, *arguments, capsys, code=2):
+    """The one line with which the script refuses its arguments."""
+    with pytest.raises(SystemExit) as ended:
+        run(name, *arguments)
+    assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err

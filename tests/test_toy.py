@@ -1,0 +1,56 @@
+"""The toy experiment, from its command line to its pictures."""
+
+import json
+
+import pytest
+from commands import refusal, run
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+FILES = {"summary.json", "data.png", "boundaries.png", "loss.png", "training.gif"}
+
+
+def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
+    run("toy", "--out", str(tmp_path), "--seeds", "5")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert summary["accuracy"] > 0.9 > 0.8 > summary["single_expert_accuracy"]
+    assert summary["final_loss"] < 0.08
+    seeds = summary["seeds"]
+    assert seeds["count"] == 5
+    assert seeds["accuracy_min"] <= seeds["accuracy_median"] <= seeds["accuracy_max"]
+    assert summary["steps_per_second"] > 0
+    assert summary["compile_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert f"{summary['accuracy']:.1%}" in printed
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.n_frames > 20
+
+
+def test_runs_of_other_sizes(tmp_path):
+    arguments = "--samples 7 --steps 3 --experts 3 --seeds 2 --seed 1".split()
+    run("toy", "--out", str(tmp_path), *arguments)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    results = []
+    for name in ("a", "b"):
+        run("toy", "--out", str(tmp_path / name), *"--samples 20 --steps 4 --seeds 2".split())
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        results.append([summary[key] for key in ("final_loss", "accuracy", "seeds")])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: must be a whole number of at least 1, got 0"),
+        (["--samples", "many"], "--samples"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--out", "/proc/none"], "choose another folder"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_one_line(arguments, message, capsys):
+    assert message in refusal("toy", *arguments, capsys=capsys)
