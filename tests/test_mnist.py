@@ -62,7 +62,7 @@ def test_all_models_are_compared(tmp_path, capsys):
     written = {name: {path.name for path in (tmp_path / name).iterdir()} for name in summaries}
     assert written["dense"] == own | {"curves.png", "confusion.png"}
     assert written["soft"] == written["sparse"] == written["hard"] == own | PICTURES
-    assert summaries["hard"]["gate_entropy"] == 0  # one expert per image
+    assert summaries["hard"]["gate_entropy"] < 1e-6  # one expert per image
     printed = capsys.readouterr().out
     assert all(f"{summary['test_accuracy']:.2%}" in printed for summary in summaries.values())
 
