@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from moejax.execution import gates_by_expert
-from moejax.losses import choices_per_expert, mean_over_tokens
+from moejax.losses import entropy, mean_over_tokens
 from moejax.types import Array, Routing
 
 
@@ -26,7 +26,7 @@ def expert_load(routing: Routing) -> Array:
         >>> expert_load(moejax.switch(jnp.eye(2)))
         Array([0.5, 0.5], dtype=float32)
     """
-    counts = choices_per_expert(routing).astype(routing.weights.dtype)
+    counts = routing.counts.astype(routing.weights.dtype)
     return counts / jnp.maximum(counts.sum(), 1)
 
 
@@ -43,7 +43,7 @@ def dead_experts(routing: Routing) -> Array:
         >>> int(dead_experts(moejax.switch(jnp.array([[2.0, 1.0, 0.0]]))))
         2
     """
-    return jnp.sum(choices_per_expert(routing) == 0)
+    return jnp.sum(routing.counts == 0)
 
 
 def gate_entropy(routing: Routing) -> Array:
@@ -141,11 +141,6 @@ def mutual_information(table: Array) -> Array:
     """
     joint = table / jnp.maximum(table.sum(), jnp.finfo(table.dtype).tiny)
     return entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
-
-
-def entropy(p: Array) -> Array:
-    """``-sum p log p`` over the last axis, with a finite gradient where p is zero."""
-    return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
 
 
 def _normalized_gates(routing: Routing) -> Array:

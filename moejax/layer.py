@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax.execution import dense, dropless
 from moejax.experts import stack
-from moejax.routing import softmax
+from moejax.routing import mask_tokens, softmax
 from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32
 
 
@@ -120,7 +120,7 @@ def _decide(
     decision = route(*outputs, **{k: v for k, v in extras.items() if accepts(route, k)})
     if mask is None or accepts(route, "mask"):
         return decision
-    return _mask_choices(decision, mask)
+    return mask_tokens(decision, mask)
 
 
 def _router_input(tokens: Array) -> Array:
@@ -133,15 +133,6 @@ def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
             f"The router must return one logit per token and expert, [{num_tokens}, "
             f"{num_experts}], got {list(logits.shape)}: its last width must equal `num_experts`."
         )
-
-
-def _mask_choices(routing: Routing, mask: Array) -> Routing:
-    kept = mask[:, None]  # [T, 1]
-    return routing._replace(
-        experts=jnp.where(kept, routing.experts, routing.num_experts),  # E means nowhere
-        weights=jnp.where(kept, routing.weights, 0),
-        scores=jnp.where(kept, routing.scores, 0),
-    )
 
 
 def _default_schedule(decision: Any) -> Callable[..., Array]:

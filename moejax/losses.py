@@ -34,10 +34,10 @@ def load_balancing_loss(routing: Routing) -> Array:
     References:
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
-    counts = choices_per_expert(routing)
+    counts = routing.counts.astype(routing.scores.dtype)
     share = counts / jnp.maximum(counts.sum(), 1)  # f [E]
     mean_score = mean_over_tokens(routing, routing.scores)  # P [E]
-    return routing.num_experts * jnp.sum(share.astype(mean_score.dtype) * mean_score)
+    return routing.num_experts * jnp.sum(share * mean_score)
 
 
 def importance_loss(routing: Routing) -> Array:
@@ -62,7 +62,39 @@ def importance_loss(routing: Routing) -> Array:
     """
     importance = jnp.zeros(routing.num_experts, routing.weights.dtype)
     importance = importance.at[routing.experts].add(routing.weights, mode="drop")  # [E]
-    return jnp.var(importance) / (jnp.mean(importance) ** 2 + 1e-10)
+    return _squared_variation(importance)
+
+
+def load_loss(routing: Routing) -> Array:
+    """How unequally the experts are chosen, smoothly: ``Var(L) / (Mean(L)^2 + 1e-10)``.
+
+    ``L_e = sum_t P(e in the top k of t)`` over fresh noise on expert e, which unlike a count of
+    choices has a gradient.
+
+    Args:
+        routing: a decision of `noisy_top_k`, T tokens among E experts.
+
+    Returns:
+        A scalar, zero at perfect balance.
+
+    Raises:
+        ValueError: if the rule has no noise, so that there are no chances.
+
+    Example:
+        >>> route = partial(moejax.noisy_top_k, noise_scale=1.0, k=2)
+        >>> float(load_loss(route(jnp.zeros((3, 4)))))
+        0.0
+
+    References:
+        Shazeer et al., `Outrageously Large Neural Networks
+        <https://arxiv.org/abs/1701.06538>`_, 2017, appendix A
+    """
+    if routing.chances is None:
+        raise ValueError(
+            "`load_loss` reads the chances of being chosen, which only a noisy rule knows: route "
+            "with `noisy_top_k`, or use `load_balancing_loss`."
+        )
+    return _squared_variation(jnp.where(routing.present[:, None], routing.chances, 0).sum(axis=0))
 
 
 def router_z_loss(routing: Routing) -> Array:
@@ -84,15 +116,83 @@ def router_z_loss(routing: Routing) -> Array:
     return mean_over_tokens(routing, jax.nn.logsumexp(routing.logits, axis=-1) ** 2)
 
 
-def choices_per_expert(routing: Routing) -> Array:
-    """How many choices go to each expert, int32 [E]."""
-    counts = jnp.zeros(routing.num_experts, jnp.int32)
-    return counts.at[routing.experts].add(1, mode="drop")
+def entropy_loss(routing: Routing) -> Array:
+    """How undecided the router is, ``mean_t H(p_t)`` in nats: small when it is sure of a token.
+
+    Args:
+        routing: a decision of T tokens among E experts whose scores p sum to one.
+
+    Returns:
+        A scalar between 0 and log E.
+
+    Example:
+        >>> f"{entropy_loss(moejax.softmax(jnp.zeros((3, 4)))):.4f}"  # log 4
+        '1.3863'
+    """
+    return mean_over_tokens(routing, entropy(routing.scores))
+
+
+def mutual_information_loss(routing: Routing) -> Array:
+    """Minus what the expert tells about the token, ``mean_t H(p_t) - H(mean_t p_t)`` in nats.
+
+    Minimised, it makes the router sure of each token and spreads the tokens over all experts: the
+    best value, ``-log E``, is that of a balanced hard assignment; collapse and indecision are 0.
+
+    Args:
+        routing: a decision of T tokens among E experts whose scores p sum to one.
+
+    Returns:
+        A scalar between ``-log E`` and 0.
+
+    Example:
+        >>> f"{mutual_information_loss(moejax.softmax(99 * jnp.eye(4))):.4f}"
+        '-1.3863'
+
+    References:
+        Bridle et al., `Unsupervised Classifiers, Mutual Information and 'Phantom Targets'
+        <https://proceedings.neurips.cc/paper/1991/hash/a8abb4bb284b5b27aa7cb790dc20f80b-Abstract.html>`_,
+        1991
+    """
+    mean_score = mean_over_tokens(routing, routing.scores)
+    return entropy_loss(routing) - entropy(mean_score)
+
+
+def l1_loss(routing: Routing) -> Array:
+    """The size of the gates, ``mean_t sum_e |g_te|``: what keeps `relu` routing sparse.
+
+    Its coefficient is the state of `update_l1_coefficient`. To balance the experts as well, use
+    `load_balancing_loss` in its place: with the scores of `relu`, which are its gates, that
+    weights every gate by the load of its expert.
+
+    Args:
+        routing: a decision of T tokens among E experts.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> float(l1_loss(moejax.relu(jnp.array([[0.5, -1.0, 2.0]]))))
+        2.5
+
+    References:
+        Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
+    """
+    return mean_over_tokens(routing, jnp.abs(routing.weights).sum(axis=-1))
+
+
+def entropy(p: Array) -> Array:
+    """``-sum p log p`` over the last axis, with a finite gradient where p is zero."""
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
 
 
 def mean_over_tokens(routing: Routing, values: Array) -> Array:
     """The mean of values [T, ...] over the tokens that are not masked."""
-    kept = routing.chosen.any(axis=-1)  # [T]
+    kept = routing.present
     kept = kept.reshape(-1, *[1] * (values.ndim - 1))  # [T, 1...]
     count = jnp.maximum(kept.sum(), 1).astype(values.dtype)
     return jnp.where(kept, values, 0).sum(axis=0) / count
+
+
+def _squared_variation(load: Array) -> Array:
+    # Not (std / mean)^2: the gradient of the root is NaN at exact balance.
+    return jnp.var(load) / (jnp.mean(load) ** 2 + 1e-10)

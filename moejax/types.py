@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -43,12 +44,15 @@ class Routing(NamedTuple):
         weights: their gates, at least float32, shape [T, K].
         scores: probabilities (or normalised scores) over all experts, shape [T, E].
         logits: the router's output before any noise, shape [T, E].
+        chances: how likely each expert would be chosen if the noise were drawn again, shape
+            [T, E]; None for a rule without noise.
     """
 
     experts: Array
     weights: Array
     scores: Array
     logits: Array
+    chances: Array | None = None
 
     @property
     def num_experts(self) -> int:
@@ -59,6 +63,17 @@ class Routing(NamedTuple):
     def chosen(self) -> Array:
         """Which choices go to an expert at all, shape [T, K]."""
         return self.experts < self.num_experts
+
+    @property
+    def counts(self) -> Array:
+        """How many choices go to each expert, int32 [E]."""
+        counts = jnp.zeros(self.num_experts, jnp.int32)
+        return counts.at[self.experts].add(1, mode="drop")
+
+    @property
+    def present(self) -> Array:
+        """Which tokens are no padding: those that go to an expert at all, shape [T]."""
+        return self.chosen.any(axis=-1)
 
 
 def accepts(function: Callable, name: str) -> bool:

@@ -16,6 +16,13 @@ RULES = {
     "top_all": partial(moejax.top_k, k=E),
     "switch": moejax.switch,
     "noisy_top_2": partial(moejax.noisy_top_k, noise_scale=0.5, k=2, key=jax.random.key(7)),
+    "gshard_top_2": partial(moejax.gshard_top_2, key=jax.random.key(8)),
+    "sigmoid_top_2": partial(moejax.sigmoid_top_k, bias=jnp.arange(E) / 8, k=2, scale=2.5),
+    "sigmoid_groups": partial(moejax.sigmoid_top_k, k=2, num_groups=2, kept_groups=1),
+    "relu": moejax.relu,
+    "hashed": partial(moejax.hashed, token_ids=jnp.arange(T), table=jnp.arange(T) % E),
+    "sinkhorn": moejax.sinkhorn,
+    "sinkhorn_2": partial(moejax.sinkhorn, k=2),
 }
 
 # Each with room for every token, so that nothing is dropped.

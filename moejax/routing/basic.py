@@ -1,8 +1,4 @@
-"""Rules: pure functions ``logits -> Routing`` that decide which token goes to which expert.
-
-A rule has no parameters. Its arithmetic is in float32 at the least, whatever the router returns.
-Ties go to the expert with the lower index.
-"""
+"""Rules that read nothing but a token's own logits: softmax, top-k, Switch."""
 
 from __future__ import annotations
 
@@ -105,45 +101,31 @@ def switch(logits: Array) -> Routing:
     return top_k(logits, k=1, renormalize=False)
 
 
-def noisy_top_k(
-    logits: Array, noise_scale: Array | float, *, k: int, key: Array | None = None
-) -> Routing:
-    """Sends every token to k experts, chosen after Gaussian noise is added to the logits.
+def mask_tokens(routing: Routing, mask: Array) -> Routing:
+    """Sends masked tokens nowhere: expert id E, weight zero, scores zero.
 
-    ``h = logits + noise_scale * N(0, 1)``; the weights are the softmax over the k largest h.
-    Without a key there is no noise: evaluation is deterministic by construction.
+    `moe` does so by itself. A rule of one's own that does more after choosing, such as
+    `limit_capacity`, does it first, so that padding takes no place.
 
     Args:
-        logits: clean router output, shape [T, E].
-        noise_scale: standard deviation of the noise, shape [T, E] or broadcastable to it; in the
-            paper ``softplus(x W_noise) + 1e-2`` (see `noisy`), elsewhere a constant such as 1/E.
-        k: experts per token, between 2 and E.
-        key: a PRNG key, or None for no noise.
+        routing: a decision of T tokens among E experts.
+        mask: False for padding, booleans [T].
 
     Returns:
-        A decision with K = k; scores are the softmax of the noisy logits, logits are the clean.
-
-    Raises:
-        ValueError: as for `top_k`; k = 1 is refused because its one weight is the constant 1.
+        The decision in which a token that is False in ``mask`` takes part in nothing.
 
     Example:
-        >>> route = partial(noisy_top_k, noise_scale=0.25, k=2)
-        >>> logits = jnp.array([[3.0, 1.0, 2.0]])
-        >>> route(logits).experts
-        Array([[0, 2]], dtype=int32)
-        >>> route(logits, key=jax.random.key(0)).weights.shape
-        (1, 2)
-
-    References:
-        Shazeer et al., `Outrageously Large Neural Networks: The Sparsely-Gated
-        Mixture-of-Experts Layer <https://arxiv.org/abs/1701.06538>`_, 2017
+        >>> routing = mask_tokens(switch(jnp.eye(2)), jnp.array([True, False]))
+        >>> routing.experts
+        Array([[0],
+               [2]], dtype=int32)
     """
-    clean = checked_logits(logits)
-    if key is None:
-        return top_k(clean, k=k)
-    noise = jax.random.normal(key, clean.shape, clean.dtype)
-    noisy = clean + noise * jnp.asarray(noise_scale).astype(clean.dtype)
-    return top_k(noisy, k=k)._replace(logits=clean)
+    kept = mask[:, None]  # [T, 1]
+    return routing._replace(
+        experts=jnp.where(kept, routing.experts, routing.num_experts),  # E means nowhere
+        weights=jnp.where(kept, routing.weights, 0),
+        scores=jnp.where(kept, routing.scores, 0),
+    )
 
 
 def checked_logits(logits: Array) -> Array:

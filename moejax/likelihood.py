@@ -1,0 +1,135 @@
+"""The mixture likelihood: experts that compete to explain a target, instead of blending for it.
+
+The error of the blend, ``(y - sum_e g_e mu_e)^2``, asks every expert to repair what the others
+leave over. The likelihood of the mixture, ``-log sum_e g_e p_e(y)``, gives each expert its own
+error, weighted by how well it explains the target compared with the others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moejax.types import Array, at_least_float32
+
+
+def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None = None) -> Array:
+    """Minus the mean log-likelihood of a mixture, ``-mean_t log sum_e g_te p_e(y_t | x_t)``.
+
+    Args:
+        log_gates: log g, normalised, shape [T, E]: ``jax.nn.log_softmax(logits)``.
+        log_likelihoods: log p_e(y | x) of every expert, shape [T, E].
+        mask: False for padding, booleans [T].
+
+    Returns:
+        A scalar in nats.
+
+    Raises:
+        ValueError: if the two do not have one shape [T, E].
+
+    Example:
+        >>> log_gates = jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> f"{jnp.exp(-mixture_nll(log_gates, jnp.log(jnp.array([[0.8, 0.2]])))):.3f}"
+        '0.500'
+
+    References:
+        Jacobs et al., `Adaptive Mixtures of Local Experts
+        <https://doi.org/10.1162/neco.1991.3.1.79>`_, 1991
+    """
+    if log_gates.shape != log_likelihoods.shape or log_gates.ndim != 2:
+        raise ValueError(
+            "`log_gates` and `log_likelihoods` must both be of shape [tokens, experts], got "
+            f"{list(log_gates.shape)} and {list(log_likelihoods.shape)}."
+        )
+    nll = -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
+    if mask is None:
+        return nll.mean()
+    return jnp.where(mask, nll, 0).sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
+
+
+def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1.0) -> Array:
+    """``log N(y; mu_e, variance I)`` of every expert.
+
+    Args:
+        means: the experts' outputs mu, shape [E, T, ...], as from `stack`.
+        targets: y, shape [T, ...].
+        variance: of every output, positive.
+
+    Returns:
+        Log-likelihoods, shape [T, E].
+
+    Raises:
+        ValueError: if the shapes do not agree.
+
+    Example:
+        >>> means = jnp.array([[[0.0]], [[1.0]]])  # two experts, one token
+        >>> log_p = gaussian_log_likelihood(means, jnp.array([[1.0]]))
+        >>> f"{log_p[0, 1] - log_p[0, 0]:.2f}"
+        '0.50'
+    """
+    _check_targets(means, targets)
+    error = at_least_float32(means) - at_least_float32(targets)
+    log_p = -0.5 * (error**2 / variance + math.log(2 * math.pi * variance))
+    return _sum_features(log_p)
+
+
+def bernoulli_log_likelihood(logits: Array, labels: Array) -> Array:
+    """``y log s(l_e) + (1 - y) log s(-l_e)`` of every expert, s the sigmoid.
+
+    Args:
+        logits: the experts' outputs l, shape [E, T, ...], as from `stack`.
+        labels: y, zeros and ones, shape [T, ...].
+
+    Returns:
+        Log-likelihoods, shape [T, E].
+
+    Raises:
+        ValueError: if the shapes do not agree.
+
+    Example:
+        >>> log_p = bernoulli_log_likelihood(jnp.zeros((2, 1, 1)), jnp.ones((1, 1)))
+        >>> jnp.exp(log_p)
+        Array([[0.5, 0.5]], dtype=float32)
+    """
+    _check_targets(logits, labels)
+    logits = at_least_float32(logits)
+    labels = labels.astype(logits.dtype)
+    log_p = labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)
+    return _sum_features(log_p)
+
+
+def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
+    """``log softmax(l_e)[y]`` of every expert.
+
+    Args:
+        logits: the experts' outputs l, shape [E, T, classes], as from `stack`.
+        labels: y, integers [T].
+
+    Returns:
+        Log-likelihoods, shape [T, E].
+
+    Raises:
+        ValueError: if the shapes do not agree.
+
+    Example:
+        >>> log_p = categorical_log_likelihood(jnp.zeros((2, 1, 4)), jnp.array([3]))
+        >>> jnp.exp(log_p)
+        Array([[0.25, 0.25]], dtype=float32)
+    """
+    _check_targets(logits[..., 0], labels)
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
+    return jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0].T
+
+
+def _sum_features(log_p: Array) -> Array:
+    return log_p.sum(axis=range(2, log_p.ndim)).T  # [E, T, ...] -> [T, E]
+
+
+def _check_targets(outputs: Array, targets: Array) -> None:
+    if outputs.ndim < 2 or outputs.shape[1:] != targets.shape:
+        raise ValueError(
+            "Every expert must say something about every target: expected outputs of shape "
+            f"[experts, {', '.join(map(str, targets.shape))}], got {list(outputs.shape)}."
+        )

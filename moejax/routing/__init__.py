@@ -1,0 +1,26 @@
+"""Rules: pure functions ``logits -> decision`` that say which token goes to which expert.
+
+A rule has no parameters. Its arithmetic is in float32 at the least, whatever the router returns.
+Ties go to the lower index. Without a key nothing is random.
+"""
+
+from moejax.routing.balanced import sigmoid_top_k, sinkhorn, update_balance_bias
+from moejax.routing.basic import mask_tokens, softmax, switch, top_k
+from moejax.routing.hashed import hashed
+from moejax.routing.noisy import gshard_top_2, noisy_top_k
+from moejax.routing.relu import relu, update_l1_coefficient
+
+__all__ = [
+    "gshard_top_2",
+    "hashed",
+    "mask_tokens",
+    "noisy_top_k",
+    "relu",
+    "sigmoid_top_k",
+    "sinkhorn",
+    "softmax",
+    "switch",
+    "top_k",
+    "update_balance_bias",
+    "update_l1_coefficient",
+]

@@ -1,0 +1,116 @@
+"""The mixture likelihood against scipy, the posterior as its gradient, and competition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.test_util import check_grads
+
+import moejax
+
+T, O, E = 7, 3, 4  # noqa: E741
+RNG = np.random.default_rng(0)
+OUTPUTS, LOGITS = RNG.normal(size=(E, T, O)), RNG.normal(size=(T, E))
+TARGETS, BITS = RNG.normal(size=(T, O)), RNG.integers(0, 2, (T, O))
+CLASSES = RNG.integers(0, O, T)
+
+
+def np_gaussian(e, t):
+    return scipy.stats.norm.logpdf(TARGETS[t], OUTPUTS[e, t], np.sqrt(0.3)).sum()
+
+
+def np_bernoulli(e, t):
+    return scipy.stats.bernoulli.logpmf(BITS[t], 1 / (1 + np.exp(-OUTPUTS[e, t]))).sum()
+
+
+def np_categorical(e, t):
+    return np.log(np.exp(OUTPUTS[e, t, CLASSES[t]]) / np.exp(OUTPUTS[e, t]).sum())
+
+
+def gaussian(outputs):
+    return moejax.gaussian_log_likelihood(
+        outputs, jnp.asarray(TARGETS, outputs.dtype), variance=0.3
+    )
+
+
+def bernoulli(outputs):
+    return moejax.bernoulli_log_likelihood(outputs, jnp.asarray(BITS))
+
+
+def categorical(outputs):
+    return moejax.categorical_log_likelihood(outputs, jnp.asarray(CLASSES))
+
+
+FAMILIES = [(gaussian, np_gaussian), (bernoulli, np_bernoulli), (categorical, np_categorical)]
+
+
+@pytest.mark.parametrize(("family", "reference"), FAMILIES)
+def test_log_likelihoods_are_those_of_scipy(family, reference):
+    expected = [[reference(e, t) for e in range(E)] for t in range(T)]
+    np.testing.assert_allclose(family(jnp.float32(OUTPUTS)), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", [gaussian, bernoulli, categorical])
+def test_gradients_in_float64(family, x64):
+    @jax.jit
+    def nll(logits, outputs):
+        return moejax.mixture_nll(jax.nn.log_softmax(logits), family(outputs))
+
+    arguments = (jnp.asarray(LOGITS), jnp.asarray(OUTPUTS))
+    check_grads(nll, arguments, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_gradient_is_the_posterior():
+    """-dL/dlog p_e = h_e = g_e p_e / sum g p: an expert learns as far as it is responsible."""
+    log_gates, log_p = jax.nn.log_softmax(jnp.float32(LOGITS)), gaussian(jnp.float32(OUTPUTS))
+    joint = np.exp(np.asarray(log_gates, np.float64) + np.asarray(log_p, np.float64))
+    posterior = joint / joint.sum(axis=1, keepdims=True)
+    gradient = jax.grad(moejax.mixture_nll, argnums=1)(log_gates, log_p)
+    np.testing.assert_allclose(gradient, -posterior / T, rtol=1e-4, atol=1e-7)
+
+
+def test_experts_compete_where_the_blend_makes_them_cooperate():
+    """Expert 0 is right, expert 1 is wrong: only the error of the blend drags both along."""
+    means = jnp.array([[[1.0]], [[-3.0]]])
+    gates, target = jnp.array([[0.5, 0.5]]), jnp.array([[1.0]])
+
+    def likelihood(means):
+        return moejax.mixture_nll(jnp.log(gates), moejax.gaussian_log_likelihood(means, target))
+
+    def blend(means):
+        return jnp.sum((jnp.einsum("te,eto->to", gates, means) - target) ** 2)
+
+    competing, cooperating = jax.grad(likelihood)(means), jax.grad(blend)(means)
+    assert jnp.abs(competing).max() < 2e-3  # the gate leaves the wrong expert alone
+    assert jnp.abs(cooperating).min() > 1  # even the right expert is pushed away
+
+
+def test_padding_enters_neither_sum_nor_count():
+    log_gates, log_p = jax.nn.log_softmax(jnp.float32(LOGITS)), bernoulli(jnp.float32(OUTPUTS))
+    mask = jnp.arange(T) < 5
+    np.testing.assert_allclose(
+        moejax.mixture_nll(log_gates, log_p, mask=mask),
+        moejax.mixture_nll(log_gates[:5], log_p[:5]),
+        rtol=1e-6,
+    )
+
+
+def test_stable_where_probabilities_underflow():
+    log_gates = jnp.array([[-1e4, 0.0]])
+    value, gradient = jax.value_and_grad(moejax.mixture_nll, argnums=1)(
+        log_gates, jnp.array([[0.0, -2e4]])
+    )
+    np.testing.assert_allclose(value, 1e4)
+    np.testing.assert_allclose(gradient, [[-1, 0]])
+    extreme = moejax.bernoulli_log_likelihood(
+        jnp.array([[[1e4]], [[-1e4]]]), jnp.ones((1, 1), jnp.int32)
+    )
+    np.testing.assert_allclose(extreme, [[0, -1e4]])
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="every target"):
+        moejax.bernoulli_log_likelihood(jnp.zeros((E, T, 1)), jnp.zeros(T))
+    with pytest.raises(ValueError, match="tokens, experts"):
+        moejax.mixture_nll(jnp.zeros((T, E)), jnp.zeros((E, T)))

@@ -1,0 +1,183 @@
+"""Losses against published numbers, hand-worked ones, and float64 finite differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from reference import golden
+
+import moejax
+from moejax.routing.noisy import choose_noisy
+
+GATES = jnp.array([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
+
+
+def one_choice(scores):
+    """Token t goes to the expert with its largest score; weights are that score."""
+    experts = jnp.argmax(scores, axis=-1)[:, None]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    return moejax.Routing(experts, weights, scores, jnp.log(scores))
+
+
+def every_choice(gates):
+    experts = jnp.broadcast_to(jnp.arange(gates.shape[1]), gates.shape)
+    return moejax.Routing(experts, gates, gates, jnp.log(gates))
+
+
+def test_hand_worked():
+    np.testing.assert_allclose(
+        moejax.load_balancing_loss(one_choice(GATES)), 3 * (2 * 0.425 + 0 + 2 * 0.3) / 4, rtol=1e-6
+    )
+    np.testing.assert_allclose(moejax.load_balancing_loss(one_choice(GATES)), 1.0875, rtol=1e-6)
+    np.testing.assert_allclose(moejax.importance_loss(every_choice(GATES)), 0.03874999, rtol=1e-6)
+
+
+def test_vmoe_losses():
+    peer = golden("vmoe_losses")
+    logits = jnp.asarray(peer["logits"])
+    balance = lambda logits: moejax.load_balancing_loss(moejax.switch(logits))  # noqa: E731
+    importance = lambda logits: moejax.importance_loss(moejax.softmax(logits))  # noqa: E731
+    for loss, name in [(balance, "gshard"), (importance, "importance")]:
+        value, gradient = jax.value_and_grad(loss)(logits)
+        np.testing.assert_allclose(value, peer[name], rtol=1e-5)
+        np.testing.assert_allclose(gradient, peer[f"grad_{name}"], rtol=1e-4, atol=1e-8)
+
+
+def test_praxis_balance_loss():
+    peer = golden("praxis_top_2_capacity_4")
+    loss = moejax.load_balancing_loss(moejax.switch(jnp.asarray(peer["logits"])))
+    np.testing.assert_allclose(loss, peer["aux"], rtol=1e-6)
+
+
+def test_flaxformer_losses():
+    peer = golden("flaxformer_losses")
+    routing = moejax.top_k(jnp.asarray(peer["logits"][0]), k=2, renormalize=False)
+    np.testing.assert_allclose(2 * moejax.load_balancing_loss(routing), peer["lbl"], rtol=1e-6)
+    np.testing.assert_allclose(moejax.router_z_loss(routing), peer["z"], rtol=1e-6)
+
+
+def test_shazeer_losses():
+    peer = golden("shazeer_noisy_top_2")
+    clean, noise, scale = (jnp.asarray(peer[n]) for n in ("logits", "noise", "noise_std"))
+
+    def losses(clean):
+        routing = choose_noisy(clean, clean + noise * scale, scale, k=2)
+        return moejax.importance_loss(routing), moejax.load_loss(routing)
+
+    importance, load = losses(clean)
+    np.testing.assert_allclose(importance, peer["cv_importance"], rtol=1e-5)
+    np.testing.assert_allclose(load, peer["cv_load"], rtol=1e-5)
+    gradient = jax.grad(lambda clean: sum(losses(clean)))(clean)
+    np.testing.assert_allclose(gradient, peer["grad_logits_of_sum"], rtol=1e-4, atol=1e-7)
+
+
+ROUTES = {
+    "softmax": moejax.softmax,
+    "top_2": partial(moejax.top_k, k=2),
+    "switch": moejax.switch,
+    "sigmoid_top_2": partial(moejax.sigmoid_top_k, k=2),
+    "relu": moejax.relu,
+    "noisy_top_2": partial(moejax.noisy_top_k, noise_scale=0.7, k=2, key=jax.random.key(0)),
+}
+LOSSES = {
+    "load_balancing": moejax.load_balancing_loss,
+    "importance": moejax.importance_loss,
+    "z": moejax.router_z_loss,
+    "entropy": moejax.entropy_loss,
+    "mutual_information": moejax.mutual_information_loss,
+    "l1": moejax.l1_loss,
+}
+
+
+def all_losses(route):
+    """All of them at once, as one vector: one compilation per rule."""
+    return jax.jit(lambda logits: jnp.stack([f(ROUTES[route](logits)) for f in LOSSES.values()]))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_in_float64(route, x64):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)))
+    check_grads(all_losses(route), (logits,), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+def test_load_loss_gradients_in_float64(x64):
+    rng = np.random.default_rng(0)
+    logits, scale = jnp.asarray(rng.normal(size=(7, 4))), jnp.asarray(rng.uniform(0.5, 2, (7, 4)))
+    route = partial(moejax.noisy_top_k, k=2, key=jax.random.key(0))
+    loss = jax.jit(lambda logits, scale: moejax.load_loss(route(logits, scale)))
+    check_grads(loss, (logits, scale), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_balance_is_one_for_every_k(k):
+    logits = jnp.stack([jnp.roll(jnp.array([4.0, 3, 2, 1]), shift) for shift in range(4)])
+    routing = moejax.top_k(logits, k=k)
+    np.testing.assert_allclose(moejax.load_balancing_loss(routing), 1, rtol=1e-6)
+
+
+def test_collapse_costs_experts_over_k():
+    logits = jnp.broadcast_to(jnp.array([60.0, 0, 0, 0]), (8, 4))
+    np.testing.assert_allclose(moejax.load_balancing_loss(moejax.switch(logits)), 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_are_finite_at_exact_balance(route):
+    """Where a router that starts at zero is at its first step."""
+    gradients = jax.jacrev(all_losses(route))(jnp.zeros((8, 4)))
+    assert bool(jnp.isfinite(gradients).all())
+
+
+def test_gradient_of_load_is_finite_at_exact_balance():
+    loss = lambda logits: moejax.load_loss(ROUTES["noisy_top_2"](logits))  # noqa: E731
+    assert bool(jnp.isfinite(jax.grad(loss)(jnp.zeros((8, 4)))).all())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_losses_are_finite_at_extreme_logits(route):
+    logits = jnp.array([[1e4, -1e4, 0.0, 0.0], [0.0, 0.0, 0.0, 1e4], [-1e4, -1e4, -1e4, -1e4]])
+    assert bool(jnp.isfinite(all_losses(route)(logits)).all())
+    assert bool(jnp.isfinite(jax.jacrev(all_losses(route))(logits)).all())
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "load"])
+def test_masked_tokens_enter_no_loss(loss):
+    scalar = {**LOSSES, "load": moejax.load_loss}[loss]
+    logits = jax.random.normal(jax.random.key(0), (9, 4))
+    mask = jnp.arange(9) < 6
+    noise_scale = 0.5
+    route = partial(moejax.noisy_top_k, noise_scale=noise_scale, k=2)
+    with_padding = scalar(moejax.mask_tokens(route(logits), mask))
+    np.testing.assert_allclose(with_padding, scalar(route(logits[:6])), rtol=1e-6)
+    nothing = scalar(moejax.mask_tokens(route(logits), jnp.zeros(9, bool)))
+    assert bool(jnp.isfinite(nothing))
+
+
+def test_load_loss_needs_noise():
+    with pytest.raises(ValueError, match="noisy_top_k"):
+        moejax.load_loss(moejax.top_k(jnp.zeros((2, 4)), k=2))
+
+
+def test_entropies_by_hand():
+    p = np.asarray(GATES, np.float64)
+    mean_entropy = np.mean([-sum(v * np.log(v) for v in row if v > 0) for row in p])
+    mean = p.mean(0)
+    routing = every_choice(GATES)
+    np.testing.assert_allclose(moejax.entropy_loss(routing), mean_entropy, rtol=1e-6)
+    np.testing.assert_allclose(
+        moejax.mutual_information_loss(routing),
+        mean_entropy + np.sum(mean * np.log(mean)),
+        rtol=1e-5,
+    )
+
+
+def test_balance_loss_of_relu_weights_gates_by_load():
+    logits = jax.random.normal(jax.random.key(0), (8, 4))
+    gates = np.maximum(np.asarray(logits), 0)
+    assert (gates > 0).any(axis=1).all()
+    load = (gates > 0).sum(0) / (gates > 0).sum()
+    np.testing.assert_allclose(
+        moejax.load_balancing_loss(moejax.relu(logits)), 4 * np.mean(gates @ load), rtol=1e-6
+    )

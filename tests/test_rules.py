@@ -1,0 +1,203 @@
+"""Rules against the numbers of published systems, and against their definitions in NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import RULES, E, T
+from reference import by_expert, golden
+from scipy.special import softmax as np_softmax
+
+import moejax
+from moejax.routing.noisy import choose_noisy
+
+LOGITS = 2 * jax.random.normal(jax.random.key(3), (64, 8))
+
+
+def assert_choices(routing, experts, weights, rtol=1e-6):
+    np.testing.assert_array_equal(by_expert(routing)[0], experts)
+    np.testing.assert_allclose(by_expert(routing)[1], weights, rtol=rtol)
+
+
+def test_top_2_is_that_of_mixtral():
+    peer = golden("mixtral")
+    routing = moejax.top_k(jnp.asarray(peer["logits"]), k=2)
+    assert_choices(routing, peer["indices"], peer["weights"])
+
+
+def test_raw_top_2_is_that_of_vmoe():
+    peer = golden("vmoe_top_2_capacity_4")
+    routing = moejax.top_k(jnp.asarray(peer["logits"]), k=2, renormalize=False)
+    gates = np_softmax(peer["logits"], axis=-1)
+    best = np.sort(np.argsort(-gates, axis=-1)[:, :2], axis=-1)
+    assert_choices(routing, best, np.take_along_axis(gates, best, axis=-1))
+
+
+def test_sigmoid_with_bias_and_groups_is_that_of_deepseek():
+    peer = golden("deepseek_v3")
+    route = partial(moejax.sigmoid_top_k, k=2, num_groups=4, kept_groups=2, scale=2.5)
+    routing = route(jnp.asarray(peer["logits"]), jnp.asarray(peer["bias"]))
+    assert_choices(routing, peer["indices"], peer["weights"])
+
+
+def test_noisy_top_2_is_that_of_shazeer():
+    peer = golden("shazeer_noisy_top_2")
+    clean, noise, scale = (jnp.asarray(peer[n]) for n in ("logits", "noise", "noise_std"))
+    routing = choose_noisy(clean, clean + noise * scale, scale, k=2)
+    gates = np.zeros_like(peer["gates"])
+    np.put_along_axis(gates, np.asarray(routing.experts), np.asarray(routing.weights), axis=-1)
+    np.testing.assert_allclose(gates, peer["gates"], rtol=2e-6)
+    np.testing.assert_allclose(routing.chances.sum(0), peer["load"], rtol=2e-6)
+
+
+def test_noise_has_the_scale_it_is_given():
+    clean = jnp.zeros((4096, 4))
+    routing = moejax.noisy_top_k(clean, 0.5, k=4, key=jax.random.key(0))
+    noise = jnp.log(routing.scores)
+    noise = noise - noise.mean(axis=-1, keepdims=True)
+    np.testing.assert_allclose(jnp.sqrt(jnp.sum(noise**2) / (4096 * 3)), 0.5, rtol=0.02)
+
+
+def test_chances_are_frequencies_under_fresh_noise():
+    clean, scale, k = LOGITS[0], 1.0, 3
+    noisy = clean + jax.random.normal(jax.random.key(1), clean.shape)
+    chances = choose_noisy(clean[None], noisy[None], jnp.float32(scale), k=k).chances[0]
+    fresh = clean + jax.random.normal(jax.random.key(2), (20_000, 8))
+    for e in range(8):
+        others = jnp.sort(jnp.delete(noisy, e))[-k]  # the k-th best of the others
+        np.testing.assert_allclose(chances[e], jnp.mean(fresh[:, e] > others), atol=0.015)
+
+
+def test_second_choice_is_kept_as_often_as_its_weight_says():
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.05, 0.0001])), (20_000, 3))
+    routing = moejax.gshard_top_2(logits, key=jax.random.key(0))
+    second = 0.05 / 0.55
+    np.testing.assert_allclose(jnp.mean(routing.experts[:, 1] == 1), second / 0.2, atol=0.01)
+    np.testing.assert_allclose(routing.weights[:, 0], 1 - second, rtol=1e-6)
+    left_out = routing.experts[:, 1] == 3
+    np.testing.assert_array_equal(routing.weights[:, 1] == 0, left_out)
+    np.testing.assert_allclose(routing.weights[~left_out, 1], second, rtol=1e-6)
+
+
+def test_likely_second_choice_is_always_kept():
+    routing = moejax.gshard_top_2(jnp.zeros((500, 3)), key=jax.random.key(0))
+    assert bool(routing.chosen.all())
+
+
+@pytest.mark.parametrize("rule", ["top_2", "gshard_top_2", "noisy_top_2_without_key"])
+def test_evaluation_is_deterministic(rule):
+    routes = {
+        "top_2": partial(moejax.top_k, k=2),
+        "gshard_top_2": moejax.gshard_top_2,
+        "noisy_top_2_without_key": partial(moejax.noisy_top_k, noise_scale=1.0, k=2),
+    }
+    decision, plain = routes[rule](LOGITS), moejax.top_k(LOGITS, k=2)
+    np.testing.assert_array_equal(decision.experts, plain.experts)
+    np.testing.assert_array_equal(decision.weights, plain.weights)
+
+
+def test_bias_update_is_that_of_deepseek():
+    experts = jnp.repeat(jnp.arange(4), jnp.array([5, 4, 3, 4]))[:, None]
+    scores = jnp.zeros((16, 4))
+    routing = moejax.Routing(experts, jnp.ones((16, 1)), scores, scores)
+    bias = moejax.update_balance_bias(jnp.zeros(4), routing, rate=0.01)
+    np.testing.assert_allclose(bias, [-0.01, 0, 0.01, 0], rtol=1e-6)
+
+
+def test_bias_balances_what_logits_do_not():
+    logits = LOGITS + jnp.arange(8.0) / 2  # everybody wants the last experts
+
+    def step(bias, _):
+        routing = moejax.sigmoid_top_k(logits, bias, k=2)
+        return moejax.update_balance_bias(bias, routing, rate=0.001), routing.counts
+
+    _, counts = jax.lax.scan(step, jnp.zeros(8), length=500)
+    assert int(counts[0].max()) >= 32
+    assert 15 <= int(counts[-1].min()) <= int(counts[-1].max()) <= 17  # 16 each is perfect
+
+
+def test_bias_gets_no_gradient():
+    weights = lambda bias: moejax.sigmoid_top_k(LOGITS, bias, k=2).weights.sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(weights)(jnp.ones(8)), 0)
+
+
+def test_relu_matches_its_definition():
+    routing = moejax.relu(LOGITS)
+    gates = moejax.execution.gates_by_expert(routing)
+    np.testing.assert_array_equal(gates, np.maximum(np.asarray(LOGITS), 0))
+    np.testing.assert_array_equal(routing.chosen, np.asarray(LOGITS) > 0)
+
+
+def test_relu_keeps_a_token_without_positive_logit_apart_from_padding():
+    routing = moejax.relu(jnp.array([[-2.0, -1.0, -3.0]]))
+    np.testing.assert_array_equal(routing.experts, [[3, 1, 3]])
+    np.testing.assert_array_equal(routing.weights, 0)
+    assert bool(routing.present[0])
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, 1.2), (2, 1.0), (3, 1 / 1.2)])
+def test_sparsity_controller(k, expected):
+    routing = moejax.relu(jnp.array([[1.0, 2.0, -1.0, -1.0], [3.0, 0.0, 2.0, -1.0]]))
+    coefficient = moejax.update_l1_coefficient(jnp.float32(1.0), routing, k=k)
+    np.testing.assert_allclose(coefficient, expected, rtol=1e-6)
+
+
+def test_hash_looks_up():
+    table = jnp.array([3, 1, 0, 2])
+    ids = jnp.array([0, 0, 3, 2, 9])
+    routing = moejax.hashed(jnp.zeros((5, 4)), token_ids=ids, table=table)
+    np.testing.assert_array_equal(routing.experts.ravel(), [3, 3, 2, 0, 4])  # 9 is unknown
+    np.testing.assert_array_equal(routing.weights.ravel(), [1, 1, 1, 1, 0])
+
+
+def sinkhorn_plan(logits, iterations):
+    """The textbook loop: scale columns, scale rows, on the exponentials themselves."""
+    plan = np.exp(np.asarray(logits, np.float64))
+    for _ in range(iterations):
+        plan /= plan.sum(axis=1, keepdims=True)
+        plan /= plan.sum(axis=0, keepdims=True)
+    return plan / plan.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sinkhorn_is_the_textbook_loop(k):
+    routing = moejax.sinkhorn(LOGITS, k=k, iterations=20)
+    expected = np.sort(np.argsort(-sinkhorn_plan(LOGITS, 20), axis=-1)[:, :k], axis=-1)
+    scores = np_softmax(np.asarray(LOGITS), axis=-1)
+    assert_choices(routing, expected, np.take_along_axis(scores, expected, axis=-1), rtol=1e-5)
+
+
+def test_sinkhorn_balances():
+    logits = LOGITS + jnp.arange(8.0)
+    assert int(moejax.switch(logits).counts.max()) >= 30
+    assert int(moejax.sinkhorn(logits).counts.max()) <= 16  # 8 each is perfect
+
+
+REFUSED = [
+    (partial(moejax.top_k, k=1), "zero gradient"),
+    (partial(moejax.top_k, k=9), "between 1 and"),
+    (partial(moejax.noisy_top_k, noise_scale=1.0, k=1), "zero gradient"),
+    (partial(moejax.sigmoid_top_k, k=1), "zero gradient"),
+    (partial(moejax.sigmoid_top_k, k=2, num_groups=3), "divide"),
+    (partial(moejax.sigmoid_top_k, k=3, num_groups=4, kept_groups=1), "leave at least"),
+    (partial(moejax.sigmoid_top_k, jnp.zeros((64, 8)), jnp.zeros(7), k=2), "one number per"),
+    (partial(moejax.gshard_top_2, threshold=0.0), "positive"),
+    (partial(moejax.sinkhorn, k=0), "between 1 and"),
+    (partial(moejax.hashed, token_ids=jnp.zeros(3, int), table=jnp.zeros(4, int)), "token_ids"),
+]
+
+
+@pytest.mark.parametrize(("rule", "message"), REFUSED)
+def test_useless_requests_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        rule() if rule.args else rule(LOGITS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_must_be_tokens_by_experts(rule):
+    with pytest.raises(ValueError, match="float array of shape"):
+        RULES[rule](jnp.zeros((2, T, E)))
+    with pytest.raises(ValueError, match="float array of shape"):
+        RULES[rule](jnp.zeros((T, E), jnp.int32))
