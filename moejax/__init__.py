@@ -27,8 +27,9 @@ from moejax.losses import (
     mutual_information_loss,
     router_z_loss,
 )
-from moejax.routers import noisy
+from moejax.routers import cosine, noisy, slots
 from moejax.routing import (
+    expert_choice,
     gshard_top_2,
     hashed,
     mask_tokens,
@@ -36,41 +37,51 @@ from moejax.routing import (
     relu,
     sigmoid_top_k,
     sinkhorn,
+    soft_slots,
     softmax,
     switch,
     top_k,
     update_balance_bias,
     update_l1_coefficient,
 )
-from moejax.types import Layer, Routing
+from moejax.slot_execution import gather_slots, mix_slots
+from moejax.transforms import jittered, soft_capped, tempered
+from moejax.types import ExpertChoice, Layer, Routing, SoftSlots
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpertChoice",
     "Layer",
     "Routing",
+    "SoftSlots",
     "bernoulli_log_likelihood",
     "categorical_log_likelihood",
     "confidence",
+    "cosine",
     "dead_experts",
     "dense",
     "dropless",
     "effective_experts",
     "entropy_loss",
     "expert_by_class",
+    "expert_choice",
     "expert_load",
     "fan_in_uniform",
     "gate_entropy",
+    "gather_slots",
     "gaussian_log_likelihood",
     "glu",
     "gshard_top_2",
     "hashed",
     "importance_loss",
+    "jittered",
     "l1_loss",
     "linear",
     "load_balancing_loss",
     "load_loss",
     "mask_tokens",
+    "mix_slots",
     "mixture",
     "mixture_nll",
     "mlp",
@@ -83,9 +94,13 @@ __all__ = [
     "router_z_loss",
     "sigmoid_top_k",
     "sinkhorn",
+    "slots",
+    "soft_capped",
+    "soft_slots",
     "softmax",
     "stack",
     "switch",
+    "tempered",
     "top_k",
     "update_balance_bias",
     "update_l1_coefficient",

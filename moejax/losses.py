@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, Routing
+from moejax.types import Array, ExpertChoice, Routing
 
 
 def load_balancing_loss(routing: Routing) -> Array:
@@ -97,11 +97,12 @@ def load_loss(routing: Routing) -> Array:
     return _squared_variation(jnp.where(routing.present[:, None], routing.chances, 0).sum(axis=0))
 
 
-def router_z_loss(routing: Routing) -> Array:
+def router_z_loss(routing: Routing | ExpertChoice) -> Array:
     """How large the logits are, ``mean_t logsumexp(logits_t)^2``.
 
     Args:
-        routing: a decision of T tokens among E experts; its logits are clean of noise.
+        routing: a decision of T tokens among E experts, of either kind; its logits are clean of
+            noise.
 
     Returns:
         A scalar.
@@ -185,7 +186,7 @@ def entropy(p: Array) -> Array:
     return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
 
 
-def mean_over_tokens(routing: Routing, values: Array) -> Array:
+def mean_over_tokens(routing: Routing | ExpertChoice, values: Array) -> Array:
     """The mean of values [T, ...] over the tokens that are not masked."""
     kept = routing.present
     kept = kept.reshape(-1, *[1] * (values.ndim - 1))  # [T, 1...]

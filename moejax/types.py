@@ -76,6 +76,46 @@ class Routing(NamedTuple):
         return self.chosen.any(axis=-1)
 
 
+class ExpertChoice(NamedTuple):
+    """A decision in which every expert takes C tokens; its schedule is `gather_slots`.
+
+    Attributes:
+        tokens: chosen tokens, integers in [0, T], where T is an empty slot, shape [E, C].
+        weights: their gates, zero in an empty slot, shape [E, C].
+        scores: probabilities over experts, zero for a masked token, shape [T, E].
+        logits: the router's output, shape [T, E].
+    """
+
+    tokens: Array
+    weights: Array
+    scores: Array
+    logits: Array
+
+    @property
+    def present(self) -> Array:
+        """Which tokens are no padding, shape [T]."""
+        return self.scores.any(axis=-1)
+
+
+class SoftSlots(NamedTuple):
+    """A decision in which every slot takes a mean of all tokens; its schedule is `mix_slots`.
+
+    Attributes:
+        dispatch: share of a token in a slot, sums to one over tokens, shape [T, E, C].
+        combine: share of a slot in a token's output, sums to one over slots, shape [T, E, C].
+        logits: the router's output, shape [T, E, C].
+    """
+
+    dispatch: Array
+    combine: Array
+    logits: Array
+
+    @property
+    def present(self) -> Array:
+        """Which tokens are no padding, shape [T]."""
+        return self.combine.any(axis=(1, 2))
+
+
 def accepts(function: Callable, name: str) -> bool:
     """Whether ``function`` can be called with the keyword ``name`` (``partial`` included)."""
     parameters = inspect.signature(function).parameters

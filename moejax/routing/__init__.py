@@ -9,8 +9,10 @@ from moejax.routing.basic import mask_tokens, softmax, switch, top_k
 from moejax.routing.hashed import hashed
 from moejax.routing.noisy import gshard_top_2, noisy_top_k
 from moejax.routing.relu import relu, update_l1_coefficient
+from moejax.routing.slots import expert_choice, soft_slots
 
 __all__ = [
+    "expert_choice",
     "gshard_top_2",
     "hashed",
     "mask_tokens",
@@ -18,6 +20,7 @@ __all__ = [
     "relu",
     "sigmoid_top_k",
     "sinkhorn",
+    "soft_slots",
     "softmax",
     "switch",
     "top_k",

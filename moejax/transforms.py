@@ -1,0 +1,106 @@
+"""Small changes to what a router reads or returns: each wraps any router, for any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.types import Array, Layer, Params, accepts
+
+
+def jittered(router: Layer, *, epsilon: float) -> Layer:
+    """A router that reads ``x u`` with u uniform in ``[1 - epsilon, 1 + epsilon]``.
+
+    Only the router reads it: the experts get x itself. Without a key there is no jitter.
+
+    Args:
+        router: ``x [T, D] -> logits``.
+        epsilon: half the width of the factor's range, such as 1e-2.
+
+    Returns:
+        A layer with the router's params and ``apply(params, x, *, key=None)``.
+
+    Example:
+        >>> router = jittered(moejax.linear(4, 3), epsilon=1e-2)
+        >>> params = router.init(jax.random.key(0))
+        >>> router.apply(params, jnp.ones((2, 4)), key=jax.random.key(1)).shape
+        (2, 3)
+
+    References:
+        Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
+    """
+
+    def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
+        if key is None:
+            return router.apply(params, x)
+        jitter_key, router_key = jax.random.split(key)
+        u = jax.random.uniform(jitter_key, x.shape, x.dtype, 1 - epsilon, 1 + epsilon)
+        return router.apply(params, x * u, **_only_accepted(router, key=router_key))
+
+    return Layer(router.init, apply)
+
+
+def tempered(router: Layer, *, temperature: float) -> Layer:
+    """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
+
+    Args:
+        router: ``x [T, D] -> logits``; of several values only the first is divided.
+        temperature: positive.
+
+    Returns:
+        A layer with the router's params.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+
+    Example:
+        >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
+        >>> tempered(router, temperature=2.0).apply({}, jnp.array([[1.0, 3.0]]))
+        Array([[0.5, 1.5]], dtype=float32)
+    """
+    if temperature <= 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+    return _with_logits(router, lambda logits: logits / temperature)
+
+
+def soft_capped(router: Layer, *, cap: float) -> Layer:
+    """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
+
+    Args:
+        router: ``x [T, D] -> logits``; of several values only the first is capped.
+        cap: the bound, positive, such as 30.
+
+    Returns:
+        A layer with the router's params.
+
+    Raises:
+        ValueError: if the cap is not positive.
+
+    Example:
+        >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
+        >>> soft_capped(router, cap=30.0).apply({}, jnp.array([[1e4, -1e4]]))
+        Array([[ 30., -30.]], dtype=float32)
+
+    References:
+        Gemma Team, `Gemma 2 <https://arxiv.org/abs/2408.00118>`_, 2024
+    """
+    if cap <= 0:
+        raise ValueError(f"`cap` must be positive, got {cap}.")
+    return _with_logits(router, lambda logits: cap * jnp.tanh(logits / cap))
+
+
+def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
+    def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
+        outputs = router.apply(params, x, **_only_accepted(router, key=key))
+        if isinstance(outputs, tuple):
+            return (transform(outputs[0]), *outputs[1:])
+        return transform(outputs)
+
+    return Layer(router.init, apply)
+
+
+def _only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
+    return {"key": key} if accepts(router.apply, "key") else {}

@@ -1,0 +1,93 @@
+"""Routers and what wraps them, on definitions and through `moe`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import moejax
+
+X = jax.random.normal(jax.random.key(0), (5, 4))
+IDENTITY = moejax.Layer(lambda key: {}, lambda params, x: x)
+
+
+def test_cosine_is_the_cosine():
+    router = moejax.cosine(4, 6, 3)
+    params = router.init(jax.random.key(0))
+    projected = np.asarray(moejax.linear(4, 6).apply(params["projection"], X), np.float64)
+    directions = np.asarray(params["directions"], np.float64)
+    cosines = projected @ directions
+    cosines /= np.linalg.norm(projected, axis=1)[:, None] * np.linalg.norm(directions, axis=0)
+    np.testing.assert_allclose(router.apply(params, X), 2 * cosines, rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_scale_is_held_at_100():
+    router = moejax.cosine(4, 6, 3)
+    params = router.init(jax.random.key(0))
+    largest = router.apply({**params, "log_scale": jnp.float32(50.0)}, X)
+    at_limit = router.apply({**params, "log_scale": jnp.log(jnp.float32(100.0))}, X)
+    np.testing.assert_allclose(largest, at_limit, rtol=1e-6)
+
+
+@pytest.mark.parametrize("router", [moejax.cosine(4, 6, 3), moejax.slots(4, 3, 2)])
+def test_gradients_in_float64(router, x64):
+    params = jax.tree.map(lambda leaf: leaf.astype(float), router.init(jax.random.key(0)))
+    x = jnp.asarray(X, float)
+    check_grads(jax.jit(router.apply), (params, x), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("router", [moejax.cosine(4, 6, 3), moejax.slots(4, 3, 2)])
+def test_gradient_is_finite_at_a_zero_token(router):
+    params = jax.tree.map(jnp.zeros_like, router.init(jax.random.key(0)))
+    gradients = jax.grad(lambda params, x: router.apply(params, x).sum(), argnums=(0, 1))(
+        params, jnp.zeros((1, 4))
+    )
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+
+
+def test_jitter_is_bounded_uniform_and_off_without_key():
+    router = moejax.jittered(IDENTITY, epsilon=0.1)
+    x = jnp.ones((400, 25))
+    np.testing.assert_array_equal(router.apply({}, x), x)
+    u = router.apply({}, x, key=jax.random.key(0))
+    assert 0.9 <= float(u.min()) < 0.901
+    assert 1.099 < float(u.max()) <= 1.1
+    np.testing.assert_allclose(jnp.std(u), 0.2 / np.sqrt(12), rtol=0.02)
+
+
+def test_wrappers_compose_with_each_other_and_with_a_noisy_router():
+    noisy = moejax.noisy(moejax.linear(4, 3), moejax.linear(4, 3))
+    wrapped = moejax.jittered(
+        moejax.soft_capped(moejax.tempered(noisy, temperature=0.5), cap=1.5), epsilon=0.1
+    )
+    params = wrapped.init(jax.random.key(0))
+    logits, scale = wrapped.apply(params, X)
+    clean, clean_scale = noisy.apply(params, X)
+    np.testing.assert_allclose(logits, 1.5 * np.tanh(np.asarray(clean) / 0.5 / 1.5), rtol=1e-5)
+    np.testing.assert_array_equal(scale, clean_scale)
+
+
+def test_every_wrapper_passes_the_key_on():
+    wrapped = moejax.soft_capped(moejax.jittered(IDENTITY, epsilon=0.5), cap=30.0)
+    wrapped = moejax.jittered(moejax.tempered(wrapped, temperature=2.0), epsilon=0.0)
+    plain = wrapped.apply({}, X)
+    assert bool(jnp.any(wrapped.apply({}, X, key=jax.random.key(0)) != plain))
+
+
+def test_a_wrapped_router_serves_any_rule():
+    router = moejax.tempered(moejax.jittered(moejax.linear(4, 3), epsilon=0.1), temperature=2.0)
+    for route in (moejax.softmax, partial(moejax.top_k, k=2), moejax.relu, moejax.sinkhorn):
+        layer = moejax.moe(moejax.linear(4, 2), router, num_experts=3, route=route)
+        y, _ = layer.apply(layer.init(jax.random.key(0)), X, key=jax.random.key(1))
+        assert y.shape == (5, 2)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_bounds_must_be_positive(value):
+    with pytest.raises(ValueError, match="positive"):
+        moejax.tempered(IDENTITY, temperature=value)
+    with pytest.raises(ValueError, match="positive"):
+        moejax.soft_capped(IDENTITY, cap=value)

@@ -1,0 +1,196 @@
+"""Expert choice and Soft MoE: published numbers, the obvious loop, masks, and `moe`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, EXPERTS, D, E, O, T
+from jax.test_util import check_grads
+from reference import golden
+
+import moejax
+
+C = 3
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+EXPERT = EXPERTS["mlp"]
+PARAMS = moejax.stack(EXPERT, E).init(jax.random.key(0))
+X = jax.random.normal(jax.random.key(1), (T, D))
+LOGITS = 2 * jax.random.normal(jax.random.key(2), (T, E))
+SLOT_LOGITS = 2 * jax.random.normal(jax.random.key(3), (T, E, C))
+
+
+def one_expert(params, e, row):
+    return EXPERT.apply(jax.tree.map(lambda leaf: leaf[e], params), row[None])[0]
+
+
+def gather_loop(params, x, decision):
+    rows = [jnp.zeros(O)] * len(x)
+    for e in range(E):
+        for c in range(decision.tokens.shape[1]):
+            t = int(decision.tokens[e, c])
+            if t < len(x):
+                rows[t] = rows[t] + decision.weights[e, c] * one_expert(params, e, x[t])
+    return jnp.stack(rows)
+
+
+def mix_loop(params, x, decision):
+    rows = [jnp.zeros(O)] * len(x)
+    for e in range(E):
+        for c in range(C):
+            slot = sum(decision.dispatch[t, e, c] * x[t] for t in range(len(x)))
+            output = one_expert(params, e, slot)
+            rows = [row + decision.combine[t, e, c] * output for t, row in enumerate(rows)]
+    return jnp.stack(rows)
+
+
+KINDS = {
+    "expert_choice": (
+        partial(moejax.expert_choice, capacity=C),
+        moejax.gather_slots,
+        gather_loop,
+        LOGITS,
+    ),
+    "soft": (moejax.soft_slots, moejax.mix_slots, mix_loop, SLOT_LOGITS),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_is_the_loop_in_value_and_gradient(kind, dtype):
+    route, schedule, loop, logits = KINDS[kind]
+    weight = jnp.cos(jnp.arange(T * O, dtype=jnp.float32)).reshape(T, O)
+
+    def fast(params, x, logits):
+        y = schedule(EXPERT.apply, params, x, route(logits))
+        return jnp.sum(weight * y.astype(jnp.float32)), y
+
+    def slow(params, x, logits):
+        y = loop(params, x, route(logits))
+        return jnp.sum(weight * y), y
+
+    x = X.astype(DTYPES[dtype])
+    grad = partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    (_, y), gradients = jax.jit(grad(fast))(PARAMS, x, logits)
+    (_, expected), expected_gradients = grad(slow)(PARAMS, x.astype(jnp.float32), logits)
+    assert y.dtype == DTYPES[dtype]
+    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
+        a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
+    )
+    close(y, expected)
+    jax.tree.map(close, gradients, expected_gradients)
+
+
+def test_expert_choice_is_that_of_vmoe():
+    peer = golden("vmoe_expert_choice_capacity_4")
+    decision = moejax.expert_choice(jnp.asarray(peer["logits"]), capacity=4)
+    combine = np.zeros((24, 8))
+    for e in range(8):
+        combine[np.asarray(decision.tokens[e]), e] = decision.weights[e]
+    np.testing.assert_allclose(combine, peer["combine"].sum(-1), rtol=1e-6)
+
+
+def test_soft_slots_are_those_of_vmoe():
+    peer = golden("vmoe_soft_moe")
+    params = {
+        "slots": jnp.asarray(peer["mu"].transpose(1, 2, 0)),  # [D, E, C] -> [E, C, D]
+        "scale": jnp.float32(peer["scale"]),
+    }
+    router = moejax.slots(6, 3, 2)
+    decide = jax.vmap(lambda x: moejax.soft_slots(router.apply(params, x)))
+    decision = decide(jnp.asarray(peer["x"]))
+    np.testing.assert_allclose(decision.dispatch, peer["dispatch"], rtol=2e-6)
+    np.testing.assert_allclose(decision.combine, peer["combine"], rtol=2e-6)
+
+
+def test_soft_gradients_in_float64(x64):
+    rng = np.random.default_rng(0)
+    router = moejax.slots(4, 2, 2)
+    params = jax.tree.map(lambda leaf: leaf.astype(float), router.init(jax.random.key(0)))
+    experts = jnp.asarray(rng.normal(size=(2, 4, 3)))
+
+    @jax.jit
+    def output(params, experts, x):
+        decision = moejax.soft_slots(router.apply(params, x))
+        return moejax.mix_slots(lambda w, x: jnp.tanh(x @ w), experts, x, decision)
+
+    arguments = (params, experts, jnp.asarray(rng.normal(size=(5, 4))))
+    check_grads(output, arguments, 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+def model(kind):
+    if kind == "soft":
+        route, execute, router = moejax.soft_slots, moejax.mix_slots, moejax.slots(D, E, C)
+    else:
+        route = partial(moejax.expert_choice, capacity=C)
+        execute, router = moejax.gather_slots, moejax.linear(D, E)
+    return moejax.moe(EXPERT, router, num_experts=E, route=route, execute=execute)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_tokens_change_nothing(kind):
+    layer = model(kind)
+    params = layer.init(jax.random.key(0))
+    mask = jnp.array([True, True, False, True, False, True])
+    apply = jax.jit(lambda x: layer.apply(params, x, mask=mask)[0])
+    y = apply(X)
+    np.testing.assert_array_equal(y, apply(jnp.where(mask[:, None], X, 1e6)))
+    np.testing.assert_array_equal(y[~mask], 0)
+    np.testing.assert_allclose(y[mask], layer.apply(params, X[mask])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_but_padding_gives_zeros(kind):
+    layer = model(kind)
+    params = layer.init(jax.random.key(0))
+    total = lambda params: layer.apply(params, X, mask=jnp.zeros(T, bool))[0].sum()  # noqa: E731
+    value, gradients = jax.value_and_grad(total)(params)
+    assert float(value) == 0
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_is_not_a_number_spoils_no_other(kind):
+    layer = model(kind)
+    params = layer.init(jax.random.key(0))
+    y, _ = layer.apply(params, X.at[2].set(jnp.nan))
+    others = jnp.arange(T) != 2
+    expected = layer.apply(params, X, mask=others)[0]
+    np.testing.assert_array_equal(y[others], expected[others])
+
+
+def test_experts_take_their_capacity_and_no_token_twice():
+    decision = moejax.expert_choice(LOGITS, capacity=C)
+    for tokens in decision.tokens.tolist():
+        assert len(set(tokens)) == C
+
+
+def test_ties_go_to_the_first_token():
+    decision = moejax.expert_choice(jnp.zeros((T, E)), capacity=2)
+    np.testing.assert_array_equal(decision.tokens, [[0, 1]] * E)
+
+
+def test_underflowing_scores_do_not_tie():
+    logits = jnp.array([[-500.0, 0], [-400, 0], [-300, 0]])
+    np.testing.assert_array_equal(moejax.expert_choice(logits, capacity=1).tokens[0], [2])
+
+
+def test_z_loss_of_expert_choice_leaves_padding_out():
+    mask = jnp.arange(T) < 4
+    decision = moejax.expert_choice(LOGITS, capacity=C, mask=mask)
+    expected = jnp.mean(jax.nn.logsumexp(LOGITS[:4], axis=-1) ** 2)
+    np.testing.assert_allclose(moejax.router_z_loss(decision), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moejax.expert_choice(LOGITS, capacity=T + 1), "number of tokens"),
+        (lambda: moejax.expert_choice(LOGITS, capacity=0), "number of tokens"),
+        (lambda: moejax.soft_slots(LOGITS), "tokens, experts, slots"),
+    ],
+)
+def test_useless_requests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
