@@ -8,6 +8,7 @@ from moejax.diagnostics import (
     expert_load,
     gate_entropy,
     mutual_information,
+    share_dropped,
 )
 from moejax.execution import dense, dropless, mixture
 from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
@@ -29,11 +30,17 @@ from moejax.losses import (
 )
 from moejax.routers import cosine, noisy, slots
 from moejax.routing import (
+    by_choice,
+    by_token_weight,
+    by_weight,
+    capacity_for,
     expert_choice,
     gshard_top_2,
     hashed,
+    limit_capacity,
     mask_tokens,
     noisy_top_k,
+    positions,
     relu,
     sigmoid_top_k,
     sinkhorn,
@@ -56,6 +63,10 @@ __all__ = [
     "Routing",
     "SoftSlots",
     "bernoulli_log_likelihood",
+    "by_choice",
+    "by_token_weight",
+    "by_weight",
+    "capacity_for",
     "categorical_log_likelihood",
     "confidence",
     "cosine",
@@ -77,6 +88,7 @@ __all__ = [
     "importance_loss",
     "jittered",
     "l1_loss",
+    "limit_capacity",
     "linear",
     "load_balancing_loss",
     "load_loss",
@@ -90,8 +102,10 @@ __all__ = [
     "mutual_information_loss",
     "noisy",
     "noisy_top_k",
+    "positions",
     "relu",
     "router_z_loss",
+    "share_dropped",
     "sigmoid_top_k",
     "sinkhorn",
     "slots",

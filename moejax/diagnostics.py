@@ -46,6 +46,26 @@ def dead_experts(routing: Routing) -> Array:
     return jnp.sum(routing.counts == 0)
 
 
+def share_dropped(before: Routing, after: Routing) -> Array:
+    """The share of choices that found no slot, ``1 - n_after / n_before``.
+
+    Args:
+        before: the decision of the rule.
+        after: what `limit_capacity` left of it.
+
+    Returns:
+        A scalar between 0 and 1.
+
+    Example:
+        >>> before = moejax.switch(jnp.array([[1.0, 0.0]] * 4))
+        >>> float(share_dropped(before, moejax.limit_capacity(before, capacity=1)))
+        0.75
+    """
+    dtype = before.weights.dtype
+    chosen, served = before.chosen.sum().astype(dtype), after.chosen.sum().astype(dtype)
+    return (chosen - served) / jnp.maximum(chosen, 1)
+
+
 def gate_entropy(routing: Routing) -> Array:
     """The mean entropy of a token's gates, ``mean_t H(g_t)``, g normalised to sum to one.
 
