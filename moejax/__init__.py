@@ -1,5 +1,14 @@
 """Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum."""
 
+from moejax.banks import (
+    Bank,
+    constant_experts,
+    copy_experts,
+    moe_of,
+    networks,
+    with_shared,
+    zero_experts,
+)
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -58,6 +67,7 @@ from moejax.types import ExpertChoice, Layer, Routing, SoftSlots
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
     "ExpertChoice",
     "Layer",
     "Routing",
@@ -69,6 +79,8 @@ __all__ = [
     "capacity_for",
     "categorical_log_likelihood",
     "confidence",
+    "constant_experts",
+    "copy_experts",
     "cosine",
     "dead_experts",
     "dense",
@@ -98,8 +110,10 @@ __all__ = [
     "mixture_nll",
     "mlp",
     "moe",
+    "moe_of",
     "mutual_information",
     "mutual_information_loss",
+    "networks",
     "noisy",
     "noisy_top_k",
     "positions",
@@ -118,4 +132,6 @@ __all__ = [
     "top_k",
     "update_balance_bias",
     "update_l1_coefficient",
+    "with_shared",
+    "zero_experts",
 ]

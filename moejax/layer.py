@@ -61,6 +61,40 @@ def moe(
     """
     experts = stack(expert, num_experts)
 
+    def apply(params: Params, tokens: Array, decision: Any) -> Array:
+        schedule = execute or _default_schedule(decision)
+        return schedule(expert.apply, params, tokens, decision)
+
+    return routed(
+        Layer(experts.init, apply),
+        router,
+        num_experts=num_experts,
+        route=route,
+        feature_ndim=feature_ndim,
+    )
+
+
+def routed(
+    experts: Layer,
+    router: Layer,
+    *,
+    num_experts: int,
+    route: Callable[..., Any],
+    feature_ndim: int,
+) -> Layer:
+    """What `moe` is once its experts know how to run a decision.
+
+    Args:
+        experts: all experts at once, ``apply(params, x [T, ...], decision) -> y [T, ...]``.
+        router: as in `moe`.
+        num_experts: E.
+        route: as in `moe`.
+        feature_ndim: as in `moe`.
+
+    Returns:
+        The layer of `moe`.
+    """
+
     def init(key: Array) -> Params:
         router_key, experts_key = jax.random.split(key)
         return {"router": router.init(router_key), "experts": experts.init(experts_key)}
@@ -68,21 +102,21 @@ def moe(
     def apply(
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        tokens, leading = _flatten_tokens(x, feature_ndim)
+        tokens, leading = flatten_tokens(x, feature_ndim)
         if mask is not None:
             mask = _flatten_mask(mask, leading)
             tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
         with jax.named_scope("route"):
             decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
         with jax.named_scope("execute"):
-            schedule = execute or _default_schedule(decision)
-            y = schedule(expert.apply, params["experts"], tokens, decision)
+            y = experts.apply(params["experts"], tokens, decision)
         return y.reshape(*leading, *y.shape[1:]), decision
 
     return Layer(init, apply)
 
 
-def _flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
+def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
+    """Tokens on one axis, ``[..., D] -> [T, D]``, and the shape they had."""
     if x.ndim <= feature_ndim:
         raise ValueError(
             f"`x` must have at least one axis of tokens before its {feature_ndim} feature "

@@ -1,0 +1,234 @@
+"""Experts of several kinds behind one router, and an expert that always runs.
+
+A *bank* is a number of experts of one kind: networks, or experts that cost nothing because they
+return zero, the token itself or a learned vector. They are chosen like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax.execution import dropless, gates_by_expert
+from moejax.experts import stack
+from moejax.layer import flatten_tokens, routed
+from moejax.types import Array, Layer, Params, Routing, at_least_float32
+
+
+class Bank(NamedTuple):
+    """Experts of one kind.
+
+    Attributes:
+        num_experts: how many.
+        init: ``key -> params``.
+        apply: ``(params, x [T, ...], routing) -> y``, the gated sum over these experts, of shape
+            [T, ...] or broadcastable to it; ids in routing count from this bank's first expert,
+            and an id of num_experts is an expert of another bank.
+    """
+
+    num_experts: int
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Array, Routing], Array]
+
+
+def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] = dropless) -> Bank:
+    """Experts that are networks, as in `moe`.
+
+    Args:
+        expert: the layer of one expert.
+        num_experts: how many.
+        execute: the schedule, ``(expert, params, x, routing) -> y``.
+
+    Returns:
+        A bank whose params are those of ``stack(expert, num_experts)``.
+
+    Example:
+        >>> networks(moejax.glu(4, 8), 6).num_experts
+        6
+    """
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        return execute(expert.apply, params, x, routing)
+
+    return Bank(num_experts, stack(expert, num_experts).init, apply)
+
+
+def zero_experts(num_experts: int) -> Bank:
+    """Experts that return zero, ``E(x) = 0``: a token that chooses one leaves that choice out.
+
+    Args:
+        num_experts: how many.
+
+    Returns:
+        A bank without params.
+
+    Example:
+        >>> zero_experts(1).num_experts
+        1
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    return Bank(num_experts, lambda key: {}, lambda params, x, routing: jnp.zeros((), x.dtype))
+
+
+def copy_experts(num_experts: int) -> Bank:
+    """Experts that return the token, ``E(x) = x``: a token that chooses one skips the layer.
+
+    Args:
+        num_experts: how many.
+
+    Returns:
+        A bank without params; the layer's output is then as wide as its input.
+
+    Example:
+        >>> copy_experts(1).num_experts
+        1
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        weights = jnp.where(routing.chosen, routing.weights, 0).sum(axis=-1)  # [T]
+        return weights.reshape(-1, *[1] * (x.ndim - 1)) * x.astype(weights.dtype)
+
+    return Bank(num_experts, lambda key: {}, apply)
+
+
+def constant_experts(num_experts: int, width: int) -> Bank:
+    """Experts that return a learned vector whatever the token, ``E_e(x) = v_e``.
+
+    Args:
+        num_experts: how many.
+        width: of the layer's output, O.
+
+    Returns:
+        A bank with params ``{"vectors": [E, O]}``, zero at first.
+
+    Example:
+        >>> constant_experts(2, 4).init(jax.random.key(0))["vectors"].shape
+        (2, 4)
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+
+    def init(key: Array) -> Params:
+        return {"vectors": jnp.zeros((num_experts, width), jnp.float32)}
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        gates = gates_by_expert(routing)  # [T, E]
+        return gates @ params["vectors"].astype(gates.dtype)
+
+    return Bank(num_experts, init, apply)
+
+
+def moe_of(
+    *banks: Bank, router: Layer, route: Callable[..., Routing], feature_ndim: int = 1
+) -> Layer:
+    """A mixture of experts of several kinds, ``y_t = sum over banks, sum_e g_te E_e(x_t)``.
+
+    Expert ids run through the banks in their order.
+
+    Args:
+        *banks: of `networks`, `zero_experts`, `copy_experts`, `constant_experts`.
+        router: ``x [T, ...] -> logits [T, E]``, E the sum over all banks.
+        route: the rule, ``logits -> Routing``.
+        feature_ndim: how many trailing axes of x are one token.
+
+    Returns:
+        A layer as from `moe`, whose ``params["experts"]`` is a list with the params of each bank.
+
+    Raises:
+        ValueError: if there is no bank.
+
+    Example:
+        >>> model = moe_of(
+        ...     networks(moejax.glu(4, 8), 4), zero_experts(1), copy_experts(1),
+        ...     constant_experts(2, 4),
+        ...     router=moejax.linear(4, 8), route=partial(moejax.top_k, k=2),
+        ... )
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 4)))
+        >>> y.shape, routing.num_experts
+        ((5, 4), 8)
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    if not banks:
+        raise ValueError("`moe_of` needs at least one bank of experts, such as `networks`.")
+    *starts, num_experts = accumulate((bank.num_experts for bank in banks), initial=0)
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, len(banks))
+        return [bank.init(one) for bank, one in zip(banks, keys, strict=True)]
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        outputs = [
+            at_least_float32(bank.apply(own, x, _own_part(routing, start, bank.num_experts)))
+            for bank, own, start in zip(banks, params, starts, strict=True)
+        ]
+        return sum(outputs[1:], start=outputs[0]).astype(x.dtype)
+
+    experts = Layer(init, apply)
+    return routed(experts, router, num_experts=num_experts, route=route, feature_ndim=feature_ndim)
+
+
+def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
+    """A mixture beside an expert that always runs, ``y = S(x) + sum_e g_e E_e(x)``.
+
+    Args:
+        model: the mixture, as from `moe`.
+        shared: the layer of the shared expert, of the mixture's input and output width.
+        feature_ndim: how many trailing axes of x are one token, as in ``model``.
+
+    Returns:
+        A layer with params ``{"routed": ..., "shared": ...}`` that is applied as ``model`` is.
+
+    Example:
+        >>> routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+        >>> model = with_shared(routed, moejax.glu(4, 16))
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
+        >>> y.shape
+        (2, 5, 4)
+
+    References:
+        Dai et al., `DeepSeekMoE <https://arxiv.org/abs/2401.06066>`_, 2024
+    """
+
+    def init(key: Array) -> Params:
+        routed_key, shared_key = jax.random.split(key)
+        return {"routed": model.init(routed_key), "shared": shared.init(shared_key)}
+
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        y, decision = model.apply(params["routed"], x, key=key, mask=mask)
+        if mask is not None:
+            x = _where_kept(mask, x)
+        tokens, leading = flatten_tokens(x, feature_ndim)
+        always = shared.apply(params["shared"], tokens)
+        always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
+        return y + (always if mask is None else _where_kept(mask, always)), decision
+
+    return Layer(init, apply)
+
+
+def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:
+    own = (routing.experts >= start) & (routing.experts < start + num_experts)
+    columns = slice(start, start + num_experts)
+    return Routing(
+        experts=jnp.where(own, routing.experts - start, num_experts),
+        weights=jnp.where(own, routing.weights, 0),
+        scores=routing.scores[:, columns],
+        logits=routing.logits[:, columns],
+    )
+
+
+def _where_kept(mask: Array, values: Array) -> Array:
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim)), values, 0)

@@ -1,0 +1,121 @@
+"""Experts of several kinds, and a shared one, against the obvious loop."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES
+
+import moejax
+
+D, T = 4, 9
+NETWORK = moejax.glu(D, 5)
+X = jax.random.normal(jax.random.key(0), (T, D))
+MODEL = moejax.moe_of(
+    moejax.constant_experts(2, D),  # 0, 1
+    moejax.networks(NETWORK, 3),  # 2, 3, 4
+    moejax.zero_experts(1),  # 5
+    moejax.copy_experts(2),  # 6, 7
+    router=moejax.linear(D, 8),
+    route=partial(moejax.top_k, k=3),
+)
+PARAMS = MODEL.init(jax.random.key(1))
+PARAMS["experts"][0]["vectors"] = jax.random.normal(jax.random.key(2), (2, D))
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+def one_expert(params, e, row):
+    if e < 2:
+        return params[0]["vectors"][e]
+    if e < 5:
+        return NETWORK.apply(jax.tree.map(lambda leaf: leaf[e - 2], params[1]), row[None])[0]
+    return jnp.zeros(D) if e == 5 else row
+
+
+def loop(params, x):
+    routing = moejax.top_k(moejax.linear(D, 8).apply(params["router"], x), k=3)
+    rows = [
+        sum(
+            routing.weights[t, k] * one_expert(params["experts"], int(routing.experts[t, k]), x[t])
+            for k in range(3)
+        )
+        for t in range(len(x))
+    ]
+    assert {int(e) for e in routing.experts.ravel()} == set(range(8))  # every kind is used
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind_is_computed_in_value_and_gradient(dtype):
+    weight = jnp.cos(jnp.arange(T * D, dtype=jnp.float32)).reshape(T, D)
+    fast = lambda params, x: jnp.sum(  # noqa: E731
+        weight * MODEL.apply(params, x)[0].astype(jnp.float32)
+    )
+    slow = lambda params, x: jnp.sum(weight * loop(params, x))  # noqa: E731
+    x = X.astype(DTYPES[dtype])
+    y, _ = jax.jit(MODEL.apply)(PARAMS, x)
+    assert y.dtype == DTYPES[dtype]
+    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
+        a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
+    )
+    exact = x.astype(jnp.float32)
+    close(y, loop(PARAMS, exact))
+    gradients = jax.jit(jax.grad(fast, argnums=(0, 1)))(PARAMS, x)
+    jax.tree.map(close, gradients, jax.grad(slow, argnums=(0, 1))(PARAMS, exact))
+
+
+def test_ids_run_through_the_banks_in_order():
+    order = jnp.array([5, 6, 0, 2])  # zero, copy, constant, network
+    logits = 1e3 * jax.nn.one_hot(order, 8)
+    given = moejax.Layer(lambda key: {}, lambda params, x: logits)
+    model = moejax.moe_of(
+        moejax.constant_experts(2, D),
+        moejax.networks(NETWORK, 3),
+        moejax.zero_experts(1),
+        moejax.copy_experts(2),
+        router=given,
+        route=moejax.switch,
+    )
+    y, _ = model.apply({"router": {}, "experts": PARAMS["experts"]}, X[:4])
+    expected = [one_expert(PARAMS["experts"], int(e), X[t]) for t, e in enumerate(order)]
+    np.testing.assert_allclose(y, jnp.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_tokens_get_zeros_from_every_kind():
+    mask = jnp.arange(T) % 3 != 0
+    y, _ = MODEL.apply(PARAMS, jnp.where(mask[:, None], X, jnp.inf), mask=mask)
+    np.testing.assert_array_equal(y[~mask], 0)
+    np.testing.assert_allclose(y[mask], MODEL.apply(PARAMS, X)[0][mask], rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_of_one_bank_is_moe():
+    route = partial(moejax.top_k, k=2)
+    bank = moejax.moe_of(moejax.networks(NETWORK, 3), router=moejax.linear(D, 3), route=route)
+    plain = moejax.moe(NETWORK, moejax.linear(D, 3), num_experts=3, route=route)
+    params = plain.init(jax.random.key(0))
+    y, _ = bank.apply({**params, "experts": [params["experts"]]}, X)
+    np.testing.assert_allclose(y, plain.apply(params, X)[0], rtol=1e-6)
+
+
+def test_the_shared_expert_always_runs():
+    plain = moejax.moe(
+        NETWORK, moejax.linear(D, 3), num_experts=3, route=partial(moejax.top_k, k=2)
+    )
+    shared = moejax.glu(D, 7)
+    model = moejax.with_shared(plain, shared)
+    params = model.init(jax.random.key(0))
+    x, mask = X.reshape(3, 3, D), (jnp.arange(T) % 4 != 1).reshape(3, 3)
+    y, routing = model.apply(params, x)
+    mixture, _ = plain.apply(params["routed"], x)
+    np.testing.assert_allclose(y, mixture + shared.apply(params["shared"], x), rtol=1e-5, atol=1e-6)
+    assert routing.experts.shape == (T, 2)
+    masked, _ = model.apply(params, jnp.where(mask[..., None], x, jnp.nan), mask=mask)
+    np.testing.assert_array_equal(masked[~mask], 0)
+    np.testing.assert_allclose(masked[mask], y[mask], rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_needs_a_bank():
+    with pytest.raises(ValueError, match="at least one bank"):
+        moejax.moe_of(router=moejax.linear(D, 1), route=moejax.switch)
