@@ -160,7 +160,8 @@ def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Ar
     grouped = ranked_by.reshape(num_tokens, num_groups, -1)  # [T, E] -> [T, groups, E / groups]
     best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)  # [T, groups]
     groups = jax.lax.top_k(best, kept_groups)[1]
-    kept = (groups[..., None] == jnp.arange(num_groups)).any(axis=1)  # [T, groups]
+    every = jnp.arange(num_groups, dtype=groups.dtype)
+    kept = (groups[..., None] == every).any(axis=1)  # [T, groups]
     # Not zero: with a negative bias, zero would win over every expert that is allowed.
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
 

@@ -1,0 +1,207 @@
+"""What must hold of every rule for any logits: a rule in the table is tested here."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import RULES, E, T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import moejax
+from moejax.execution import gates_by_expert
+
+# Noise is drawn, and ids are given, by position.
+BY_POSITION = {"noisy_top_2", "gshard_top_2", "hashed"}
+# The bias and the groups belong to numbered experts.
+BY_EXPERT = {"sigmoid_top_2", "sigmoid_groups"}
+SUMS = {"softmax": 1, "top_2": 1, "top_all": 1, "noisy_top_2": 1, "sigmoid_top_2": 2.5}
+OVER_ALL_TOKENS = {"sinkhorn", "sinkhorn_2"}
+
+seeds = st.integers(0, 2**31 - 1)
+scales = st.sampled_from([0.0, 1e-3, 1.0, 40.0])
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+def some_logits(seed, scale):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=(T, E)), jnp.float32)
+
+
+@cache
+def decide(rule):
+    """The decision with its gates by expert; compiled once per rule, with a mask."""
+
+    def decision(logits, mask):
+        route = RULES[rule]
+        routing = route(logits, mask=mask) if rule in OVER_ALL_TOKENS else route(logits)
+        routing = moejax.mask_tokens(routing, mask)
+        return routing, gates_by_expert(routing)
+
+    return jax.jit(decision)
+
+
+EVERY = jnp.ones(T, bool)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@few
+@given(seed=seeds, scale=scales)
+def test_a_decision_is_well_formed(rule, seed, scale):
+    routing, gates = decide(rule)(some_logits(seed, scale), EVERY)
+    experts = np.asarray(routing.experts)
+    assert experts.dtype == np.int32
+    assert routing.weights.dtype == routing.scores.dtype == jnp.float32
+    assert experts.min() >= 0
+    assert experts.max() <= E
+    assert float(routing.weights.min()) >= 0
+    np.testing.assert_array_equal(np.where(experts == E, routing.weights, 0), 0)
+    for row in experts:
+        chosen = row[row < E]
+        assert len(set(chosen)) == len(chosen), "an expert twice"
+    np.testing.assert_allclose(gates.sum(axis=-1), routing.weights.sum(axis=-1), rtol=1e-5)
+    if rule in SUMS:
+        np.testing.assert_allclose(gates.sum(axis=-1), SUMS[rule], rtol=1e-5)
+    elif rule not in {"relu", "sigmoid_groups"}:
+        assert float(gates.sum(axis=-1).max()) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in BY_POSITION])
+@few
+@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 40.0]))
+def test_permuting_tokens_permutes_the_decision(rule, seed, scale):
+    order = np.random.default_rng(seed + 1).permutation(T)
+    logits = some_logits(seed, scale)
+    _, gates = decide(rule)(logits, EVERY)
+    _, permuted = decide(rule)(logits[order], EVERY)
+    np.testing.assert_array_equal(permuted, gates[order])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in BY_POSITION | BY_EXPERT])
+@few
+@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 40.0]))
+def test_relabelling_experts_relabels_the_decision(rule, seed, scale):
+    order = np.random.default_rng(seed + 1).permutation(E)
+    logits = some_logits(seed, scale)
+    routing, gates = decide(rule)(logits, EVERY)
+    relabelled, relabelled_gates = decide(rule)(logits[:, order], EVERY)
+    np.testing.assert_allclose(relabelled_gates, gates[:, order], rtol=1e-6, atol=1e-7)
+    for loss in (moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss):
+        np.testing.assert_allclose(loss(relabelled), loss(routing), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@few
+@given(seed=seeds, scale=scales)
+def test_masked_tokens_change_nothing(rule, seed, scale):
+    rng = np.random.default_rng(seed + 1)
+    mask, logits = jnp.asarray(rng.random(T) < 0.6), some_logits(seed, scale)
+    other = jnp.where(mask[:, None], logits, some_logits(seed + 2, 100.0))
+    routing, gates = decide(rule)(logits, mask)
+    with_others, gates_with_others = decide(rule)(other, mask)
+    np.testing.assert_array_equal(gates_with_others, gates)
+    np.testing.assert_array_equal(gates[~mask], 0)
+    np.testing.assert_array_equal(routing.present, mask)
+    for loss in (moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss):
+        np.testing.assert_array_equal(loss(with_others), loss(routing))
+
+
+@few
+@given(seed=seeds, scale=scales, capacity=st.integers(1, T))
+def test_no_expert_is_over_capacity(seed, scale, capacity):
+    routing = moejax.top_k(some_logits(seed, scale), k=2)
+    for priority in (moejax.by_choice, moejax.by_token_weight, moejax.by_weight):
+        limited = moejax.limit_capacity(routing, capacity=capacity, priority=priority)
+        expected = np.minimum(routing.counts, capacity)  # full before anything is dropped
+        np.testing.assert_array_equal(limited.counts, expected)
+
+
+@few
+@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 40.0]))
+def test_permuting_tokens_permutes_the_outputs_of_slots(seed, scale):
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(T)
+    x = jnp.asarray(rng.normal(size=(T, 3)), jnp.float32)
+    kernels = jnp.asarray(rng.normal(size=(E, 3, 2)), jnp.float32)
+    logits = some_logits(seed, scale)
+
+    def linear(kernel, x):
+        return x @ kernel
+
+    def taken(x, logits):
+        decision = moejax.expert_choice(logits, capacity=2)
+        return moejax.gather_slots(linear, kernels, x, decision)
+
+    def mixed(x, logits):
+        return moejax.mix_slots(linear, kernels, x, moejax.soft_slots(logits[..., None]))
+
+    for output in (taken, mixed):
+        expected = output(x, logits)[order]
+        np.testing.assert_allclose(output(x[order], logits[order]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4])
+def test_equal_logits_are_decided_the_same_way_and_stay_finite(rule, value):
+    logits = jnp.full((T, E), value)
+    routing, gates = decide(rule)(logits, EVERY)
+    assert bool(jnp.isfinite(gates).all())
+    again, _ = jax.jit(lambda logits: (RULES[rule](logits), None))(logits)
+    np.testing.assert_array_equal(routing.experts, again.experts)
+    if rule in {"top_2", "switch", "top_2_raw"}:  # the lower index first
+        np.testing.assert_array_equal(routing.experts, [list(range(routing.experts.shape[1]))] * T)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_extreme_logits_leave_every_other_token_exact(rule):
+    logits = some_logits(0, 1.0)
+    extreme = logits.at[2].set(jnp.array([1e4, -1e4, 1e4, -1e4])).at[4].set(-1e4)
+    _, gates = decide(rule)(logits, EVERY)
+    _, with_extremes = decide(rule)(extreme, EVERY)
+    assert bool(jnp.isfinite(with_extremes).all())
+    if rule not in OVER_ALL_TOKENS:
+        others = jnp.array([0, 1, 3, 5])
+        np.testing.assert_array_equal(with_extremes[others], gates[others])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_token_that_is_not_a_number_leaves_every_other_token_exact(rule):
+    logits = some_logits(0, 1.0)
+    others = jnp.arange(T) != 2
+    _, expected = decide(rule)(logits, others)
+    _, gates = decide(rule)(logits.at[2].set(jnp.nan), EVERY)
+    np.testing.assert_array_equal(gates[others], expected[others])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_in_float64(rule, x64):
+    logits = jnp.asarray(2 * np.random.default_rng(1).normal(size=(T, E)))
+
+    @jax.jit
+    def evidence(logits):
+        routing = RULES[rule](logits)
+        return gates_by_expert(routing), routing.scores
+
+    check_grads(evidence, (logits,), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_low_precision_logits_are_promoted(rule):
+    logits = some_logits(3, 1.0).astype(jnp.bfloat16)
+    low, high = RULES[rule](logits), RULES[rule](logits.astype(jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, low, high)
+    assert low.weights.dtype == jnp.float32
+
+
+def test_the_table_is_complete():
+    """Every rule that the package offers is in the table."""
+    offered = {
+        getattr(moejax, name)
+        for name in moejax.__all__
+        if getattr(getattr(moejax, name), "__annotations__", {}).get("return") == "Routing"
+    }
+    offered -= {moejax.mask_tokens, moejax.limit_capacity}
+    tested = {rule.func if isinstance(rule, partial) else rule for rule in RULES.values()}
+    assert offered <= tested, {rule.__name__ for rule in offered - tested}

@@ -1,0 +1,134 @@
+"""Mistakes that mixtures of experts are known for, each with the test that it is not made here."""
+
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SCHEDULES
+
+import moejax
+
+D, E, T = 3, 4, 8
+X = jax.random.normal(jax.random.key(0), (T, D))
+LOGITS = jax.random.normal(jax.random.key(1), (T, E))
+IDENTITY = moejax.Layer(lambda key: {"unused": jnp.zeros(())}, lambda params, x: x)
+
+
+def test_one_renormalised_choice_would_send_no_gradient_to_the_router():
+    with pytest.raises(ValueError, match="zero gradient"):
+        moejax.top_k(LOGITS, k=1)
+    gradient = jax.grad(lambda logits: moejax.switch(logits).weights.sum())(LOGITS)
+    assert bool(jnp.all(jnp.any(gradient != 0, axis=-1)))
+
+
+def test_a_group_that_is_out_stays_out_when_scores_are_negative():
+    bias = jnp.full(E, -5.0)  # every s + b is below zero
+    logits = jnp.array([[3.0, 2.0, -1.0, -2.0]])
+    routing = moejax.sigmoid_top_k(logits, bias, k=2, num_groups=2, kept_groups=1)
+    np.testing.assert_array_equal(np.sort(routing.experts), [[0, 1]])
+
+
+def test_four_layers_each_collapsed_on_another_expert_are_four_losses():
+    layers = [moejax.switch(jnp.full((T, E), -50.0).at[:, e].set(50.0)) for e in range(4)]
+    for routing in layers:
+        np.testing.assert_allclose(moejax.load_balancing_loss(routing), E, rtol=1e-6)
+    pooled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers)
+    np.testing.assert_allclose(moejax.load_balancing_loss(pooled), 1, rtol=1e-6)  # the trap
+
+
+def test_balance_is_measured_before_dropping():
+    collapsed = moejax.Layer(
+        lambda key: {}, lambda params, x: jnp.full((len(x), E), -50.0).at[:, 0].set(50.0)
+    )
+
+    def execute(expert, params, x, routing):
+        routing = moejax.limit_capacity(routing, capacity=T // E)
+        return moejax.dropless(expert, params, x, routing)
+
+    layer = moejax.moe(IDENTITY, collapsed, num_experts=E, route=moejax.switch, execute=execute)
+    y, routing = layer.apply(layer.init(jax.random.key(0)), X)
+    assert int(jnp.any(y != 0, axis=-1).sum()) == T // E
+    np.testing.assert_allclose(moejax.load_balancing_loss(routing), E, rtol=1e-6)
+    np.testing.assert_allclose(moejax.expert_load(routing), [1, 0, 0, 0])
+
+
+RANDOM = {
+    "noisy_top_2": (
+        moejax.noisy(moejax.linear(D, E), moejax.linear(D, E)),
+        partial(moejax.noisy_top_k, k=2),
+    ),
+    "gshard_top_2": (moejax.linear(D, E), moejax.gshard_top_2),
+    "jitter": (moejax.jittered(moejax.linear(D, E), epsilon=0.5), moejax.softmax),
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_nothing_is_random_at_evaluation(kind):
+    router, route = RANDOM[kind]
+    layer = moejax.moe(moejax.linear(D, 2), router, num_experts=E, route=route)
+    params = layer.init(jax.random.key(0))
+    apply = jax.jit(layer.apply)
+    y, first = apply(params, X)
+    again, second = apply(params, X)
+    np.testing.assert_array_equal(y, again)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    noisy = [apply(params, X, key=jax.random.key(seed))[0] for seed in range(8)]
+    assert any(bool(jnp.any(other != y)) for other in noisy)
+
+
+def test_experts_never_see_the_jitter():
+    router = moejax.jittered(moejax.linear(D, E), epsilon=0.9)
+    layer = moejax.moe(IDENTITY, router, num_experts=E)
+    y, _ = layer.apply(layer.init(jax.random.key(0)), X, key=jax.random.key(1))
+    np.testing.assert_allclose(y, X, rtol=1e-6)  # gates sum to one, experts return what they get
+
+
+def test_nothing_is_kept_between_calls():
+    routing = moejax.top_k(LOGITS, k=2)
+    first = [loss(routing) for loss in (moejax.load_balancing_loss, moejax.importance_loss)]
+    second = [loss(routing) for loss in (moejax.load_balancing_loss, moejax.importance_loss)]
+    assert first == second
+    for module in vars(moejax).values():
+        if isinstance(module, types.ModuleType) and module.__name__.startswith("moejax."):
+            kept = {
+                name
+                for name, value in vars(module).items()
+                if isinstance(value, list | dict | set) and not name.startswith("__")
+            }
+            assert not kept, f"{module.__name__} keeps {kept}"
+
+
+def test_positions_are_counted_in_integers():
+    scores = jnp.zeros((3000, E), jnp.bfloat16)  # bfloat16 counts to 256
+    routing = moejax.Routing(jnp.zeros((3000, 1), jnp.int32), scores[:, :1], scores, scores)
+    np.testing.assert_array_equal(moejax.positions(routing).ravel(), jnp.arange(3000))
+    equations = jax.make_jaxpr(moejax.positions)(routing).eqns
+    used = [value.aval.dtype for equation in equations for value in equation.outvars]
+    assert not [dtype for dtype in used if jnp.issubdtype(dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_order_of_choices_means_nothing(schedule):
+    expert = moejax.linear(D, 2)
+    params = moejax.stack(expert, E).init(jax.random.key(0))
+    routing = moejax.top_k(LOGITS, k=3)
+    turned = routing._replace(experts=routing.experts[:, ::-1], weights=routing.weights[:, ::-1])
+    y, other = (SCHEDULES[schedule](expert.apply, params, X, r) for r in (routing, turned))
+    np.testing.assert_allclose(other, y, rtol=1e-5, atol=1e-6)
+    for loss in (moejax.load_balancing_loss, moejax.importance_loss):
+        np.testing.assert_allclose(loss(turned), loss(routing), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weights_are_not_rounded_before_the_sum(schedule):
+    """Two experts that nearly cancel: with weights rounded to bfloat16 nothing would be left."""
+    expert = lambda params, x: params * jnp.ones_like(x)  # noqa: E731
+    params = jnp.array([256.0, -256.0], jnp.bfloat16)
+    x = jnp.ones((1, 1), jnp.bfloat16)
+    routing = moejax.top_k(jnp.log(jnp.array([[0.501, 0.499]])), k=2)
+    y = SCHEDULES[schedule](expert, params, x, routing)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(y[0, 0]), 0.512, rtol=2**-8)
