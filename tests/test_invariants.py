@@ -119,7 +119,7 @@ def test_no_expert_is_over_capacity(seed, scale, capacity):
 
 
 @few
-@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 40.0]))
+@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 3.0]))
 def test_permuting_tokens_permutes_the_outputs_of_slots(seed, scale):
     rng = np.random.default_rng(seed)
     order = rng.permutation(T)

@@ -5,6 +5,7 @@ Every function takes arrays and returns a figure; nothing is shown, saved or kep
 
 from moejax.plot.animation import save_animation
 from moejax.plot.boundaries import Plane, boundaries, boundary_frame, data, grid
+from moejax.plot.diagnostics import diagnostics
 from moejax.plot.specialisation import images_by_expert, specialisation, table
 from moejax.plot.style import new_figure
 from moejax.plot.training import confusion, curves, loss
@@ -16,6 +17,7 @@ __all__ = [
     "confusion",
     "curves",
     "data",
+    "diagnostics",
     "grid",
     "images_by_expert",
     "loss",
