@@ -1,9 +1,17 @@
-"""The code in README runs as it stands."""
+"""The code in README and in docs runs as it stands."""
 
 import re
+from functools import partial
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+import jax
+import jax.numpy as jnp
+
+import moejax
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RULES = (ROOT / "docs" / "rules.md").read_text()
 
 
 def test_code_runs():
@@ -19,3 +27,28 @@ def test_code_runs():
     names["gates"] = names["jnp"].ones((5, 4)) / 4
     exec(definition, names)
     assert names["y"].shape == (5, 4)
+
+
+def test_code_of_the_rules_runs():
+    names = {"jax": jax, "jnp": jnp, "moejax": moejax, "partial": partial}
+    for code in re.findall(r"```python\n(.*?)```", RULES, flags=re.DOTALL):
+        exec(code, names)
+    routing = moejax.switch(jnp.eye(8))
+    assert names["bias"].shape == (8,)
+    y = names["execute"](lambda p, x: x, jnp.zeros(8), jnp.ones((8, 3)), routing)
+    assert y.shape == (8, 3)
+
+
+def test_the_rules_page_names_what_exists_and_every_rule():
+    named = set(re.findall(r"`(\w+)", RULES))
+    rules = {
+        name
+        for name in moejax.__all__
+        if getattr(getattr(moejax, name), "__annotations__", {}).get("return")
+        in ("Routing", "ExpertChoice", "SoftSlots")
+    }
+    assert len(rules) > 10
+    assert rules <= named, f"docs/rules.md leaves out {rules - named}"
+    table = RULES[: RULES.index("## Routers")]
+    linked = set(re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE))
+    assert linked <= set(moejax.__all__)
