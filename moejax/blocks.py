@@ -116,7 +116,9 @@ def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) 
             row = first + jnp.arange(size, dtype=jnp.int32)  # [B]
             choice = rows.order[jnp.minimum(row, rows.end[expert] - 1)]
             inside = row < rows.end[expert]
-            return _add(total, expert, choice, inside, body(_take(operands, expert, choice, inside)))
+            return _add(
+                total, expert, choice, inside, body(_take(operands, expert, choice, inside))
+            )
 
         return jax.lax.fori_loop(jnp.zeros((), last.dtype), last[-1], step, init)
 
@@ -141,9 +143,7 @@ def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Op
     )
 
 
-def _add(
-    total: Operands, expert: Array, choice: Array, inside: Array, block: Operands
-) -> Operands:
+def _add(total: Operands, expert: Array, choice: Array, inside: Array, block: Operands) -> Operands:
     """Adds one block to the totals, in place; padded rows are dropped."""
 
     def to_tokens(a: Array, rows: Array) -> Array:

@@ -140,4 +140,7 @@ def _combine_backward(saved: tuple, cotangent: Array) -> tuple:
     return to_rows, jnp.einsum("t...,kt...->kt", cotangent, taken), None
 
 
-combine.defvjp(lambda rows, weights, slots: (combine(rows, weights, slots), (rows, weights, slots)), _combine_backward)
+combine.defvjp(
+    lambda rows, weights, slots: (combine(rows, weights, slots), (rows, weights, slots)),
+    _combine_backward,
+)

@@ -21,15 +21,32 @@ BLOCK = 64  # rows per block of the loop
 
 def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """``y_t = sum_k w_tk E_{e_tk}(x_t)`` over the chosen experts only, dropping nothing."""
-    num_experts, (num_tokens, k) = routing.num_experts, routing.experts.shape
-    if num_tokens * k == 0:
+    if routing.experts.size == 0:
         return _nothing(expert, params, x)
     weights = at_least_float32(routing.weights).T  # [K, T]
-    chosen = sort_by_expert(routing.experts, num_experts)
-    capacity = -(-num_tokens * k // num_experts)
-    slots = assign_slots(chosen, num_tokens, capacity)
-    rest = Rows(chosen.order, chosen.starts[:-1] + capacity, chosen.starts[1:])
-    return _layer(expert, params, x, weights, slots, rest).astype(x.dtype)
+    choices = sort_by_expert(routing.experts, routing.num_experts)
+    y = run_sorted(expert, params, x, weights, choices)
+    return y.astype(x.dtype)
+
+
+def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted) -> Array:
+    """The gated sum over choices that are sorted by expert.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        weights: gates, at least float32, shape [K, T].
+        choices: the choices sorted by expert.
+
+    Returns:
+        The sum in the dtype of the weights, shape [T, ...].
+    """
+    num_experts = choices.starts.size - 1
+    capacity = -(-weights.size // num_experts)
+    slots = assign_slots(choices, weights.shape[1], capacity)
+    rest = Rows(choices.order, choices.starts[:-1] + capacity, choices.starts[1:])
+    return _gated_sum(expert, params, x, weights, slots, rest)
 
 
 def _nothing(expert: Expert, params: Params, x: Array) -> Array:
@@ -39,11 +56,11 @@ def _nothing(expert: Expert, params: Params, x: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer(expert: Expert, params: Params, x: Array, weights: Array, slots: Slots, rest: Rows):
-    return _layer_forward(expert, params, x, weights, slots, rest)[0]
+def _gated_sum(expert: Expert, params: Params, x: Array, weights: Array, slots: Slots, rest: Rows):
+    return _gated_sum_forward(expert, params, x, weights, slots, rest)[0]
 
 
-def _layer_forward(expert, params, x, weights, slots, rest):
+def _gated_sum_forward(expert, params, x, weights, slots, rest):
     main = partial(_batched, expert, slots=slots)
     y, pullback = jax.vjp(main, params, x, weights)
     operands = Operands(params, x, weights.reshape(-1))
@@ -51,7 +68,7 @@ def _layer_forward(expert, params, x, weights, slots, rest):
     return out.tokens, (pullback, operands, rest, weights.shape)
 
 
-def _layer_backward(expert, saved, cotangent):
+def _gated_sum_backward(expert, saved, cotangent):
     pullback, operands, rest, shape = saved
     dp, dx, dw = pullback(cotangent)
     init = Operands(dp, dx, dw.reshape(-1))
@@ -61,7 +78,7 @@ def _layer_backward(expert, saved, cotangent):
     return dp, dx, dw.reshape(shape), None, None
 
 
-_layer.defvjp(_layer_forward, _layer_backward)
+_gated_sum.defvjp(_gated_sum_forward, _gated_sum_backward)
 
 
 def _batched(expert: Expert, params: Params, x: Array, weights: Array, slots: Slots) -> Array:
