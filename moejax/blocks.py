@@ -29,11 +29,13 @@ class Operands(NamedTuple):
         tokens: one entry per token, leaves ``[T, ...]``; a block sees ``[B, ...]``.
         choices: one entry per (choice, token) pair, leaves ``[K * T, ...]``; a block sees
             ``[B, ...]``, with zeros in the rows that pad it.
+        shared: what every block sees whole.
     """
 
     params: Tree = ()
     tokens: Tree = ()
     choices: Tree = ()
+    shared: Tree = ()
 
 
 class Rows(NamedTuple):
@@ -81,7 +83,7 @@ def _forward(body: Body, size: int, rows: Rows, operands: Operands, init: Operan
 
 def _backward(body: Body, size: int, saved: Any, cotangent: Operands) -> Any:
     rows, operands = saved
-    zeros = jax.tree.map(jnp.zeros_like, operands)
+    zeros = jax.tree.map(jnp.zeros_like, differentiable(operands))
     return None, add_cotangents(body, size, rows, operands, cotangent, zeros), cotangent
 
 
@@ -91,15 +93,28 @@ block_loop.defvjp(_forward, _backward)
 def add_cotangents(
     body: Body, size: int, rows: Rows, operands: Operands, cotangent: Operands, init: Operands
 ) -> Operands:
-    """Adds to ``init`` the cotangents of ``operands``: the backward pass of ``block_loop``."""
+    """Adds to ``init`` the cotangents of ``operands``: the backward pass of ``block_loop``.
+
+    ``init`` has None where an operand is not differentiable, and so has the result.
+    """
 
     def derivative(block: Operands) -> Operands:
-        (params, tangent_p), (tokens, tangent_t), (choices, tangent_c) = block
-        _, pullback = jax.vjp(body, Operands(params, tokens, choices))
-        return pullback(Operands(tangent_p, tangent_t, tangent_c))[0]
+        given, cotangents = (Operands(*side) for side in zip(*block, strict=True))
+        _, pullback = jax.vjp(lambda some: body(merge(some, given)), differentiable(given))
+        return pullback(cotangents)[0]
 
     both = Operands(*zip(operands, cotangent, strict=True))
     return block_loop(derivative, size, rows, both, init)
+
+
+def differentiable(tree: Tree) -> Tree:
+    """The tree with None in the place of leaves that have no gradient, such as integers."""
+    return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, tree)
+
+
+def merge(some: Tree, tree: Tree) -> Tree:
+    """``some`` with its None leaves filled from ``tree``: undoes ``differentiable``."""
+    return jax.tree.map(lambda a, b: b if a is None else a, some, tree, is_leaf=lambda a: a is None)
 
 
 def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) -> Operands:
@@ -127,7 +142,7 @@ def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) 
 
 def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Operands:
     """One block of every operand; ``choice`` and ``inside`` have shape [B]."""
-    params, tokens, choices = operands
+    params, tokens, choices, shared = operands
 
     def token_rows(a: Array) -> Array:
         return a.at[choice % a.shape[0]].get(mode="promise_in_bounds")
@@ -140,11 +155,17 @@ def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Op
         jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), params),
         jax.tree.map(token_rows, tokens),
         jax.tree.map(choice_rows, choices),
+        shared,
     )
 
 
 def _add(total: Operands, expert: Array, choice: Array, inside: Array, block: Operands) -> Operands:
     """Adds one block to the totals, in place; padded rows are dropped."""
+
+    def to_expert(a: Array, entry: Array) -> Array:
+        # A scatter to one expert would go element by element.
+        entry += jax.lax.dynamic_index_in_dim(a, expert, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(a, entry, expert, 0)
 
     def to_tokens(a: Array, rows: Array) -> Array:
         return a.at[jnp.where(inside, choice % a.shape[0], a.shape[0])].add(rows, mode="drop")
@@ -153,7 +174,8 @@ def _add(total: Operands, expert: Array, choice: Array, inside: Array, block: Op
         return a.at[jnp.where(inside, choice, a.shape[0])].add(rows, mode="drop")
 
     return Operands(
-        jax.tree.map(lambda a, row: a.at[expert].add(row), total.params, block.params),
+        jax.tree.map(to_expert, total.params, block.params),
         jax.tree.map(to_tokens, total.tokens, block.tokens),
         jax.tree.map(to_choices, total.choices, block.choices),
+        jax.tree.map(jnp.add, total.shared, block.shared),
     )

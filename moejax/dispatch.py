@@ -95,9 +95,8 @@ def dispatch(x: Array, slots: Slots) -> Array:
 
 @jax.custom_vjp
 def collect(rows: Array, slots: Slots) -> Array:
-    """The sum of every token's slots, ``[E, C, ...] -> [T, ...]``: the transpose of ``dispatch``."""
-    flat = rows.reshape(-1, *rows.shape[2:])
-    return sum(flat.at[slot].get(mode="fill", fill_value=0) for slot in slots.slot)
+    """The sum over every token's slots, ``[E, C, ...] -> [T, ...]``: ``dispatch`` transposed."""
+    return sum(_rows_at(rows, slot) for slot in slots.slot)
 
 
 dispatch.defvjp(
@@ -122,13 +121,15 @@ def combine(rows: Array, weights: Array, slots: Slots) -> Array:
         weights: gates, shape [K, T]; those of choices without a slot do not matter.
         slots: who stands where.
     """
-    taken = _choice_rows(rows, slots).astype(weights.dtype)  # [K, T, ...]
-    return jnp.einsum("kt,kt...->t...", weights, taken)
+    return sum(
+        w.reshape(w.shape + (1,) * (rows.ndim - 2)) * _rows_at(rows, slot).astype(w.dtype)
+        for w, slot in zip(weights, slots.slot, strict=True)
+    )
 
 
-def _choice_rows(rows: Array, slots: Slots) -> Array:
-    """The row of every choice, ``[E, C, ...] -> [K, T, ...]``, zero for one without a slot."""
-    return rows.reshape(-1, *rows.shape[2:]).at[slots.slot].get(mode="fill", fill_value=0)
+def _rows_at(rows: Array, slot: Array) -> Array:
+    """The rows in these slots, ``[E, C, ...], [T] -> [T, ...]``, zero where there is no slot."""
+    return rows.reshape(-1, *rows.shape[2:]).at[slot].get(mode="fill", fill_value=0)
 
 
 def _combine_backward(saved: tuple, cotangent: Array) -> tuple:
@@ -136,8 +137,11 @@ def _combine_backward(saved: tuple, cotangent: Array) -> tuple:
     of_slot = jnp.where(slots.filled, weights.reshape(-1)[slots.choice], 0)  # [E, C]
     of_slot = of_slot.reshape(of_slot.shape + (1,) * (rows.ndim - 2))
     to_rows = (dispatch(cotangent, slots) * of_slot).astype(rows.dtype)
-    taken = _choice_rows(rows, slots).astype(weights.dtype)
-    return to_rows, jnp.einsum("t...,kt...->kt", cotangent, taken), None
+    axes = tuple(range(1, cotangent.ndim))
+    to_weights = [
+        jnp.sum(cotangent * _rows_at(rows, slot).astype(weights.dtype), axes) for slot in slots.slot
+    ]
+    return to_rows, jnp.stack(to_weights), None
 
 
 combine.defvjp(

@@ -58,7 +58,7 @@ def batched_and_blocked(x: Array, kernel: Array, group_sizes: Array) -> Array:
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     rows = Sorted(jnp.arange(len(x), dtype=jnp.int32), starts)
     ones = jnp.ones((1, len(x)), np.promote_types(x.dtype, np.float32))
-    return run_sorted(_product, kernel, x, ones, rows).astype(x.dtype)
+    return run_sorted(_product, kernel, x, ones, rows)
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""The grouped product against a loop over groups: values, derivatives, transformations, refusals."""
+"""The grouped product against a loop: values, derivatives, transformations, refusals."""
 
 from functools import partial
 
