@@ -1,5 +1,6 @@
 """Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum."""
 
+from moejax.capacity import capacity
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -9,8 +10,10 @@ from moejax.diagnostics import (
     gate_entropy,
     mutual_information,
 )
-from moejax.execution import dense, dropless, mixture
+from moejax.dropless import dropless
+from moejax.execution import dense, mixture
 from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
+from moejax.grouped_matmul import grouped_matmul
 from moejax.layer import moe
 from moejax.losses import importance_loss, load_balancing_loss, router_z_loss
 from moejax.routers import noisy
@@ -22,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Layer",
     "Routing",
+    "capacity",
     "confidence",
     "dead_experts",
     "dense",
@@ -32,6 +36,7 @@ __all__ = [
     "fan_in_uniform",
     "gate_entropy",
     "glu",
+    "grouped_matmul",
     "importance_loss",
     "linear",
     "load_balancing_loss",

@@ -6,9 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.dispatch import Slots, assign_slots, combine, dispatch, sort_by_expert
-from moejax.types import Array, Expert, Params, Routing, at_least_float32
+from moejax.execution import output_dtype
+from moejax.types import Array, Expert, Params, Routing
 
 
 def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, factor: float) -> Array:
@@ -54,15 +56,19 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     size = max(1, math.ceil(round(factor * mean, 6)))
     choices = sort_by_expert(routing.experts, routing.num_experts)
     slots = assign_slots(choices, len(routing.experts), size)
-    y = run_slots(expert, params, x, at_least_float32(routing.weights).T, slots)
+    y = run_slots(expert, params, x, gates_for(routing.weights, output), slots)
     return y.astype(output.dtype)
 
 
 def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a mixture: the dtype of x, or of the outputs if x holds integers."""
+    """Shape and dtype of a mixture."""
     output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(output.shape, x.dtype if floating else output.dtype)
+    return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
+
+
+def gates_for(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
+    """The weights by choice, ``[T, K] -> [K, T]``, in the dtype of the sum: at least float32."""
+    return weights.T.astype(np.promote_types(output.dtype, np.promote_types(weights.dtype, "f4")))
 
 
 def run_slots(expert: Expert, params: Params, x: Array, weights: Array, slots: Slots) -> Array:

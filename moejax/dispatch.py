@@ -8,6 +8,7 @@ which ``capacity`` fills its slots. A *slot* is one row of an expert's batch, nu
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -96,7 +97,8 @@ def dispatch(x: Array, slots: Slots) -> Array:
 @jax.custom_vjp
 def collect(rows: Array, slots: Slots) -> Array:
     """The sum over every token's slots, ``[E, C, ...] -> [T, ...]``: ``dispatch`` transposed."""
-    return sum(_rows_at(rows, slot) for slot in slots.slot)
+    flat = [_rows_at(rows, slot) for slot in slots.slot]
+    return reduce(jnp.add, flat)
 
 
 dispatch.defvjp(
@@ -121,10 +123,12 @@ def combine(rows: Array, weights: Array, slots: Slots) -> Array:
         weights: gates, shape [K, T]; those of choices without a slot do not matter.
         slots: who stands where.
     """
-    return sum(
+    # Not an einsum: XLA would gather [T, K, ...] first, and run one small product per token.
+    weighted = [
         w.reshape(w.shape + (1,) * (rows.ndim - 2)) * _rows_at(rows, slot).astype(w.dtype)
         for w, slot in zip(weights, slots.slot, strict=True)
-    )
+    ]
+    return reduce(jnp.add, weighted)
 
 
 def _rows_at(rows: Array, slot: Array) -> Array:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable, merge
-from moejax.capacity import output_like, run_slots
+from moejax.capacity import gates_for, output_like, run_slots
 from moejax.dispatch import Slots, Sorted, assign_slots, sort_by_expert
-from moejax.types import Array, Expert, Params, Routing, at_least_float32
+from moejax.types import Array, Expert, Params, Routing
 
 Apply = Callable[[Params, Array, list[Array]], Array]  # (params, x, what it closes over) -> y
 
@@ -49,7 +49,7 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
         Gale et al., `MegaBlocks <https://arxiv.org/abs/2211.15841>`_, 2022
     """
     choices = sort_by_expert(routing.experts, routing.num_experts)
-    return run_sorted(expert, params, x, at_least_float32(routing.weights).T, choices)
+    return run_sorted(expert, params, x, routing.weights, choices)
 
 
 def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted) -> Array:
@@ -59,7 +59,7 @@ def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
         params: its parameters, every leaf with a leading axis E.
         x: tokens, shape [T, ...].
-        weights: gates, at least float32, shape [K, T].
+        weights: gates, shape [T, K].
         choices: the choices sorted by expert.
 
     Returns:
@@ -68,10 +68,10 @@ def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices
     output = output_like(expert, params, x)
     if weights.size == 0:
         return jnp.zeros(output.shape, output.dtype)
-    num_experts, num_tokens = choices.starts.size - 1, weights.shape[1]
+    num_experts, num_tokens = choices.starts.size - 1, len(weights)
     capacity, sizes = _sizes(weights.size, num_experts)
     apply, shared = _closed(expert, params, x, (capacity, *sizes))
-    operands = Operands(params, x, weights.reshape(-1), shared)
+    operands = Operands(params, x, gates_for(weights, output).reshape(-1), shared)
     slots = assign_slots(choices, num_tokens, capacity)
     return _gated_sum(apply, sizes, operands, slots, choices).astype(output.dtype)
 
@@ -145,8 +145,9 @@ def _rest(slots: Slots, choices: Sorted, sizes: tuple[int, ...]) -> Iterator[tup
 
 def _batched(apply: Apply, operands: Operands, slots: Slots) -> Array:
     params, x, weights, shared = operands
-    expert = partial(apply, shared=shared)
-    return run_slots(expert, params, x, weights.reshape(slots.slot.shape), slots)
+    return run_slots(
+        lambda p, x: apply(p, x, shared), params, x, weights.reshape(slots.slot.shape), slots
+    )
 
 
 def _block(apply: Apply, block: Operands) -> Operands:

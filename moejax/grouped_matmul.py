@@ -57,7 +57,7 @@ def batched_and_blocked(x: Array, kernel: Array, group_sizes: Array) -> Array:
     ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), len(x))
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     rows = Sorted(jnp.arange(len(x), dtype=jnp.int32), starts)
-    ones = jnp.ones((1, len(x)), np.promote_types(x.dtype, np.float32))
+    ones = jnp.ones((len(x), 1), np.promote_types(x.dtype, np.float32))
     return run_sorted(_product, kernel, x, ones, rows)
 
 
