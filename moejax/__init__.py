@@ -9,6 +9,7 @@ from moejax.banks import (
     with_shared,
     zero_experts,
 )
+from moejax.capacity import capacity
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -19,8 +20,10 @@ from moejax.diagnostics import (
     mutual_information,
     share_dropped,
 )
-from moejax.execution import dense, dropless, mixture
+from moejax.dropless import dropless
+from moejax.execution import dense, mixture
 from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
+from moejax.grouped_matmul import grouped_matmul
 from moejax.layer import moe
 from moejax.likelihood import (
     bernoulli_log_likelihood,
@@ -76,6 +79,7 @@ __all__ = [
     "by_choice",
     "by_token_weight",
     "by_weight",
+    "capacity",
     "capacity_for",
     "categorical_log_likelihood",
     "confidence",
@@ -95,6 +99,7 @@ __all__ = [
     "gather_slots",
     "gaussian_log_likelihood",
     "glu",
+    "grouped_matmul",
     "gshard_top_2",
     "hashed",
     "importance_loss",

@@ -76,13 +76,3 @@ def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:
     # bfloat16 outputs are summed in the gates' float32: rounded gates would not sum to one.
     dtype = np.promote_types(gates.dtype, outputs.dtype)
     return gates.astype(dtype), outputs.astype(dtype)
-
-
-def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
-    """Provisional: the definition, until the sparse schedule is in place.
-
-    Example:
-        >>> dropless is not dense
-        True
-    """
-    return dense(expert, params, x, routing)

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.execution import dense, dropless
+from moejax.dropless import dropless
+from moejax.execution import dense
 from moejax.experts import stack
 from moejax.routing import mask_tokens, softmax
 from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32

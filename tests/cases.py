@@ -29,6 +29,7 @@ RULES = {
 SCHEDULES = {
     "dense": moejax.dense,
     "dropless": moejax.dropless,
+    "capacity": partial(moejax.capacity, factor=E),
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -9,7 +9,8 @@ import moejax
 
 PACKAGE = Path(moejax.__file__).parent
 LAZY = {"flax", "optax", "orbax", "matplotlib", "tensorflow_datasets", "torch", "PIL", "sklearn"}
-ORDER = ["types", "experts", "routing", "losses", "execution", "layer"]
+ORDER = ["types", "experts", "routing", "losses", "execution"]
+ORDER += ["dispatch", "blocks", "capacity", "dropless", "grouped_matmul", "layer"]
 
 
 def test_import_is_light_and_starts_no_backend():

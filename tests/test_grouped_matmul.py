@@ -1,0 +1,171 @@
+"""The grouped product against a loop: values, derivatives, transformations, refusals."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from moejax.grouped_matmul import batched_and_blocked, grouped_matmul, stock
+
+M, D, O, E = 40, 3, 5, 4  # noqa: E741
+SIZES = {
+    "even": [10, 10, 10, 10],
+    "uneven": [1, 22, 7, 10],
+    "rows past the end": [3, 0, 20, 4],
+    "one giant group": [0, 40, 0, 0],
+    "all empty": [0, 0, 0, 0],
+}
+IMPLEMENTATIONS = {"chosen": grouped_matmul, "blocked": batched_and_blocked, "stock": stock}
+
+
+def operands(dtype=jnp.float32, rows=M):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (rows, D)).astype(dtype)
+    return x, jax.random.normal(keys[1], (E, D, O)).astype(dtype)
+
+
+def loop(x, kernel, sizes):
+    """One product per group, and zeros for the rows past the last."""
+    ends = np.cumsum(sizes)
+    starts = ends - np.asarray(sizes)
+    groups = [x[a:b] @ w for a, b, w in zip(starts, ends, kernel, strict=True)]
+    return jnp.concatenate([*groups, jnp.zeros((len(x) - ends[-1], kernel.shape[2]), x.dtype)])
+
+
+def scalar(product, x, kernel, sizes):
+    return jnp.sum(jnp.sin(product(x, kernel, sizes)))
+
+
+def second(product, x, kernel, sizes):
+    """A scalar of both gradients: its gradient is a second derivative."""
+    gradients = jax.grad(scalar, (1, 2))(product, x, kernel, sizes)
+    return sum(jnp.sum(jnp.cos(g)) for g in gradients)
+
+
+def close(a, b, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b
+    )
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_values_and_gradients(implementation, sizes):
+    x, kernel = operands()
+    value = jax.jit(jax.value_and_grad(partial(scalar, implementation), (0, 1)))
+    expected = jax.value_and_grad(partial(scalar, loop), (0, 1))(x, kernel, sizes)
+    close(value(x, kernel, jnp.array(sizes)), expected)
+    close(jax.jit(implementation)(x, kernel, jnp.array(sizes)), loop(x, kernel, sizes))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_gradient_of_a_gradient(implementation):
+    x, kernel = operands()
+    sizes = SIZES["rows past the end"]
+    gradient = jax.jit(jax.grad(partial(second, implementation), (0, 1)))
+    expected = jax.grad(partial(second, loop), (0, 1))(x, kernel, sizes)
+    close(gradient(x, kernel, jnp.array(sizes)), expected, 1e-4)
+
+
+def test_double_precision_against_finite_differences(x64):
+    x, kernel = operands(jnp.float64)
+    product = jax.jit(partial(grouped_matmul, group_sizes=jnp.array(SIZES["uneven"])))
+    assert product(x, kernel).dtype == jnp.float64
+    close(product(x, kernel), loop(x, kernel, SIZES["uneven"]), 1e-14)
+    check_grads(product, (x, kernel), order=2, modes=["rev"])
+
+
+def test_bfloat16():
+    x, kernel = operands(jnp.bfloat16)
+    y = jax.jit(grouped_matmul)(x, kernel, jnp.array(SIZES["uneven"]))
+    exact = loop(x.astype(jnp.float32), kernel.astype(jnp.float32), SIZES["uneven"])
+    assert y.dtype == jnp.bfloat16
+    close(y.astype(jnp.float32), exact, 2**-7)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("batched", [(0, None, None), (None, 0, None), (None, None, 0), (1, 2, 0)])
+def test_vmap_over_any_operand(batched, implementation):
+    x, kernel = operands()
+    two = [jnp.stack([a, f(a)]) for a, f in [(x, jnp.sin), (kernel, jnp.cos)]]
+    two.append(jnp.array([SIZES["uneven"], SIZES["rows past the end"]]))
+    gradient = jax.value_and_grad(partial(scalar, implementation), (0, 1))
+    arguments = [
+        a[0] if axis is None else jnp.moveaxis(a, 0, axis)
+        for a, axis in zip(two, batched, strict=True)
+    ]
+    result = jax.jit(jax.vmap(gradient, batched))(*arguments)
+    for i in range(2):
+        one = [a[i if axis is not None else 0] for a, axis in zip(two, batched, strict=True)]
+        expected = jax.value_and_grad(partial(scalar, loop), (0, 1))(*one)
+        close(jax.tree.map(lambda a: a[i], result), expected)  # noqa: B023
+
+
+def test_nested_vmap():
+    x, kernel = operands()
+    xs, kernels = jnp.stack([x, jnp.sin(x)]), jnp.stack([kernel, jnp.cos(kernel), -kernel])
+    sizes = jnp.array(SIZES["uneven"])
+    product = jax.vmap(jax.vmap(grouped_matmul, (0, None, None)), (None, 0, None))
+    y = jax.jit(product)(xs, kernels, sizes)
+    expected = jnp.stack([jnp.stack([loop(x, k, SIZES["uneven"]) for x in xs]) for k in kernels])
+    close(y, expected)
+
+
+def test_scan_and_remat():
+    x, kernel = operands()
+    xs, sizes = jnp.stack([x, jnp.sin(x)]), jnp.array(SIZES["uneven"])
+
+    def total(product, kernel):
+        step = jax.checkpoint(lambda x: jnp.sum(jnp.sin(product(x, kernel, sizes))))
+        return jnp.sum(jax.lax.scan(lambda carry, x: (carry, step(x)), 0, xs)[1])
+
+    gradient = jax.jit(jax.grad(partial(total, grouped_matmul)))(kernel)
+    expected = sum(jax.grad(partial(scalar, loop), 1)(x, kernel, SIZES["uneven"]) for x in xs)
+    close(gradient, expected)
+
+
+def test_forward_mode_is_refused():
+    x, kernel = operands()
+    product = partial(grouped_matmul, kernel=kernel, group_sizes=jnp.array(SIZES["even"]))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(product, (x,), (x,))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows):
+    x, kernel = operands(rows=rows)
+    sizes = jnp.array([0, rows, 0, 0])
+    close(grouped_matmul(x, kernel, sizes), x @ kernel[1])
+    assert jax.grad(partial(scalar, grouped_matmul), 1)(x, kernel, sizes).shape == kernel.shape
+
+
+def test_the_program_does_not_grow_with_the_number_of_groups():
+    def lines(groups):
+        shapes = [((512, D), jnp.float32), ((groups, D, O), jnp.float32), ((groups,), jnp.int32)]
+        arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        gradient = jax.grad(partial(scalar, grouped_matmul), (0, 1))
+        return len(jax.jit(gradient).lower(*arguments).as_text().splitlines())
+
+    assert lines(64) == lines(16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((M, D, 1))}, r"x must be \[M, D\]"),
+        ({"kernel": jnp.ones((E, D + 1, O))}, "must be the same"),
+        ({"group_sizes": jnp.ones((E + 1,), int)}, "must be the same"),
+        ({"group_sizes": jnp.ones((E,))}, "integers"),
+        ({"kernel": jnp.ones((E, D, O), jnp.bfloat16)}, "one dtype"),
+        ({"group_sizes": jnp.array([1, -1, 2, 3])}, "negative"),
+        ({"group_sizes": jnp.array([M, 1, 0, 0])}, r"number of rows \(40\)"),
+    ],
+)
+def test_refusals(change, message):
+    x, kernel = operands()
+    good = {"x": x, "kernel": kernel, "group_sizes": jnp.array(SIZES["even"])}
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(**(good | change))

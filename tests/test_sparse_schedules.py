@@ -1,0 +1,217 @@
+"""The sparse schedules against the definition, for any expert and any routing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from moejax.capacity import capacity
+from moejax.dispatch import assign_slots, sort_by_expert
+from moejax.dropless import dropless
+from moejax.types import Routing
+
+D, F = 4, 5
+ample = partial(capacity, factor=100.0)
+SCHEDULES = {"dropless": dropless, "capacity": ample}
+
+
+def glu(params, x):
+    return (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
+
+
+def glu_params(num_experts):
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    return {
+        name: jax.random.normal(key, (num_experts, *shape))
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def decision(experts, num_experts):
+    """A routing to these experts with arbitrary weights, zero where they go nowhere."""
+    experts = jnp.asarray(experts)
+    weights = jax.random.uniform(jax.random.key(2), experts.shape)
+    weights = jnp.where(experts < num_experts, weights, 0)
+    scores = jnp.zeros((len(experts), num_experts))
+    return Routing(experts, weights, scores, scores)
+
+
+def random_choices(tokens, k, num_experts, nowhere=0):
+    keys = jax.random.split(jax.random.key(3), tokens)
+    choices = jax.vmap(lambda key: jax.random.permutation(key, num_experts)[:k])(keys)
+    return choices.at[:nowhere].set(num_experts)
+
+
+CASES = {
+    "spread": (random_choices(40, 2, 4), 4),
+    "masked tokens": (random_choices(40, 2, 4, nowhere=7), 4),
+    "collapsed": (jnp.tile(jnp.array([[2, 0]]), (40, 1)), 4),
+    "one expert": (jnp.zeros((9, 1), int), 1),
+    "one token": (jnp.array([[3, 1]]), 8),
+    "fewer tokens than experts": (random_choices(3, 2, 8), 8),
+    "every expert": (random_choices(12, 4, 4), 4),
+    "all nowhere": (jnp.full((5, 2), 4), 4),
+}
+
+
+def value_and_gradients(schedule, expert, routing):
+    def scalar(params, x, weights):
+        y = schedule(expert, params, x, routing._replace(weights=weights))
+        return jnp.sum(jnp.sin(y)), y
+
+    return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_equals_the_definition(schedule, case, x64):
+    experts, num_experts = case
+    routing, params = double((decision(experts, num_experts), glu_params(num_experts)))
+    x = double(jax.random.normal(jax.random.key(4), (len(experts), D)))
+    result, expected = (
+        jax.jit(value_and_gradients(s, glu, routing))(params, x, routing.weights)
+        for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_gradient_of_a_gradient(schedule, x64):
+    routing = double(decision(*CASES["masked tokens"]))
+    params, x = double((glu_params(4), jax.random.normal(jax.random.key(4), (40, D))))
+
+    def second(schedule, params, x, weights):
+        _, gradients = value_and_gradients(schedule, glu, routing)(params, x, weights)
+        return sum(jnp.sum(jnp.cos(g)) for g in jax.tree.leaves(gradients[:2]))
+
+    arguments = params, x, routing.weights
+    result, expected = (
+        jax.jit(jax.grad(partial(second, s), (0, 1)))(*arguments) for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_an_expert_closes_over_has_gradients(schedule):
+    routing, params = decision(*CASES["collapsed"]), glu_params(4)
+    x = jax.random.normal(jax.random.key(4), (40, D))
+
+    def scalar(schedule, scale):
+        return jnp.sum(schedule(lambda p, x: jnp.sin(scale * glu(p, x)), params, x, routing))
+
+    result, expected = (
+        [transform(partial(scalar, s)) for transform in (lambda f: jax.grad(f)(2.0), batched)]
+        for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-4)
+
+
+def double(tree):
+    widen = lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return jax.tree.map(widen, tree)
+
+
+def batched(function):
+    return jax.jit(jax.vmap(jax.value_and_grad(function)))(jnp.array([0.5, 2.0]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_tokens_and_outputs_of_any_shape(schedule):
+    """Integer images in, a scalar per token out, and an integer among the parameters."""
+    routing = decision(*CASES["spread"])
+    x = jax.random.randint(jax.random.key(0), (40, 3, 3, 1), 0, 255).astype(jnp.uint8)
+    params = {"weight": jnp.arange(36.0).reshape(4, 3, 3, 1), "shift": jnp.arange(4)}
+
+    def expert(params, x):
+        pixels = x.astype(jnp.float32) / 255 + params["shift"].astype(jnp.float32)
+        return jnp.sum(params["weight"] * pixels, (1, 2, 3))
+
+    def scalar(schedule, weight):
+        y = schedule(expert, params | {"weight": weight}, x, routing)
+        return jnp.sum(jnp.sin(y)), y
+
+    result, expected = (
+        jax.jit(jax.value_and_grad(partial(scalar, s), has_aux=True))(params["weight"])
+        for s in (schedule, moejax.dense)
+    )
+    assert result[0][1].shape == (40,)
+    close(result, expected, 1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_vmap_over_parameters_tokens_and_routing(schedule):
+    routings = [decision(*CASES[name]) for name in ("spread", "collapsed")]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    params = jax.tree.map(lambda a: jnp.stack([a, -a]), glu_params(4))
+    x = jax.random.normal(jax.random.key(4), (2, 40, D))
+
+    def gradients(schedule, params, x, routing):
+        return value_and_gradients(schedule, glu, routing)(params, x, routing.weights)
+
+    result, expected = (
+        jax.jit(jax.vmap(partial(gradients, s)))(params, x, stacked)
+        for s in (schedule, moejax.dense)
+    )
+    close(result, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_no_tokens(schedule):
+    routing = decision(jnp.zeros((0, 2), int), 4)
+    assert schedule(glu, glu_params(4), jnp.zeros((0, D)), routing).shape == (0, D)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_empty_slots_hold_no_values_that_are_not_in_the_data(schedule):
+    """An expert without a gradient at zero never sees a zero."""
+    routing = decision(*CASES["masked tokens"])
+    x = jax.random.normal(jax.random.key(4), (40, D)) + 10
+    params = {"scale": jnp.ones((4, D))}
+    norm = lambda p, x: jnp.sqrt(jnp.sum(p["scale"] * x**2, -1, keepdims=True))  # noqa: E731
+    _, gradients = jax.jit(value_and_gradients(schedule, norm, routing))(params, x, routing.weights)
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(gradients))
+
+
+def test_capacity_drops_second_choices_before_first_and_late_tokens_before_early():
+    experts = jnp.array([[1, 0], [0, 1], [0, 1], [4, 4], [0, 2]])
+    slots = assign_slots(sort_by_expert(experts, 4), len(experts), 2)
+    # Expert 0: tokens 1 and 2 by first choice, then token 4 is dropped, and token 0's second.
+    # Expert 1: token 0 by first choice, token 1 by second; token 2's second is dropped.
+    assert slots.slot.T.tolist() == [[2, 8], [0, 3], [1, 8], [8, 8], [8, 4]]
+    assert slots.filled.tolist() == [[True, True], [True, True], [True, False], [False, False]]
+
+
+def test_capacity_keeps_the_other_weights():
+    experts = jnp.array([[0, 1], [0, 2], [0, 3]])
+    routing = decision(experts, 4)
+    params = jnp.arange(1.0, 5.0)[:, None, None]  # expert e multiplies by e + 1
+    y = capacity(lambda p, x: x @ p, params, jnp.ones((3, 1)), routing, factor=0.5)
+    w = routing.weights
+    close(y[:, 0], jnp.array([w[0, 0] + 2 * w[0, 1], 3 * w[1, 1], 4 * w[2, 1]]))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_capacity_refuses_impossible_factors(factor):
+    routing = decision(*CASES["spread"])
+    with pytest.raises(ValueError, match="`factor` must be a positive number"):
+        capacity(glu, glu_params(4), jnp.ones((40, D)), routing, factor=factor)
+
+
+def test_sorting_is_exact_where_one_integer_does_not_hold_expert_and_choice():
+    experts = jax.random.randint(jax.random.key(0), (50, 2), 0, 2**26)
+    order, _ = jax.eval_shape(partial(sort_by_expert, num_experts=2**26), experts)
+    assert order.shape == (100,)
+    small = sort_by_expert(experts % 7, 6)
+    ids = np.asarray(experts % 7).T.reshape(-1)
+    assert small.order.tolist() == np.argsort(ids, kind="stable").tolist()
+    assert small.starts.tolist() == np.searchsorted(np.sort(ids), np.arange(7)).tolist()
