@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.execution import dropless, gates_by_expert
+from moejax.dropless import dropless
+from moejax.execution import gates_by_expert
 from moejax.experts import stack
 from moejax.layer import flatten_tokens, routed
 from moejax.types import Array, Layer, Params, Routing, at_least_float32

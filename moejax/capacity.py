@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.dispatch import Slots, assign_slots, combine, dispatch, sort_by_expert
 from moejax.execution import output_dtype
+from moejax.routing import capacity_for
 from moejax.types import Array, Expert, Params, Routing
 
 
@@ -44,16 +43,10 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020;
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
-    if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(
-            f"`factor` must be a positive number, slots in units of the mean load; got {factor}."
-        )
+    size = capacity_for(routing, factor=factor)
     output = output_like(expert, params, x)
     if routing.experts.size == 0:
         return jnp.zeros(output.shape, output.dtype)
-    mean = routing.experts.size / routing.num_experts
-    # Rounded first: 1.1 * 10 is a little more than 11 in floating point.
-    size = max(1, math.ceil(round(factor * mean, 6)))
     choices = sort_by_expert(routing.experts, routing.num_experts)
     slots = assign_slots(choices, len(routing.experts), size)
     y = run_slots(expert, params, x, gates_for(routing.weights, output), slots)

@@ -154,15 +154,19 @@ def capacity_for(routing: Routing, *, factor: float) -> int:
         C, at least 1.
 
     Raises:
-        ValueError: if ``factor`` is not positive.
+        ValueError: if ``factor`` is not a positive finite number.
 
     Example:
         >>> capacity_for(moejax.top_k(jnp.ones((10, 4)), k=2), factor=1.25)
         7
     """
-    if factor <= 0:
-        raise ValueError(f"`factor` must be positive, got {factor}.")
-    return max(1, math.ceil(factor * routing.experts.size / routing.num_experts))
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(
+            f"`factor` must be a positive number, slots in units of the mean load; got {factor}."
+        )
+    mean = routing.experts.size / routing.num_experts
+    # Rounded first: 1.1 * 10 is a little more than 11 in floating point.
+    return max(1, math.ceil(round(factor * mean, 6)))
 
 
 def _choice_major(tokens: Array, k: int) -> Array:
