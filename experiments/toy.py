@@ -74,19 +74,17 @@ def cooperating(num_experts: int) -> Task:
 
 def competing(num_experts: int) -> Task:
     """The blend of the experts' own probabilities, ``p = sum_e g_e sigmoid(s_e)``, under -log p."""
-    model = mixture(num_experts)
 
     def probability(params: Any, x: jax.Array) -> jax.Array:
-        scores, gates = scores_and_gates(params, x)
-        return jnp.einsum("ne,en->n", gates, jax.nn.sigmoid(scores))
+        scores, logits = scores_and_logits(params, x)
+        return jnp.einsum("ne,en->n", jax.nn.softmax(logits), jax.nn.sigmoid(scores))
 
     def loss(params: Any, batch: datasets.Points) -> jax.Array:
-        scores, _ = scores_and_gates(params, batch.x)
-        _, routing = model.apply(params, batch.x)
+        scores, logits = scores_and_logits(params, batch.x)
         log_p = moejax.bernoulli_log_likelihood(scores, batch.y)
-        return moejax.mixture_nll(jax.nn.log_softmax(routing.logits), log_p)
+        return moejax.mixture_nll(jax.nn.log_softmax(logits), log_p)
 
-    return Task(model.init, probability, loss)
+    return Task(mixture(num_experts).init, probability, loss)
 
 
 OBJECTIVES = {"squared-error": cooperating, "likelihood": competing}
@@ -98,12 +96,11 @@ def mixture(num_experts: int) -> moejax.Layer:
     return moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, num_experts), num_experts=num_experts)
 
 
-def scores_and_gates(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The score of every expert [E, N], and its gate [N, E]."""
+def scores_and_logits(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The score of every expert [E, N], and its logit in the gate [N, E]."""
     num_experts = len(params["experts"]["bias"])
     scores = moejax.stack(moejax.linear(2, 1), num_experts).apply(params["experts"], x)
-    _, routing = mixture(num_experts).apply(params, x)
-    return scores[..., 0], routing.weights
+    return scores[..., 0], moejax.mlp(2, 4, num_experts).apply(params["router"], x)
 
 
 def objective(
@@ -116,8 +113,8 @@ def objective(
 
 def alone(params: Any, data: datasets.Points) -> jax.Array:
     """The accuracy if the expert with the largest gate decides each point by itself."""
-    scores, gates = scores_and_gates(params, data.x)
-    score = jnp.take_along_axis(scores.T, gates.argmax(axis=-1, keepdims=True), axis=-1)
+    scores, logits = scores_and_logits(params, data.x)
+    score = jnp.take_along_axis(scores.T, logits.argmax(axis=-1, keepdims=True), axis=-1)
     return jnp.mean((score[:, 0] > 0) == (data.y > 0.5))
 
 
@@ -179,8 +176,8 @@ def on_plane(task: Task, params: Any, points: np.ndarray) -> plot.Plane:
 @partial(jax.jit, static_argnums=0)
 def parts(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     """Scores of the experts [E, N], gates [E, N] and the probability [N]."""
-    scores, gates = scores_and_gates(params, x)
-    return scores, gates.T, task.probability(params, x)
+    scores, logits = scores_and_logits(params, x)
+    return scores, jax.nn.softmax(logits).T, task.probability(params, x)
 
 
 def frames(
