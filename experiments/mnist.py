@@ -2,6 +2,7 @@
 
     python experiments/mnist.py
     python experiments/mnist.py --model all --out runs/all
+    python experiments/mnist.py --route relu --out runs/relu
     python experiments/mnist.py --model dense --hidden 50 --optimizer sgd --batch-size 60000 \
         --epochs 3 --inspect
 
@@ -22,10 +23,19 @@ import jax.numpy as jnp
 import optax
 from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
 from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
-from models import DIGITS, EXPERTS, MODELS, Model
+from models import DIGITS, EXPERTS, MODELS, Model, by_rule
+from routes import ROUTES
 
 from moejax import datasets, plot
-from moejax.diagnostics import expert_by_class, gate_entropy
+from moejax.diagnostics import (
+    confidence,
+    dead_experts,
+    effective_experts,
+    expert_by_class,
+    expert_load,
+    gate_entropy,
+    mutual_information,
+)
 from moejax.training import (
     TrainState,
     batch_sizes,
@@ -68,7 +78,12 @@ def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]
     by_class = expert_by_class(routing, jnp.asarray(split.labels), DIGITS)
     return result | {
         "gate_entropy": gate_entropy(routing),
+        "confidence": confidence(routing),
+        "effective_experts": effective_experts(routing),
+        "dead_experts": dead_experts(routing),
+        "expert_by_digit_information": mutual_information(by_class),
         "expert_load": by_class.sum(axis=1) / by_class.sum(),  # share of the gate
+        "choice_load": expert_load(routing),  # share of the choices
         "by_class": by_class,
         "top_expert": jnp.take_along_axis(
             routing.experts, routing.weights.argmax(axis=-1, keepdims=True), axis=-1
@@ -120,9 +135,16 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--out", type=Path, default=Path("runs/mnist"), help="folder for all that is written")
     add("--data-dir", type=Path, help="folder of IDX files, or of images by digit")
     add("--dataset", choices=DATASETS, default="auto")
-    add("--model", choices=[*MODELS, "all"], default="soft")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=[*MODELS, "all"], default="soft")
+    model.add_argument("--route", choices=ROUTES, help="a mixture with this rule instead")
     add("--experts", type=at_least(1), default=8)
-    add("--top-k", type=at_least(1), default=2, help="experts per image of --model sparse")
+    add(
+        "--top-k",
+        type=at_least(1),
+        default=2,
+        help="experts per image, for rules that ask",
+    )
     add("--expert", choices=EXPERTS, default="mlp")
     add("--hidden", type=at_least(1), default=128, help="hidden width of every network")
     add("--epochs", type=at_least(1), default=5)
@@ -154,7 +176,10 @@ def build(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str
     """The models to train, each tried out on the shape of one image, so that errors come now."""
     kind = EXPERTS[args.expert](args.hidden)
     names = MODELS if args.model == "all" else [args.model]
-    models = {name: MODELS[name](kind, args.experts, args.top_k) for name in names}
+    makers = {name: MODELS[name] for name in names}
+    if args.route:
+        makers = {args.route: partial(by_rule, args.route)}
+    models = {name: make(kind, args.experts, args.top_k) for name, make in makers.items()}
     image = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
     for model in models.values():
         try:

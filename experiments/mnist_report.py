@@ -17,6 +17,15 @@ LINE = (
     "{epoch:5d} {train_loss:12.4f} {train_accuracy:9.2%} {test_loss:11.4f} {test_accuracy:9.2%} "
     "{seconds:9.2f}"
 )
+DIAGNOSTICS = (
+    "gate_entropy",
+    "confidence",
+    "effective_experts",
+    "dead_experts",
+    "expert_by_digit_information",
+    "expert_load",
+    "choice_load",
+)
 SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -51,6 +60,7 @@ def epoch_record(
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "seconds": seconds,
+        **{name: test[name] for name in DIAGNOSTICS if name in test},
     }
     return rounded(record)
 
@@ -64,8 +74,7 @@ def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
             "model": model,
             "parameters": run.parameters,
             **{name: run.history[-1][name] for name in SCORES},
-            "expert_load": run.test.get("expert_load"),
-            "gate_entropy": run.test.get("gate_entropy"),
+            **{name: run.test.get(name) for name in DIAGNOSTICS},
             "seconds_per_epoch": np.median(seconds),
             "compile_seconds": run.compile_seconds,
         }
@@ -77,6 +86,9 @@ def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     plot.curves({model: run.history}).savefig(out / "curves.png")
     plot.confusion(run.test["confusion"]).savefig(out / "confusion.png")
     if "by_class" in run.test:
+        names = ("epoch", *DIAGNOSTICS)
+        records = [{name: record[name] for name in names} for record in run.history]
+        plot.diagnostics(records).savefig(out / "diagnostics.png")
         by_class = run.test["by_class"]
         plot.specialisation(by_class).savefig(out / "specialisation.png")
         top_expert = run.test["top_expert"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from routes import ROUTES, importance_and_load, load, with_noise
 
 import moejax
 from moejax import datasets
@@ -103,7 +104,7 @@ def soft(kind: Kind, num_experts: int, top_k: int) -> Model:
 
 def sparse(kind: Kind, num_experts: int, top_k: int) -> Model:
     """Noisy top-k with learned noise, importance and load balancing."""
-    router = moejax.noisy(linear_router(num_experts), linear_router(num_experts))
+    router = with_noise(linear_router(num_experts))
     route = partial(moejax.noisy_top_k, k=top_k)
     return mixture(kind, num_experts, router, route, importance_and_load)
 
@@ -111,6 +112,13 @@ def sparse(kind: Kind, num_experts: int, top_k: int) -> Model:
 def hard(kind: Kind, num_experts: int, top_k: int) -> Model:
     """One expert per image, weighted by its probability."""
     return mixture(kind, num_experts, linear_router(num_experts), moejax.switch, load)
+
+
+def by_rule(name: str, kind: Kind, num_experts: int, top_k: int) -> Model:
+    """A mixture with any of the rules of `ROUTES`."""
+    route = ROUTES[name]
+    router = route.router(linear_router(num_experts))
+    return mixture(kind, num_experts, router, route.rule(top_k), route.balance)
 
 
 MODELS = {"dense": dense, "soft": soft, "sparse": sparse, "hard": hard}
@@ -145,13 +153,3 @@ def linear_router(num_experts: int) -> moejax.Layer:
         return linear.apply(params, x.reshape(len(x), PIXELS))
 
     return moejax.Layer(linear.init, apply)
-
-
-def load(routing: moejax.Routing) -> jax.Array:
-    """The weight that Switch Transformers give to load balancing."""
-    return 0.01 * moejax.load_balancing_loss(routing)
-
-
-def importance_and_load(routing: moejax.Routing) -> jax.Array:
-    """Importance and load balancing, at 0.01 each."""
-    return 0.01 * moejax.importance_loss(routing) + load(routing)

@@ -160,7 +160,8 @@ def mutual_information(table: Array) -> Array:
         '0.6931'
     """
     joint = table / jnp.maximum(table.sum(), jnp.finfo(table.dtype).tiny)
-    return entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
+    information = entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
+    return jnp.maximum(information, 0)  # rounding can leave it just below
 
 
 def _normalized_gates(routing: Routing) -> Array:

@@ -103,7 +103,7 @@ def test_the_shared_expert_always_runs():
     plain = moejax.moe(
         NETWORK, moejax.linear(D, 3), num_experts=3, route=partial(moejax.top_k, k=2)
     )
-    shared = moejax.glu(D, 7)
+    shared = moejax.mlp(D, 7, D)  # with biases: not zero at a zeroed token
     model = moejax.with_shared(plain, shared)
     params = model.init(jax.random.key(0))
     x, mask = X.reshape(3, 3, D), (jnp.arange(T) % 4 != 1).reshape(3, 3)

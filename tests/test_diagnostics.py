@@ -66,6 +66,11 @@ def test_information_of_independent_and_of_identical():
     np.testing.assert_allclose(moejax.mutual_information(jnp.eye(4)), np.log(4), rtol=1e-6)
 
 
+def test_information_of_a_collapse_is_not_negative():
+    table = jnp.zeros((3, 10)).at[1].set(jnp.arange(30.0, 40.0))
+    assert float(moejax.mutual_information(table)) == 0
+
+
 DIAGNOSTICS = [
     moejax.expert_load,
     moejax.dead_experts,

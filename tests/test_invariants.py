@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import RULES, E, T
+from cases import EXPERTS, RULES, SCHEDULES, D, E, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -173,6 +173,19 @@ def test_a_token_that_is_not_a_number_leaves_every_other_token_exact(rule):
     _, expected = decide(rule)(logits, others)
     _, gates = decide(rule)(logits.at[2].set(jnp.nan), EVERY)
     np.testing.assert_array_equal(gates[others], expected[others])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_lets_it_spoil_the_outputs_of_others(schedule):
+    expert = EXPERTS["mlp"]
+    params = moejax.stack(expert, E).init(jax.random.key(0))
+    x, logits = jax.random.normal(jax.random.key(1), (T, D)), some_logits(0, 1.0)
+    run = jax.jit(lambda x, routing: SCHEDULES[schedule](expert.apply, params, x, routing))
+    expected = run(x, moejax.top_k(logits, k=2))
+    y = run(x.at[2].set(jnp.nan), moejax.top_k(logits.at[2].set(jnp.nan), k=2))
+    others = jnp.arange(T) != 2
+    np.testing.assert_allclose(y[others], expected[others], rtol=1e-6)
+    assert bool(jnp.isnan(y[2]).all())
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,16 +1,20 @@
 """The MNIST experiment, from its command line to its pictures, on real digits."""
 
+import importlib
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
-from commands import refusal, run
+from commands import EXPERIMENTS, refusal, run
+
+import moejax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SMALL = "--dataset digits --hidden 16 --experts 3 --epochs 2".split()
-PICTURES = {"curves.png", "confusion.png", "specialisation.png", "experts.png"}
+PICTURES = {"curves.png", "confusion.png", "specialisation.png", "experts.png", "diagnostics.png"}
 RECORDS = {"metrics.jsonl", "config.json", "summary.json"}
 SUMMARY = {
     "dataset",
@@ -67,6 +71,35 @@ def test_all_models_are_compared(tmp_path, capsys):
     assert all(f"{summary['test_accuracy']:.2%}" in printed for summary in summaries.values())
 
 
+@pytest.mark.parametrize("route", ["softmax-information", "noisy-top-k", "relu", "sinkhorn"])
+def test_any_rule_trains(route, tmp_path):
+    run("mnist", "--out", str(tmp_path), *SMALL, "--route", route)
+    summary, history = read(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES | RECORDS
+    assert summary["model"] == route
+    assert summary["test_accuracy"] > 0.5
+    assert all(len(record["expert_load"]) == 3 for record in history)
+    for record in history:
+        assert 1 <= record["effective_experts"] <= 3.001
+        assert 0 <= record["expert_by_digit_information"] <= np.log(3)
+        assert 1 / 3 <= record["confidence"] <= 1.001
+        np.testing.assert_allclose(sum(record["choice_load"]), 1, atol=1e-4)
+
+
+def test_every_rule_decides_and_balances(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    routes = importlib.import_module("routes").ROUTES
+    x = jax.random.normal(jax.random.key(0), (6, 4))
+    for name, route in routes.items():
+        router = route.router(moejax.linear(4, 3))
+        layer = moejax.moe(moejax.linear(4, 2), router, num_experts=3, route=route.rule(2))
+        params = layer.init(jax.random.key(1))
+        for key in (None, jax.random.key(2)):
+            y, routing = layer.apply(params, x, key=key)
+            assert y.shape == (6, 2), name
+            assert np.isfinite(route.balance(routing)), name
+
+
 def test_the_convolutional_expert(tmp_path):
     run("mnist", "--out", str(tmp_path), *SMALL, "--expert", "conv", "--experts", "2")
     summary, _ = read(tmp_path)
@@ -108,6 +141,8 @@ def test_an_incomplete_final_batch_and_plain_sgd(tmp_path):
         (["--model", "huge"], "invalid choice: 'huge'"),
         (["--model", "sparse", "--top-k", "9"], "`k` must be between 1 and"),
         (["--model", "sparse", "--top-k", "1"], "exactly zero gradient"),
+        (["--route", "hashed"], "invalid choice: 'hashed'"),
+        (["--route", "relu", "--model", "all"], "not allowed with argument"),
         (["--data-dir", "/nowhere"], "/nowhere must be a folder"),
         (["--dataset", "digits", "--batch-size", "2000"], "(1437), got 2000"),
         (["--out", "/proc/none"], "choose another folder"),

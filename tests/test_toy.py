@@ -17,6 +17,7 @@ def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert summary["accuracy"] > 0.9 > 0.8 > summary["single_expert_accuracy"]
     assert summary["final_loss"] < 0.08
+    assert lost_without_the_blend(summary) > 0.02  # the experts cooperate
     seeds = summary["seeds"]
     assert seeds["count"] == 5
     assert seeds["accuracy_min"] <= seeds["accuracy_median"] <= seeds["accuracy_max"]
@@ -26,6 +27,21 @@ def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
     assert f"{summary['accuracy']:.1%}" in printed
     with Image.open(tmp_path / "training.gif") as animation:
         assert animation.n_frames > 20
+
+
+def lost_without_the_blend(summary):
+    """How much accuracy is lost if each point is left to its top expert, over the seeds."""
+    seeds = summary["seeds"]
+    return seeds["accuracy_median"] - seeds["top_expert_alone_median"]
+
+
+def test_under_the_likelihood_experts_compete(tmp_path):
+    run("toy", "--out", str(tmp_path), *"--seeds 5 --objective likelihood".split())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert summary["objective"] == "likelihood"
+    assert summary["accuracy"] > 0.9 > 0.8 > summary["single_expert_accuracy"]
+    assert abs(lost_without_the_blend(summary)) < 0.01
 
 
 def test_runs_of_other_sizes(tmp_path):

@@ -47,12 +47,15 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
-def loss(runs: Mapping[str, np.ndarray], seeds: np.ndarray) -> Figure:
+def loss(
+    runs: Mapping[str, np.ndarray], seeds: np.ndarray, *, ylabel: str = "mean squared error"
+) -> Figure:
     """Loss per step: named runs as lines, many seeds as a band.
 
     Args:
         runs: for each run its losses, shape [steps].
         seeds: losses of one run per seed, shape [seeds, steps].
+        ylabel: what the loss is.
 
     Returns:
         A figure; the band holds the middle 90% of the seeds.
@@ -76,7 +79,7 @@ def loss(runs: Mapping[str, np.ndarray], seeds: np.ndarray) -> Figure:
     ax.plot(middle, "--", color="#666666", linewidth=1, label="median seed")
     for index, (name, losses) in enumerate(runs.items()):
         ax.plot(losses, color=color(index), label=name)
-    ax.set(xlabel="step", ylabel="mean squared error", ylim=(0, None), xlim=(0, len(low) - 1))
+    ax.set(xlabel="step", ylabel=ylabel, ylim=(0, None), xlim=(0, len(low) - 1))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8)
     return figure

@@ -57,7 +57,6 @@ def sigmoid_top_k(
     _check_sigmoid(logits, bias, k, num_groups, kept_groups, renormalize)
     affinity = jax.nn.sigmoid(logits)
     ranked_by = affinity if bias is None else affinity + bias.astype(affinity.dtype)
-    ranked_by = jax.lax.stop_gradient(ranked_by)
     if kept_groups < num_groups:
         ranked_by = _only_best_groups(ranked_by, num_groups, kept_groups)
     experts = jax.lax.top_k(ranked_by, k)[1]
