@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder until it is complete
+
 
 def latest(folder: str | Path) -> int | None:
     """The step of the newest complete checkpoint, None if there is none.
@@ -50,10 +52,20 @@ def discard(folder: str | Path, *, after: int) -> None:
     folder = Path(folder)
     for step in sorted(steps_in(folder), reverse=True):
         if step > after:
-            # Renamed first, to what orbax clears away: never half deleted under its own name.
-            remains = folder / f"{step}.orbax-checkpoint-tmp"
-            shutil.rmtree(remains, ignore_errors=True)
-            shutil.rmtree((folder / str(step)).rename(remains))
+            delete(folder / str(step))
+
+
+def delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint; a process killed meanwhile leaves none that is half deleted."""
+    remains = checkpoint.with_name(f"{checkpoint.name}.deleted{UNFINISHED}")
+    shutil.rmtree(remains, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(remains))
+
+
+def clear(folder: Path) -> None:
+    """Deletes what processes that were killed have left behind."""
+    for remains in folder.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(remains)
 
 
 def steps_in(folder: Path) -> list[int]:

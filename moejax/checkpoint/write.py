@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint.folder import apart, latest, orbax
+import jax
+
+from moejax.checkpoint.folder import apart, clear, delete, latest, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)
@@ -77,22 +79,36 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         raise ValueError(f"`keep` must be at least 1, or None to keep all, got {keep}.")
     folder = Path(folder).absolute()
     with orbax() as ocp:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with _write_errors(folder):
-            manager = apart(ocp.CheckpointManager, folder, options=options)
+            folder.mkdir(parents=True, exist_ok=True)
+            _on_first_process(clear, folder)
+            background = apart(ocp.AsyncCheckpointer, ocp.CompositeCheckpointHandler())
         try:
-            yield partial(_save, manager, folder)
+            yield partial(_save, background, folder, keep)
         finally:
-            with _write_errors(folder):
-                try:
-                    apart(manager.wait_until_finished)
-                finally:
-                    apart(manager.close)
+            try:
+                _finish(background, folder, keep)
+            finally:
+                apart(background.close)
+
+
+def _finish(background: Any, folder: Path, keep: int | None) -> None:
+    # Waits for the save that goes on, and deletes what it has made superfluous.
+    with _write_errors(folder):
+        apart(background.wait_until_finished)
+        for step in sorted(steps_in(folder), reverse=True)[keep:] if keep else []:
+            _on_first_process(delete, folder / str(step))
+
+
+def _on_first_process(function: Callable[[Path], None], path: Path) -> None:
+    if jax.process_index() == 0:
+        function(path)
 
 
 def _save(
-    manager: Any,
+    background: Any,
     folder: Path,
+    keep: int | None,
     state: Any,
     *,
     step: int,
@@ -105,8 +121,7 @@ def _save(
     arrays = {name: stored(leaf) for name, leaf in leaves.items() if leaf.size}
     if not arrays:
         raise ValueError("The state to save must hold at least one array that is not empty.")
-    with _write_errors(folder):
-        apart(manager.wait_until_finished)
+    _finish(background, folder, keep)
     if (newest := latest(folder)) is not None and newest >= step:
         raise ValueError(
             f"`step` must be larger than that of the newest checkpoint in {folder} ({newest}), "
@@ -114,7 +129,7 @@ def _save(
         )
     items = args.Composite(state=args.PyTreeSave(arrays), manifest=args.JsonSave(manifest))
     with _write_errors(folder):
-        apart(manager.save, step, args=items, force=True)
+        apart(background.save, folder / str(step), args=items)
 
 
 @contextmanager
