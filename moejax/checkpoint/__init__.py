@@ -8,7 +8,7 @@ before untouched. Nothing in it is pickled.
 """
 
 from moejax.checkpoint.folder import discard, latest
-from moejax.checkpoint.read import Checkpoint, restore
+from moejax.checkpoint.read import Checkpoint, read_config, restore
 from moejax.checkpoint.write import Save, save, writer
 
-__all__ = ["Checkpoint", "Save", "discard", "latest", "restore", "save", "writer"]
+__all__ = ["Checkpoint", "Save", "discard", "latest", "read_config", "restore", "save", "writer"]

@@ -65,6 +65,12 @@ def stored(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a result depends on."""
+    installed = {"moejax": moejax.__version__, "python": platform.python_version()}
+    return installed | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
 def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manifest:
     """Makes the manifest of a state.
 
@@ -85,7 +91,7 @@ def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manif
     except TypeError as error:
         raise ValueError(f"`config` must be something that JSON can hold: {error}.") from error
     entries = {name: _entry(leaf) for name, leaf in leaves.items()}
-    content = {"step": step, "config": config, "versions": _versions(), "leaves": entries}
+    content = {"step": step, "config": config, "versions": versions(), "leaves": entries}
     return {**content, "sha256": _digest_of_json(content)}
 
 
@@ -147,11 +153,6 @@ def digest(array: Any) -> str:
 def _entry(leaf: Any) -> Manifest:
     entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest(stored(leaf))}
     return {**entry, "impl": str(jax.random.key_impl(leaf))} if is_key(leaf) else entry
-
-
-def _versions() -> dict[str, str]:
-    installed = {"moejax": moejax.__version__, "python": platform.python_version()}
-    return installed | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def _digest_of_json(content: Manifest) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,38 +68,104 @@ def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkp
         >>> checkpoint.step, checkpoint.state["w"].tolist(), checkpoint.config
         (10, [0.0, 1.0, 2.0], {'seed': 0})
     """
+    path = _find(folder, step)
+    with _refusing_damage(path):
+        manifest, leaves = _read(path, named_leaves(like))
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Checkpoint(int(path.name), state, manifest["config"], manifest["versions"])
+
+
+def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Reads the configuration alone: from it, make what `restore` is to be like.
+
+    Args:
+        folder: where the checkpoints of a run are.
+        step: which one; by default the newest.
+
+    Returns:
+        What was saved as ``config``.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or its manifest is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> moejax.checkpoint.save(folder, jnp.ones(3), step=10, config={"seed": 0})
+        >>> read_config(folder)
+        {'seed': 0}
+    """
+    path = _find(folder, step)
+    with _refusing_damage(path), _reader() as read:
+        return _read_manifest(read, path)["config"]
+
+
+def _find(folder: str | Path, step: int | None) -> Path:
     folder = Path(folder).absolute()
-    steps = steps_in(folder)
-    step = max(steps, default=None) if step is None else step
-    if step is None or step not in steps:
+    steps = sorted(steps_in(folder))
+    if not steps or step not in [None, *steps]:
         raise ValueError(
             f"There must be a checkpoint {'' if step is None else f'of step {step} '}in {folder}; "
-            f"it has {sorted(steps) or 'none'}."
+            f"it has {steps or 'none'}."
         )
+    return folder / str(steps[-1] if step is None else step)
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
     try:
-        manifest, leaves = _read(folder / str(step), named_leaves(like))
+        yield
     except DamagedError as error:
-        raise ValueError(_report_of_damage(folder, step, error)) from error
-    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return Checkpoint(step, state, manifest["config"], manifest["versions"])
+        report = f"Checkpoint {path.name} in {path.parent} is damaged: {error}."
+        for earlier in sorted(steps_in(path.parent), reverse=True):
+            if earlier < int(path.name) and _is_intact(path.with_name(str(earlier))):
+                raise ValueError(
+                    f"{report} The one before it is intact: step {earlier}."
+                ) from error
+        raise ValueError(f"{report} There is no intact one before it.") from error
 
 
-def _read(folder: Path, like: dict[str, Any] | None = None) -> tuple[Manifest, list[Any]]:
-    # Reads one checkpoint and checks it; without `like` that is all.
+def _is_intact(path: Path) -> bool:
+    try:
+        _read(path)
+    except DamagedError:
+        return False
+    return True
+
+
+@contextmanager
+def _reader() -> Iterator[Callable[..., Any]]:
     with orbax() as ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        manifest = _read_item(reader, folder, manifest=ocp.args.JsonRestore())
-        check_manifest(manifest, int(folder.name))
-        if like is not None:
-            check_structure(manifest["leaves"], like)
-        leaves = []
-        for name in like or manifest["leaves"]:
-            array = _read_leaf(reader, folder, name, manifest["leaves"][name])
-            if like is not None:
-                leaves.append(_placed(array, manifest["leaves"][name], like[name]))
-    return manifest, leaves
+        yield partial(_read_item, reader)
 
 
-def _read_leaf(reader: Any, folder: Path, name: str, entry: Manifest) -> np.ndarray | None:
+def _read(path: Path, like: dict[str, Any] | None = None) -> tuple[Manifest, list[Any]]:
+    # Reads one checkpoint and checks it; without `like` that is all.
+    with _reader() as read:
+        manifest = _read_manifest(read, path)
+        entries = manifest["leaves"]
+        if like is None:
+            for name, entry in entries.items():
+                _read_leaf(read, path, name, entry)
+            return manifest, []
+        check_structure(entries, like)
+        return manifest, [
+            _placed(_read_leaf(read, path, name, entries[name]), entries[name], leaf)
+            for name, leaf in like.items()
+        ]
+
+
+def _read_manifest(read: Callable[..., Any], path: Path) -> Manifest:
+    from orbax.checkpoint import args
+
+    manifest = read(path, manifest=args.JsonRestore())
+    check_manifest(manifest, int(path.name))
+    return manifest
+
+
+def _read_leaf(
+    read: Callable[..., Any], path: Path, name: str, entry: Manifest
+) -> np.ndarray | None:
     # One at a time: the first that orbax cannot read would leave the others pending.
     from orbax.checkpoint import RestoreArgs, args
 
@@ -104,16 +173,16 @@ def _read_leaf(reader: Any, folder: Path, name: str, entry: Manifest) -> np.ndar
         return None  # nothing to read
     leaf = {name: RestoreArgs(restore_type=np.ndarray)}
     restore_args = args.PyTreeRestore(item=leaf, restore_args=leaf, partial_restore=True)
-    array = _read_item(reader, folder, state=restore_args)[name]
+    array = read(path, state=restore_args)[name]
     check_leaf(name, array, entry)
     return array
 
 
-def _read_item(reader: Any, folder: Path, **item: Any) -> Any:
+def _read_item(reader: Any, path: Path, **item: Any) -> Any:
     from orbax.checkpoint import args
 
     try:
-        [value] = apart(reader.restore, folder, args=args.Composite(**item)).values()
+        [value] = apart(reader.restore, path, args=args.Composite(**item)).values()
     except Exception as error:  # whatever orbax, tensorstore or JSON make of wrong bytes
         reason = next(iter(str(error).splitlines()), "")
         raise DamagedError(f"{type(error).__name__}: {reason}") from error
@@ -135,19 +204,3 @@ def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
 def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
     # An array that is not committed goes where the others are; so must its restored twin.
     return leaf.sharding if getattr(leaf, "committed", True) else None
-
-
-def _report_of_damage(folder: Path, step: int, error: DamagedError) -> str:
-    report = f"Checkpoint {step} in {folder} is damaged: {error}."
-    for earlier in sorted(steps_in(folder), reverse=True):
-        if earlier < step and _is_intact(folder / str(earlier)):
-            return f"{report} The one before it, {earlier}, is intact: ask for `step={earlier}`."
-    return f"{report} There is no intact one before it."
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        _read(folder)
-    except DamagedError:
-        return False
-    return True
