@@ -5,12 +5,14 @@ import logging
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -408,6 +410,18 @@ def test_double_precision(tmp_path, x64):
     state = {"w": jnp.linspace(0.0, 1.0, 7, dtype=jnp.float64)}
     checkpoint.save(tmp_path, state, step=1)
     assert bits(checkpoint.restore(tmp_path, state).state) == bits(state)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_code_in_the_documentation_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+    [code] = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["found"].step == 100
+    assert bits(names["found"].state) == bits(names["state"])
+    assert sorted(os.listdir("runs/mine/checkpoints")) == ["100", "50", "75"]
 
 
 def test_restores_onto_other_devices(tmp_path):
