@@ -133,15 +133,14 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
         )
     if plan.every is None:
         return fresh
+    check_room(plan, fresh)
     if resume is not None and newest is not None:
-        progress = restored(plan, None if resume == NEWEST else resume, fresh)
-    else:
-        if resume is not None:
-            say(f"nothing to resume in {plan.folder}: starting from the beginning")
-        progress = fresh
-        save(plan, partial(checkpoint.save, plan.folder, keep=KEEP), progress)
-    check_room(plan, progress)
-    return progress
+        return restored(plan, None if resume == NEWEST else resume, fresh)
+    if resume is not None:
+        say(f"nothing to resume in {plan.folder}: starting from the beginning")
+    # Shows that checkpoints can be written, before anything is lost if not.
+    save(plan, partial(checkpoint.save, plan.folder, keep=KEEP), fresh)
+    return fresh
 
 
 def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
@@ -190,7 +189,7 @@ def check_room(plan: Plan, progress: Progress) -> None:
     """Checks that the disk can hold all the checkpoints that will be there at once."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((progress.state, progress.metrics)))
     missing = KEEP + 1 - len(steps_in(plan.folder))  # one more while it is being written
-    free = shutil.disk_usage(plan.folder).free
+    free = shutil.disk_usage(plan.folder.parent).free
     if free < missing * size:
         raise OSError(
             f"{missing * size:,} bytes must be free in {plan.folder} for checkpoints, there are "
