@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import resumable
 from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
 from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from models import DIGITS, EXPERTS, MODELS, Model, by_rule
+from resumable import Progress, metrics_log, pauses
 from routes import ROUTES
 
 from moejax import datasets, plot
@@ -39,11 +42,12 @@ from moejax.diagnostics import (
 from moejax.training import (
     TrainState,
     batch_sizes,
+    empty_metrics,
     epoch_order,
     init_state,
     inspect_step,
-    train_epoch,
     train_step,
+    train_until,
 )
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
@@ -103,29 +107,61 @@ def train(args: argparse.Namespace, model: Model, data: datasets.Dataset, out: P
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
     state = start(model, optimizer, args.seed)
     step = train_step(partial(objective, model), optimizer)
+    sizes = batch_sizes(len(data.train.labels), args.batch_size)
+    plan = resumable.plan(args, out, data, len(sizes))
+    unseen = empty_metrics(step, state, data.train, batch_size=args.batch_size)
+    progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
+    write_json(args.out / "config.json", {name: str(value) for name, value in vars(args).items()})
     if args.inspect:
         rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
         batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
-    epoch = partial(train_epoch, step, batch_size=args.batch_size)
-    run_epoch, epoch_compile = compiled(epoch, state, data.train)
+    advance, compile_seconds = compiled(
+        partial(train_until, step, batch_size=args.batch_size),
+        *(state, unseen, data.train, epoch_order(state, 0, len(data.train.labels)), state.step),
+    )
     run_test, test_compile = compiled(partial(evaluate, model), state.params, data.test)
-    sizes = batch_sizes(len(data.train.labels), args.batch_size)
-    history = []
+    test = None
     say("\n" + HEADER)
-    with open(out / "metrics.jsonl", "w") as log:
-        for number in range(1, args.epochs + 1):
-            began = time.perf_counter()
-            state, metrics = jax.block_until_ready(run_epoch(state, data.train))
-            seconds = time.perf_counter() - began
-            test = jax.device_get(run_test(state.params, data.test))
-            record = epoch_record(number, sizes, metrics, test, seconds)
-            history.append(record)
+    log_path = out / "metrics.jsonl"
+    with pauses(plan) as pause, metrics_log(log_path, progress.history) as log:
+        for number in range(len(progress.history) + 1, args.epochs + 1):
+            progress = finish_epoch(plan, pause, advance, data.train, progress)
+            test = jax.device_get(run_test(progress.state.params, data.test))
+            record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
             log.flush()
             say(LINE.format(**record))
+            progress = Progress(progress.state, unseen, [*progress.history, record], 0.0)
+            pause(progress)
+    if test is None:  # resumed when all was done
+        test = jax.device_get(run_test(progress.state.params, data.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return Run(history, test, parameters, epoch_compile + test_compile)
+    return Run(progress.history, test, parameters, compile_seconds + test_compile)
+
+
+def finish_epoch(
+    plan: resumable.Plan,
+    pause: resumable.Pause,
+    advance: Callable[..., Any],
+    split: datasets.Split,
+    progress: Progress,
+) -> Progress:
+    """Takes the steps that are left of an epoch: in one go, or with pauses in which it is saved."""
+    steps = len(progress.metrics["loss"])
+    order = epoch_order(progress.state, len(progress.history), len(split.labels))
+    end = (len(progress.history) + 1) * steps
+    while progress.step < end:
+        stop = jnp.int32(resumable.next_stop(plan, progress.step, end))
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(
+            advance(progress.state, progress.metrics, split, order, stop)
+        )
+        seconds = progress.seconds + time.perf_counter() - began
+        progress = Progress(state, metrics, progress.history, seconds)
+        if progress.step < end:
+            pause(progress)
+    return progress
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -153,6 +189,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--learning-rate", type=positive_float, default=1e-3)
     add("--seed", type=at_least(0), default=0)
     add("--inspect", action="store_true", help="print what the first step does")
+    resumable.add_arguments(parser)
     return parser, parser.parse_args()
 
 
@@ -196,14 +233,14 @@ def main() -> None:
     models = build(parser, args)
     output_folder(parser, args.out)
     data = load(parser, args)
-    write_json(args.out / "config.json", {name: str(value) for name, value in vars(args).items()})
     on_device = data._replace(train=to_device(data.train), test=to_device(data.test))
     runs = {}
     for name, model in models.items():
         out = args.out / name if args.model == "all" else args.out
         output_folder(parser, out)
         say(f"\n{describe(args, name)}")
-        runs[name] = train(args, model, on_device, out)
+        with resumable.one_line_errors(parser):
+            runs[name] = train(args, model, on_device, out)
         write_json(out / "summary.json", summarize(runs[name], name, data.name))
         draw(runs[name], name, data.test.images, out)
     if args.model == "all":

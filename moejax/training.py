@@ -7,6 +7,7 @@ Data is a pytree of arrays that share axis 0 (the examples) and stay on the devi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +173,91 @@ def train_epoch(
         return state, metrics
     state, last = scan_batches(step, state, data, order[None, whole:])
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, last)
+
+
+def train_until(
+    step: Step,
+    state: TrainState,
+    metrics: Metrics,
+    data: Any,
+    order: Array,
+    stop: Array | int,
+    *,
+    batch_size: int,
+) -> tuple[TrainState, Metrics]:
+    """The part of an epoch from the step that the state is at to another: `train_epoch` in pieces.
+
+    The number of steps is not part of the compiled program, so the same program runs every piece,
+    and an epoch gives the same bits in whatever pieces it is run.
+
+    Args:
+        step: from `train_step`.
+        state: the state at the start of an epoch or within it.
+        metrics: each metric of every step of the epoch, shape [S, ...]; those of the steps taken
+            here are filled in. `empty_metrics` makes them.
+        data: pytree of arrays [N, ...].
+        order: from `epoch_order`, for the epoch that the state is in.
+        stop: the step count to stop at; at most the epoch's end is reached.
+        batch_size: B, at most N.
+
+    Returns:
+        The state after the steps, and the metrics.
+
+    Example:
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
+        >>> data, order = jnp.ones((5, 1)), epoch_order(state, 0, 5)
+        >>> metrics = empty_metrics(step, state, data, batch_size=2)
+        >>> state, metrics = train_until(step, state, metrics, data, order, 2, batch_size=2)
+        >>> metrics["loss"].round(2).tolist()
+        [2.0, 1.28, 0.0]
+    """
+    num_examples = len(order)
+    sizes = batch_sizes(num_examples, batch_size)
+    first = state.step // len(sizes) * len(sizes)  # step of the epoch
+    whole = num_examples // batch_size
+    batches = order[: whole * batch_size].reshape(whole, batch_size)
+
+    def take(carry: tuple[TrainState, Metrics], rows: Array) -> tuple[TrainState, Metrics]:
+        state, metrics = carry
+        state_after, one = step(state, jax.tree.map(lambda leaf: leaf[rows], data))
+        fill = lambda every, new: every.at[state.step - first].set(new)  # noqa: E731
+        return state_after, jax.tree.map(fill, metrics, one)
+
+    carry = jax.lax.while_loop(
+        lambda carry: carry[0].step < jnp.minimum(stop, first + whole),
+        lambda carry: take(carry, batches[carry[0].step - first]),
+        (state, metrics),
+    )
+    if len(sizes) == whole:
+        return carry
+    at_last = (carry[0].step == first + whole) & (carry[0].step < stop)
+    last = partial(take, rows=order[whole * batch_size :])
+    return jax.lax.cond(at_last, last, lambda carry: carry, carry)
+
+
+def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) -> Metrics:
+    """Room for each metric of every step of an epoch.
+
+    Args:
+        step: from `train_step`.
+        state: any state.
+        data: pytree of arrays [N, ...].
+        batch_size: B, at most N.
+
+    Returns:
+        Zeros [S, ...] for each metric, where S is the number of steps.
+
+    Example:
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
+        >>> empty_metrics(step, state, jnp.ones((5, 1)), batch_size=2)
+        {'loss': Array([0., 0., 0.], dtype=float32)}
+    """
+    steps = len(batch_sizes(len(jax.tree.leaves(data)[0]), batch_size))
+    batch = jax.tree.map(lambda leaf: leaf[:batch_size], data)
+    _, one = jax.eval_shape(step, state, batch)
+    return jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), one)
 
 
 def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:

@@ -1,0 +1,106 @@
+"""The folder of a run's checkpoints, and orbax, which fills it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder until it is complete
+
+
+def latest(folder: str | Path) -> int | None:
+    """The step of the newest complete checkpoint, None if there is none.
+
+    Args:
+        folder: where the checkpoints of a run are.
+
+    Returns:
+        Its step.
+
+    Example:
+        >>> import tempfile
+        >>> latest(tempfile.mkdtemp()) is None
+        True
+    """
+    return max(steps_in(Path(folder)), default=None)
+
+
+def discard(folder: str | Path, *, after: int) -> None:
+    """Deletes the checkpoints after a step, to go on from it instead of from the newest.
+
+    Args:
+        folder: where the checkpoints of a run are.
+        after: the last step to keep.
+
+    Example:
+        >>> import tempfile
+        >>> from moejax import checkpoint
+        >>> folder = tempfile.mkdtemp()
+        >>> with checkpoint.writer(folder) as save_one:
+        ...     save_one(jnp.ones(1), step=10)
+        ...     save_one(jnp.ones(1), step=20)
+        >>> discard(folder, after=10)
+        >>> latest(folder)
+        10
+    """
+    folder = Path(folder)
+    for step in sorted(steps_in(folder), reverse=True):
+        if step > after:
+            delete(folder / str(step))
+
+
+def delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint; a process killed meanwhile leaves none that is half deleted."""
+    remains = checkpoint.with_name(f"{checkpoint.name}.deleted{UNFINISHED}")
+    shutil.rmtree(remains, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(remains))
+
+
+def clear(folder: Path) -> None:
+    """Deletes what processes that were killed have left behind."""
+    for remains in folder.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(remains)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints: orbax renames a folder to its step at the end."""
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+
+
+@contextmanager
+def orbax() -> Iterator[ModuleType]:
+    """Orbax, loaded where it is used, leaving the logging of the process as it was."""
+    # absl, with which orbax logs, installs a root handler for the whole process at its first
+    # message if there is none. While orbax works, stand in for Python's last resort instead, which
+    # can be taken back; what orbax would print is raised as an exception anyway.
+    stand_in = logging.StreamHandler()
+    stand_in.setLevel(logging.WARNING)
+    stand_in.addFilter(lambda record: "orbax" not in record.pathname)
+    unconfigured = not logging.root.handlers
+    if unconfigured:
+        logging.root.addHandler(stand_in)
+    try:
+        import orbax.checkpoint as ocp
+
+        yield ocp
+    finally:
+        if unconfigured:
+            logging.root.removeHandler(stand_in)
+
+
+def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function of orbax in a thread of its own, and waits.
+
+    In the caller's thread it would take away the event loop, and patch a running one; nor can a
+    signal that the caller handles interrupt it half way.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args, **kwargs).result()

@@ -1,0 +1,164 @@
+"""What a checkpoint says about itself: its leaves with their SHA-256, configuration and versions.
+
+The manifest is JSON, and carries a SHA-256 of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moejax
+
+Manifest = dict[str, Any]
+
+_LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their place in it, such as ``params.router.kernel``.
+
+    Args:
+        tree: a pytree of arrays (of anything with a shape and a dtype).
+
+    Returns:
+        The leaves by name, in the order of the pytree.
+
+    Raises:
+        ValueError: if a leaf is not an array, or two leaves have one name.
+
+    Example:
+        >>> list(named_leaves({"params": {"w": jnp.ones(2)}, "step": jnp.array(1)}))
+        ['params.w', 'step']
+    """
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "state"
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(f"Every leaf must be an array, but `{name}` is a {type(leaf)}.")
+        if name in named:
+            raise ValueError(f"Every leaf must have its own name, but two are called `{name}`.")
+        named[name] = leaf
+    return named
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds typed PRNG keys, which are stored as their data."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def stored(leaf: Any) -> Any:
+    """What is stored of a leaf: itself, or the data of PRNG keys."""
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a result depends on."""
+    installed = {"moejax": moejax.__version__, "python": platform.python_version()}
+    return installed | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manifest:
+    """Makes the manifest of a state.
+
+    Args:
+        leaves: the leaves by name.
+        step: the number of the checkpoint.
+        config: anything that JSON can hold.
+
+    Returns:
+        JSON: the step, the configuration, the versions, the shape, dtype and SHA-256 of every
+        leaf, and the SHA-256 of all that.
+
+    Raises:
+        ValueError: if the configuration is not JSON.
+    """
+    try:
+        config = json.loads(json.dumps(config))
+    except TypeError as error:
+        raise ValueError(f"`config` must be something that JSON can hold: {error}.") from error
+    entries = {name: _entry(leaf) for name, leaf in leaves.items()}
+    content = {"step": step, "config": config, "versions": versions(), "leaves": entries}
+    return {**content, "sha256": _digest_of_json(content)}
+
+
+def check_manifest(manifest: Manifest, step: int) -> None:
+    """Checks a manifest against its own SHA-256.
+
+    Raises:
+        DamagedError: if they differ.
+    """
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if _digest_of_json(content) != manifest.get("sha256") or content["step"] != step:
+        raise DamagedError("its manifest differs from its SHA-256")
+
+
+def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:
+    """Checks that leaves are those that were saved, before any is read.
+
+    Raises:
+        ValueError: naming a leaf that is missing, or has another shape or dtype.
+    """
+    missing, unknown = sorted(like.keys() - entries), sorted(entries.keys() - like)
+    if missing or unknown:
+        raise ValueError(
+            "The structure must be the one that was saved: "
+            f"the checkpoint lacks {_listed(missing)} and has {_listed(unknown)} besides."
+        )
+    for name, leaf in like.items():
+        saved, wanted = entries[name], {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        for what, value in wanted.items():
+            if saved[what] != value:
+                raise ValueError(
+                    f"The {what} of leaf `{name}` must be the one that was saved, {saved[what]}; "
+                    f"got {value}."
+                )
+
+
+def check_leaf(name: str, array: Any, entry: Manifest) -> None:
+    """Checks what was read of a leaf, bit by bit.
+
+    Raises:
+        DamagedError: if it is not what was saved.
+    """
+    if digest(array) != entry["sha256"]:
+        raise DamagedError(f"leaf `{name}` differs from its SHA-256")
+
+
+def digest(array: Any) -> str:
+    """The SHA-256 of an array's dtype, shape and bytes, wherever its parts lie."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        array = multihost_utils.process_allgather(array, tiled=True)
+    host = np.asarray(array)
+    sha256 = hashlib.sha256(f"{host.dtype} {host.shape}".encode())
+    sha256.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
+
+
+def _entry(leaf: Any) -> Manifest:
+    entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest(stored(leaf))}
+    return {**entry, "impl": str(jax.random.key_impl(leaf))} if is_key(leaf) else entry
+
+
+def _digest_of_json(content: Manifest) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return (shown + (", ..." if len(names) > 3 else "")) or "nothing"

@@ -1,0 +1,206 @@
+"""Reading checkpoints, and refusing those that are not what was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.checkpoint.folder import apart, orbax, steps_in
+from moejax.checkpoint.manifest import (
+    DamagedError,
+    Manifest,
+    check_leaf,
+    check_manifest,
+    check_structure,
+    is_key,
+    named_leaves,
+)
+
+
+class Checkpoint(NamedTuple):
+    """What `restore` returns.
+
+    Attributes:
+        step: its number.
+        state: the pytree that was saved.
+        config: what was saved with it.
+        versions: of Python and the libraries that wrote it; the same steps give the same bits
+            with the same versions only.
+    """
+
+    step: int
+    state: Any
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoint:
+    """Reads a checkpoint back, bit by bit what was saved.
+
+    Args:
+        folder: where the checkpoints of a run are.
+        like: a pytree of the structure, shapes and dtypes that were saved, of arrays or of
+            ``jax.ShapeDtypeStruct``. A leaf that is placed (committed, or with a sharding) says
+            where the restored one goes; the number of devices may differ from when it was saved.
+        step: which one; by default the newest.
+
+    Returns:
+        The step, the state, the configuration and the versions.
+
+    Raises:
+        ValueError: if there is no such checkpoint; if it is damaged, naming the newest one before
+            it that is intact; if its structure, a shape or a dtype is not that of ``like``,
+            naming the leaf.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> moejax.checkpoint.save(folder, {"w": jnp.arange(3.0)}, step=10, config={"seed": 0})
+        >>> checkpoint = restore(folder, {"w": jnp.zeros(3)})
+        >>> checkpoint.step, checkpoint.state["w"].tolist(), checkpoint.config
+        (10, [0.0, 1.0, 2.0], {'seed': 0})
+    """
+    path = _find(folder, step)
+    with _refusing_damage(path):
+        manifest, leaves = _read(path, named_leaves(like))
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Checkpoint(int(path.name), state, manifest["config"], manifest["versions"])
+
+
+def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Reads the configuration alone: from it, make what `restore` is to be like.
+
+    Args:
+        folder: where the checkpoints of a run are.
+        step: which one; by default the newest.
+
+    Returns:
+        What was saved as ``config``.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or its manifest is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> moejax.checkpoint.save(folder, jnp.ones(3), step=10, config={"seed": 0})
+        >>> read_config(folder)
+        {'seed': 0}
+    """
+    path = _find(folder, step)
+    with _refusing_damage(path), _reader() as read:
+        return _read_manifest(read, path)["config"]
+
+
+def _find(folder: str | Path, step: int | None) -> Path:
+    folder = Path(folder).absolute()
+    steps = sorted(steps_in(folder))
+    if not steps or step not in [None, *steps]:
+        raise ValueError(
+            f"There must be a checkpoint {'' if step is None else f'of step {step} '}in {folder}; "
+            f"it has {steps or 'none'}."
+        )
+    return folder / str(steps[-1] if step is None else step)
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DamagedError as error:
+        report = f"Checkpoint {path.name} in {path.parent} is damaged: {error}."
+        for earlier in sorted(steps_in(path.parent), reverse=True):
+            if earlier < int(path.name) and _is_intact(path.with_name(str(earlier))):
+                raise ValueError(
+                    f"{report} The one before it is intact: step {earlier}."
+                ) from error
+        raise ValueError(f"{report} There is no intact one before it.") from error
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        _read(path)
+    except DamagedError:
+        return False
+    return True
+
+
+@contextmanager
+def _reader() -> Iterator[Callable[..., Any]]:
+    with orbax() as ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        yield partial(_read_item, reader)
+
+
+def _read(path: Path, like: dict[str, Any] | None = None) -> tuple[Manifest, list[Any]]:
+    # Reads one checkpoint and checks it; without `like` that is all.
+    with _reader() as read:
+        manifest = _read_manifest(read, path)
+        entries = manifest["leaves"]
+        if like is None:
+            for name, entry in entries.items():
+                _read_leaf(read, path, name, entry)
+            return manifest, []
+        check_structure(entries, like)
+        return manifest, [
+            _placed(_read_leaf(read, path, name, entries[name]), entries[name], leaf)
+            for name, leaf in like.items()
+        ]
+
+
+def _read_manifest(read: Callable[..., Any], path: Path) -> Manifest:
+    from orbax.checkpoint import args
+
+    manifest = read(path, manifest=args.JsonRestore())
+    check_manifest(manifest, int(path.name))
+    return manifest
+
+
+def _read_leaf(
+    read: Callable[..., Any], path: Path, name: str, entry: Manifest
+) -> np.ndarray | None:
+    # One at a time: the first that orbax cannot read would leave the others pending.
+    from orbax.checkpoint import RestoreArgs, args
+
+    if not math.prod(entry["shape"]):
+        return None  # nothing to read
+    leaf = {name: RestoreArgs(restore_type=np.ndarray)}
+    restore_args = args.PyTreeRestore(item=leaf, restore_args=leaf, partial_restore=True)
+    array = read(path, state=restore_args)[name]
+    check_leaf(name, array, entry)
+    return array
+
+
+def _read_item(reader: Any, path: Path, **item: Any) -> Any:
+    from orbax.checkpoint import args
+
+    try:
+        [value] = apart(reader.restore, path, args=args.Composite(**item)).values()
+    except Exception as error:  # whatever orbax, tensorstore or JSON make of wrong bytes
+        reason = next(iter(str(error).splitlines()), "")
+        raise DamagedError(f"{type(error).__name__}: {reason}") from error
+    return value
+
+
+def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
+    # The array, of the kind and on the devices of the one it is to be like.
+    if isinstance(like, (np.ndarray, np.generic)):
+        return like if array is None else array
+    leaf: Any = array
+    if array is None:
+        leaf = jnp.zeros(like.shape, like.dtype)
+    elif is_key(like):
+        leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
+    return jax.device_put(leaf, _sharding(like))
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    # An array that is not committed goes where the others are; so must its restored twin.
+    return leaf.sharding if getattr(leaf, "committed", True) else None

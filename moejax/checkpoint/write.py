@@ -1,0 +1,143 @@
+"""Writing checkpoints, in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.checkpoint.folder import apart, clear, delete, latest, orbax, steps_in
+from moejax.checkpoint.manifest import describe, named_leaves, stored
+
+Save = Callable[..., None]  # (state, *, step, config=None)
+
+
+def save(
+    folder: str | Path,
+    state: Any,
+    *,
+    step: int,
+    config: dict[str, Any] | None = None,
+    keep: int | None = 3,
+) -> None:
+    """Saves one checkpoint, and returns when it is complete.
+
+    Args:
+        folder: where the checkpoints of a run are; made if missing.
+        state: any pytree of arrays: parameters, optimizer state, router state, PRNG keys.
+        step: its number, larger than that of every checkpoint in the folder.
+        config: anything that JSON can hold.
+        keep: how many to keep; older ones are deleted. None keeps all.
+
+    Raises:
+        ValueError: if a leaf is not an array, the configuration is not JSON, or the folder holds
+            a later checkpoint.
+        OSError: if it cannot be written. The checkpoints before it are untouched.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> save(folder, {"w": jnp.arange(3.0)}, step=10, config={"seed": 0})
+        >>> latest(folder)
+        10
+    """
+    with writer(folder, keep=keep) as save_one:
+        save_one(state, step=step, config=config)
+
+
+@contextmanager
+def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
+    """Opens a folder for a run that saves as it goes, without waiting for the disk.
+
+    Each save copies the state, takes its SHA-256, and returns while the files are written in the
+    background; it waits for the save before it. An error in the background is raised by the next
+    save or on leaving, which waits for the last one. Remains of saves that were killed are
+    deleted. A folder has one writer at a time.
+
+    Args:
+        folder: where the checkpoints of the run are; made if missing.
+        keep: how many to keep; older ones are deleted once a new one is complete. None keeps all.
+
+    Returns:
+        A context manager that gives ``save(state, *, step, config=None)``.
+
+    Raises:
+        ValueError: if ``keep`` is less than one.
+        OSError: if the folder cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> with writer(tempfile.mkdtemp(), keep=2) as save_one:
+        ...     for step in (10, 20, 30):
+        ...         save_one({"w": jnp.full(3, step)}, step=step)
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"`keep` must be at least 1, or None to keep all, got {keep}.")
+    folder = Path(folder).absolute()
+    with orbax() as ocp:
+        with _write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _on_first_process(clear, folder)
+            background = apart(ocp.AsyncCheckpointer, ocp.CompositeCheckpointHandler())
+        try:
+            yield partial(_save, background, folder, keep)
+        finally:
+            try:
+                _finish(background, folder, keep)
+            finally:
+                apart(background.close)
+
+
+def _finish(background: Any, folder: Path, keep: int | None) -> None:
+    # Waits for the save that goes on, and deletes what it has made superfluous.
+    with _write_errors(folder):
+        apart(background.wait_until_finished)
+        for step in sorted(steps_in(folder), reverse=True)[keep:] if keep else []:
+            _on_first_process(delete, folder / str(step))
+
+
+def _on_first_process(function: Callable[[Path], None], path: Path) -> None:
+    if jax.process_index() == 0:
+        function(path)
+
+
+def _save(
+    background: Any,
+    folder: Path,
+    keep: int | None,
+    state: Any,
+    *,
+    step: int,
+    config: dict[str, Any] | None = None,
+) -> None:
+    from orbax.checkpoint import args
+
+    leaves = named_leaves(state)
+    manifest = describe(leaves, step, config or {})
+    arrays = {name: stored(leaf) for name, leaf in leaves.items() if leaf.size}
+    if not arrays:
+        raise ValueError("The state to save must hold at least one array that is not empty.")
+    _finish(background, folder, keep)
+    if (newest := latest(folder)) is not None and newest >= step:
+        raise ValueError(
+            f"`step` must be larger than that of the newest checkpoint in {folder} ({newest}), "
+            f"got {step}. Use another folder, or `discard` the later ones."
+        )
+    items = args.Composite(state=args.PyTreeSave(arrays), manifest=args.JsonSave(manifest))
+    with _write_errors(folder):
+        apart(background.save, folder / str(step), args=items)
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises ValueError
+        raise OSError(
+            f"A checkpoint could not be written to {folder}; the newest complete one is "
+            f"{latest(folder)}. The reason: {error}"
+        ) from error
