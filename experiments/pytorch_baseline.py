@@ -6,6 +6,8 @@ Models only; `compare_pytorch.py` trains them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +15,10 @@ from torch.nn import functional as F
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
-    for d_in, d_out in zip(widths[1:], widths[2:], strict=False):
-        layers += [nn.ReLU(), nn.Linear(d_in, d_out)]
-    return nn.Sequential(*layers)
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class SoftMixture(nn.Module):
