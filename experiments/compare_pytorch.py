@@ -9,16 +9,11 @@ done is written at once to summary.json and table.md, so a run that is stopped l
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# A cache would hide what compilation costs; both frameworks read these when they are imported.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +21,25 @@ import numpy as np
 import pytorch_figures as figures
 import pytorch_speed
 import torch
+import twins
 from common import OneLineParser, output_folder, rounded, say, versions, write_json
 from pytorch_table import table
-from pytorch_twins import (
-    TWINS,
-    Twin,
-    differences,
-    initial_state,
-    objective,
-    run_moejax,
-    run_torch,
-    torch_model,
-)
+from pytorch_training import STUDIES, Study, initial_state, run_torch, with_weights
 from scipy.stats import ks_2samp
 from toy import fit, mixture
+from twins import Problem, Twin, differences, objective, run_moejax
 
 from moejax import conversion, datasets
 from moejax.progress import progress
 from moejax.training import init_state, train_step
 
 BATCH_SIZE = 128
+TWINS = {
+    "toy": twins.toy_mixture,
+    "dense": twins.dense,
+    "soft": twins.soft,
+    "sparse": twins.sparse,
+}
 LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9}  # in float64
 SPEED_TARGET = {"toy": 20, "dense": 2, "soft": 2, "sparse": 2}
 UNITS = {"toy": "500 steps", "dense": "epoch", "soft": "epoch", "sparse": "epoch"}
@@ -73,14 +67,6 @@ FULL = Size(toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000)
 QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280)
 
 
-class Problem(NamedTuple):
-    """Data as both frameworks take it: inputs float64 [N, D], labels [N], rows of each step."""
-
-    x: np.ndarray
-    y: np.ndarray
-    order: np.ndarray
-
-
 def toy_problem(steps: int) -> Problem:
     """A thousand points, all of them in every step."""
     points = datasets.toy(jax.random.key(0), 1000)
@@ -97,20 +83,15 @@ def digit_problem(data: datasets.Dataset, size: Size) -> Problem:
     return Problem(x, labels.astype(np.int64), order.reshape(steps, BATCH_SIZE))
 
 
-def in_precision(problem: Problem, dtype: type) -> Problem:
-    """The problem with inputs, and labels that are no classes, in another precision."""
-    y = problem.y.astype(dtype) if problem.y.dtype.kind == "f" else problem.y
-    return problem._replace(x=problem.x.astype(dtype), y=y)
-
-
 def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[str, Any]:
     """The same run in both frameworks, in float64 and in float32: how far they are apart."""
-    start = initial_state(twin, seed=0)
+    study = STUDIES[name]
+    start = initial_state(study, seed=0)
     record: dict[str, Any] = {"steps": len(problem.order)}
     curves = {}
     for dtype in (np.float64, np.float32):
-        data = in_precision(problem, dtype)
-        theirs, ours = run_torch(twin, start, *data), run_moejax(twin, start, *data)
+        data = problem.astype(dtype)
+        theirs, ours = run_torch(study, start, data), run_moejax(twin, start, data)
         precision = np.dtype(dtype).name
         record[precision] = differences(theirs, ours)
         curves[precision] = theirs.losses, ours.losses
@@ -124,10 +105,11 @@ def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[
 
 def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -> dict[str, Any]:
     """Many runs of the toy: is accuracy distributed alike?"""
-    data = in_precision(problem, np.float32)
+    data = problem.astype(np.float32)
     steps = len(data.order)
-    starts = [initial_state(twin, seed) for seed in range(seeds)]
-    theirs = [torch_accuracy(twin, start, data) for start in progress(starts, "seeds in PyTorch")]
+    study = STUDIES["toy"]
+    starts = [initial_state(study, seed) for seed in range(seeds)]
+    theirs = [torch_accuracy(study, start, data) for start in progress(starts, "seeds in PyTorch")]
     params = [conversion.from_torch(twin.layout, start) for start in starts]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     points = datasets.Points(jnp.asarray(data.x), jnp.asarray(data.y))
@@ -135,11 +117,12 @@ def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -
     ours = jax.jit(jax.vmap(partial(accuracy_from, twin, points, steps)))(stacked)
     own = jax.jit(jax.vmap(fit_one))(jax.random.split(jax.random.key(0), seeds))["accuracy"]
     accuracies = {
-        "PyTorch": np.array(theirs),
-        "moejax, PyTorch's initial weights": np.asarray(ours),
-        "moejax, its own initial weights": np.asarray(own),
+        "PyTorch": whole(theirs, len(data.x)),
+        "moejax, PyTorch's initial weights": whole(ours, len(data.x)),
+        "moejax, its own initial weights": whole(own, len(data.x)),
     }
-    test, test_own = (ks_2samp(theirs, np.asarray(other)) for other in (ours, own))
+    first, second, third = accuracies.values()
+    test, test_own = ks_2samp(first, second), ks_2samp(first, third)
     figures.seeds(accuracies, test.pvalue).savefig(out / "seeds.png")
     return {
         "seeds": seeds,
@@ -147,15 +130,20 @@ def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -
         "medians": {name: np.median(values) for name, values in accuracies.items()},
         "kolmogorov_smirnov": {"statistic": test.statistic, "p_value": test.pvalue},
         "kolmogorov_smirnov_own": {"statistic": test_own.statistic, "p_value": test_own.pvalue},
-        "largest_difference_by_seed": np.abs(theirs - np.asarray(ours)).max(),
+        "largest_difference_by_seed": np.abs(first - second).max(),
         "accuracies": accuracies,
     }
 
 
-def torch_accuracy(twin: Twin, start: dict[str, np.ndarray], data: Problem) -> float:
+def whole(accuracies: Any, count: int) -> np.ndarray:
+    """Shares of ``count`` points, freed of float32's rounding, so that equal ones are equal."""
+    return np.round(np.asarray(accuracies, np.float64) * count) / count
+
+
+def torch_accuracy(study: Study, start: dict[str, np.ndarray], data: Problem) -> float:
     """The accuracy after a run in PyTorch."""
-    trained = run_torch(twin, start, *data).parameters
-    model = torch_model(twin, trained, torch.float32)
+    trained = run_torch(study, start, data).parameters
+    model = with_weights(study, trained, torch.float32)
     with torch.no_grad():
         positive = model(torch.from_numpy(data.x))[:, 0].numpy() > 0
     return float(np.mean(positive == (data.y > 0.5)))
@@ -172,12 +160,15 @@ def accuracy_from(twin: Twin, points: datasets.Points, steps: int, params: Any) 
 
 def compare_speed(name: str, twin: Twin, problem: Problem, size: Size) -> dict[str, Any]:
     """Steps of the toy, or an epoch: in turns, and if the target is missed, where time goes."""
-    data = in_precision(problem, np.float32)
-    start = initial_state(twin, seed=0)
+    data = problem.astype(np.float32)
+    study = STUDIES[name]
+    start = initial_state(study, seed=0)
     if name == "toy":
-        contenders = pytorch_speed.toy_contenders(twin, start, data.x, data.y, len(data.order))
+        contenders = pytorch_speed.toy_contenders(study, twin, start, data)
     else:
-        contenders = pytorch_speed.epoch_contenders(twin, start, data.x, data.y, BATCH_SIZE)
+        contenders = pytorch_speed.epoch_contenders(study, twin, start, data, BATCH_SIZE)
+    if size == QUICK:
+        contenders.pop("PyTorch, torch.compile", None)  # it compiles longer than all else takes
     record = pytorch_speed.race(contenders, size.rounds)
     record = pytorch_speed.verdict(record, SPEED_TARGET[name])
     if name == "toy":
@@ -217,7 +208,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a minute's worth: few steps, and scikit-learn's digits unless --data-dir is given",
+        help="less than a minute's worth: few steps, no torch.compile, and scikit-learn's digits "
+        "unless --data-dir is given",
     )
     return parser, parser.parse_args()
 
@@ -237,9 +229,9 @@ def main() -> None:
     output_folder(parser, args.out)
     size = QUICK if args.quick else FULL
     data = load(parser, args)
-    twins = {name: make() for name, make in TWINS.items()}
+    models = {name: make() for name, make in TWINS.items()}
     digits = digit_problem(data, size)
-    problems = dict.fromkeys(twins, digits) | {"toy": toy_problem(size.toy_steps)}
+    problems = dict.fromkeys(models, digits) | {"toy": toy_problem(size.toy_steps)}
     record: dict[str, Any] = {
         "command": " ".join(["python experiments/compare_pytorch.py", *(["--quick"] * args.quick)]),
         "dataset": data.name,
@@ -253,18 +245,21 @@ def main() -> None:
         write_json(args.out / "summary.json", rounded(record))
         (args.out / "table.md").write_text(table(record))
 
+    # A cache from an earlier run would hide what compilation costs.
+    jax.config.update("jax_enable_compilation_cache", False)
     torch.set_num_threads(1)  # small tensors; and it leaves the other cores to XLA
     say("largest differences of the same run in PyTorch and moejax")
-    for name, twin in twins.items():
+    for name, twin in models.items():
         record["numbers"][name] = compare_numbers(name, twin, problems[name], args.out)
         save()
-    record["seeds"] = compare_distributions(twins["toy"], problems["toy"], size.seeds, args.out)
+    record["seeds"] = compare_distributions(models["toy"], problems["toy"], size.seeds, args.out)
     save()
     record["threads"] = pytorch_speed.same_threads()
     say(f"\nspeed of moejax on {record['threads']} threads")
-    for name, twin in twins.items():
-        record["speed"][name] = compare_speed(name, twin, problems[name], size)
-        save()
+    with pytorch_speed.no_inductor_cache():
+        for name, twin in models.items():
+            record["speed"][name] = compare_speed(name, twin, problems[name], size)
+            save()
     figures.speed(record["speed"], UNITS).savefig(args.out / "speed.png")
     say("\n" + table(record))
     say(f"summary.json, table.md and the pictures are in {args.out}")

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Widths = tuple[int, int, int]  # of a network: inputs, hidden, classes
+DIGITS = (784, 128, 10)
+
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
@@ -87,27 +90,27 @@ def toy() -> SoftMixture:
     return SoftMixture(mlp(2, 4, 2), [nn.Linear(2, 1) for _ in range(2)])
 
 
-def dense(hidden: int = 50) -> nn.Sequential:
-    """The network 784-hidden-10."""
-    return mlp(784, hidden, 10)
+def dense(widths: Widths = (784, 50, 10)) -> nn.Sequential:
+    """One network."""
+    return mlp(*widths)
 
 
-def soft(num_experts: int = 8, hidden: int = 128) -> SoftMixture:
-    """A linear gate over experts of 784-hidden-10."""
-    return SoftMixture(nn.Linear(784, num_experts), digit_experts(num_experts, hidden))
+def soft(num_experts: int = 8, widths: Widths = DIGITS) -> SoftMixture:
+    """A linear gate over networks."""
+    return SoftMixture(nn.Linear(widths[0], num_experts), networks(num_experts, widths))
 
 
-def sparse(num_experts: int = 8, hidden: int = 128, k: int = 2) -> TopKMixture:
-    """The noisy top-k mixture of the same experts."""
-    gate, noise = nn.Linear(784, num_experts), nn.Linear(784, num_experts)
-    return TopKMixture(gate, noise, digit_experts(num_experts, hidden), k)
+def sparse(num_experts: int = 8, widths: Widths = DIGITS, k: int = 2) -> TopKMixture:
+    """The noisy top-k mixture of the same networks."""
+    gate, noise = nn.Linear(widths[0], num_experts), nn.Linear(widths[0], num_experts)
+    return TopKMixture(gate, noise, networks(num_experts, widths), k)
 
 
-def hard(num_experts: int = 8, hidden: int = 128) -> HardMixture:
-    """One expert per image."""
-    return HardMixture(nn.Linear(784, num_experts), digit_experts(num_experts, hidden))
+def hard(num_experts: int = 8, widths: Widths = DIGITS) -> HardMixture:
+    """One network per input."""
+    return HardMixture(nn.Linear(widths[0], num_experts), networks(num_experts, widths))
 
 
-def digit_experts(num_experts: int, hidden: int) -> list[nn.Module]:
-    """Experts of 784-hidden-10."""
-    return [mlp(784, hidden, 10) for _ in range(num_experts)]
+def networks(num_experts: int, widths: Widths) -> list[nn.Module]:
+    """The experts."""
+    return [mlp(*widths) for _ in range(num_experts)]

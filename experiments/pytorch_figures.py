@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from moejax import plot
 from moejax.plot.style import color
@@ -31,11 +32,20 @@ def overlay(title: str, runs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figur
         # Equal losses have no logarithm; they are left out, and said to be.
         equal = np.mean(gap == 0)
         below.semilogy(steps[gap > 0], gap[gap > 0], ".", markersize=3, color="black")
+        decades(below, gap[gap > 0])
         below.set(xlabel=f"step ({equal:.0%} of the losses are equal)", ylabel="|difference|")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
+
+
+def decades(axis: Any, values: np.ndarray) -> None:
+    """Limits a logarithmic axis to whole powers of ten around the values."""
+    if len(values):
+        low, high = np.floor(np.log10(values.min())), np.ceil(np.log10(values.max()))
+        axis.set_ylim(10.0**low, 10.0 ** max(high, low + 2))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
@@ -45,7 +55,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
         accuracies: of every seed, by what was run.
         p_value: of the Kolmogorov-Smirnov test between the first two.
     """
-    figure, axes = plot.new_figure(width=6.5, height=4)
+    figure, axes = plot.new_figure(width=6.5, height=4.8)
     axis = axes[0, 0]
     styles = [(PYTORCH, 5, "-", 0.45), (MOEJAX, 1.5, "--", 1.0), (color(2), 1.5, "-", 1.0)]
     for (name, values), (tint, width, style, alpha) in zip(
@@ -58,7 +68,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
         ylabel="share of seeds at most as accurate",
         title=f"{len(values)} seeds of the toy; Kolmogorov-Smirnov p = {p_value:.2g}",
     )
-    axis.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside lower center")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -9,19 +9,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from common import say
-from pytorch_twins import Twin, objective, torch_model
+from pytorch_training import Study, with_weights
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from twins import Problem, Twin, objective
 
 from moejax import conversion
+from moejax.conversion import StateDict
 from moejax.training import TrainState, init_state, scan_batches, train_epoch, train_step
 
 MOEJAX = "moejax"
@@ -30,25 +34,27 @@ Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def toy_contenders(
-    twin: Twin, state_dict: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, steps: int
+    study: Study, twin: Twin, state_dict: StateDict, problem: Problem
 ) -> dict[str, Contender]:
     """Full-batch steps: a loop in PyTorch, as it is and compiled, against one scan."""
+    x, y, order = problem
     data = torch.from_numpy(x), torch.from_numpy(y)
-    repeat: Batches = lambda: iter([data] * steps)  # noqa: E731
-    contenders = {"PyTorch": torch_contender(twin, state_dict, repeat)}
+    repeat: Batches = lambda: iter([data] * len(order))  # noqa: E731
+    contenders = {"PyTorch": torch_contender(study, state_dict, repeat)}
     if compiler():
         contenders["PyTorch, torch.compile"] = torch_contender(
-            twin, state_dict, repeat, torch.compile
+            study, state_dict, repeat, torch.compile
         )
-    everything = jnp.broadcast_to(jnp.arange(len(x), dtype=jnp.int32), (steps, len(x)))
-    run = partial(scan_batches, data=(jnp.asarray(x), jnp.asarray(y)), indices=everything)
+    on_device = jnp.asarray(x), jnp.asarray(y)
+    run = partial(scan_batches, data=on_device, indices=jnp.asarray(order))
     return contenders | {MOEJAX: moejax_contender(twin, state_dict, run)}
 
 
 def epoch_contenders(
-    twin: Twin, state_dict: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, batch_size: int
+    study: Study, twin: Twin, state_dict: StateDict, problem: Problem, batch_size: int
 ) -> dict[str, Contender]:
     """An epoch of shuffled batches: PyTorch three ways, and one scan."""
+    x, y, _ = problem
     inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
 
@@ -57,40 +63,38 @@ def epoch_contenders(
             yield inputs[rows], labels[rows]
 
     contenders = {
-        "PyTorch, DataLoader": torch_contender(twin, state_dict, lambda: iter(loader)),
-        "PyTorch, indexing": torch_contender(twin, state_dict, shuffled),
+        "PyTorch, DataLoader": torch_contender(study, state_dict, lambda: iter(loader)),
+        "PyTorch, indexing": torch_contender(study, state_dict, shuffled),
     }
     if compiler():
         contenders["PyTorch, torch.compile"] = torch_contender(
-            twin, state_dict, shuffled, torch.compile
+            study, state_dict, shuffled, torch.compile
         )
     run = partial(train_epoch, data=(jnp.asarray(x), jnp.asarray(y)), batch_size=batch_size)
     return contenders | {MOEJAX: moejax_contender(twin, state_dict, run)}
 
 
 def torch_contender(
-    twin: Twin,
-    state_dict: dict[str, np.ndarray],
+    study: Study,
+    state_dict: StateDict,
     batches: Batches,
     transform: Callable[..., Any] = lambda model: model,
 ) -> Contender:
     """The usual loop; weights and optimizer go on from call to call."""
-    model = torch_model(twin, state_dict, torch.float32)
-    optimizer = twin.torch_optimizer(model.parameters())
+    model = with_weights(study, state_dict, torch.float32)
+    optimizer = study.optimizer(model.parameters())
     predict = transform(model)
 
     def run() -> None:
         for x, y in batches():
             optimizer.zero_grad()
-            twin.torch_loss(predict(x), y).backward()
+            study.loss(predict(x), y).backward()
             optimizer.step()
 
     return run
 
 
-def moejax_contender(
-    twin: Twin, state_dict: dict[str, np.ndarray], advance: Callable[..., Any]
-) -> Contender:
+def moejax_contender(twin: Twin, state_dict: StateDict, advance: Callable[..., Any]) -> Contender:
     """One jitted call; the state goes on from call to call."""
     params = jax.tree.map(jnp.asarray, conversion.from_torch(twin.layout, state_dict))
     step = train_step(partial(objective, twin), twin.optimizer)
@@ -156,6 +160,16 @@ def same_threads() -> int:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or 1)
     return torch.get_num_threads()
+
+
+@contextmanager
+def no_inductor_cache() -> Iterator[None]:
+    """Lets torch.compile find nothing from an earlier run."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        yield
 
 
 def compiler() -> str | None:
