@@ -76,7 +76,17 @@ def speed(races: dict[str, Any]) -> str:
         aim = f"{race['speedup']:.1f} (target {race['target']}: {outcome(race)})"
         total = f"{race['speedup_with_compilation']:.1f} in {race['rounds'] + 1} rounds"
         lines.append("| " + " | ".join([DESCRIPTIONS[name], *cells, aim, total]) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *disturbed(races), ""])
+
+
+def disturbed(races: dict[str, Any]) -> list[str]:
+    """A warning where the machine was not the contenders' own."""
+    shares = [race["busy_elsewhere"] for race in races.values() if race["busy_elsewhere"]]
+    worst = max(shares, default=0)
+    if worst < 0.05:
+        return []
+    text = f"Other processes took up to {worst:.0%} of the machine meanwhile, which slows PyTorch"
+    return ["", f"{text} more than moejax: read no ratio from this run."]
 
 
 def outcome(race: dict[str, Any]) -> str:
