@@ -1,0 +1,271 @@
+"""The same training in PyTorch and in moejax: the same numbers, the same distribution, how fast.
+
+    python experiments/compare_pytorch.py --out runs/pytorch
+
+Both frameworks start from the same weights and take the same batches in the same order. What is
+done is written at once to summary.json and table.md, so a run that is stopped loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytorch_figures as figures
+import pytorch_speed
+import torch
+import twins
+from common import OneLineParser, output_folder, rounded, say, versions, write_json
+from pytorch_table import table
+from pytorch_training import STUDIES, Study, initial_state, run_torch, with_weights
+from scipy.stats import ks_2samp
+from toy import fit, mixture
+from twins import Problem, Twin, differences, objective, run_moejax
+
+from moejax import conversion, datasets
+from moejax.progress import progress
+from moejax.training import init_state, train_step
+
+BATCH_SIZE = 128
+TWINS = {
+    "toy": twins.toy_mixture,
+    "dense": twins.dense,
+    "soft": twins.soft,
+    "sparse": twins.sparse,
+}
+LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9}  # in float64
+SPEED_TARGET = {"toy": 20, "dense": 2, "soft": 2, "sparse": 2}
+UNITS = {"toy": "500 steps", "dense": "epoch", "soft": "epoch", "sparse": "epoch"}
+
+
+class Size(NamedTuple):
+    """How much is computed.
+
+    Attributes:
+        toy_steps: steps of the toy, full batch.
+        steps: most steps of the others in the comparison of numbers; an epoch at most.
+        seeds: runs of the toy in the comparison of distributions.
+        rounds: of the comparison of speed, after the first.
+        images: most images of an epoch.
+    """
+
+    toy_steps: int
+    steps: int
+    seeds: int
+    rounds: int
+    images: int
+
+
+FULL = Size(toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000)
+QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280)
+
+
+def toy_problem(steps: int) -> Problem:
+    """A thousand points, all of them in every step."""
+    points = datasets.toy(jax.random.key(0), 1000)
+    x, y = (np.asarray(leaf, np.float64) for leaf in points)
+    return Problem(x, y, np.tile(np.arange(len(x)), (steps, 1)))
+
+
+def digit_problem(data: datasets.Dataset, size: Size) -> Problem:
+    """Flat images, and the shuffled rows of the first batches."""
+    images, labels = (leaf[: size.images] for leaf in data.train)
+    x = images.reshape(len(images), -1) / 255  # [N, 784]
+    steps = min(size.steps, len(x) // BATCH_SIZE)
+    order = np.random.default_rng(0).permutation(len(x))[: steps * BATCH_SIZE]
+    return Problem(x, labels.astype(np.int64), order.reshape(steps, BATCH_SIZE))
+
+
+def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[str, Any]:
+    """The same run in both frameworks, in float64 and in float32: how far they are apart."""
+    study = STUDIES[name]
+    start = initial_state(study, seed=0)
+    record: dict[str, Any] = {"steps": len(problem.order)}
+    curves = {}
+    for dtype in (np.float64, np.float32):
+        data = problem.astype(dtype)
+        theirs, ours = run_torch(study, start, data), run_moejax(twin, start, data)
+        precision = np.dtype(dtype).name
+        record[precision] = differences(theirs, ours)
+        curves[precision] = theirs.losses, ours.losses
+        worst = ", ".join(f"{part} {value:.1e}" for part, value in record[precision].items())
+        say(f"  {name:<7}{precision}  {worst}")
+    record["tolerance"] = LOSS_TOLERANCE[name]
+    record["met"] = record["float64"]["losses"] <= record["tolerance"]
+    figures.overlay(f"{name}: the same run twice", curves).savefig(out / f"overlay_{name}.png")
+    return record
+
+
+def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -> dict[str, Any]:
+    """Many runs of the toy: is accuracy distributed alike?"""
+    data = problem.astype(np.float32)
+    steps = len(data.order)
+    study = STUDIES["toy"]
+    starts = [initial_state(study, seed) for seed in range(seeds)]
+    theirs = [torch_accuracy(study, start, data) for start in progress(starts, "seeds in PyTorch")]
+    params = [conversion.from_torch(twin.layout, start) for start in starts]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    points = datasets.Points(jnp.asarray(data.x), jnp.asarray(data.y))
+    fit_one = partial(fit, mixture(2), points, steps)
+    ours = jax.jit(jax.vmap(partial(accuracy_from, twin, points, steps)))(stacked)
+    own = jax.jit(jax.vmap(fit_one))(jax.random.split(jax.random.key(0), seeds))["accuracy"]
+    accuracies = {
+        "PyTorch": whole(theirs, len(data.x)),
+        "moejax, PyTorch's initial weights": whole(ours, len(data.x)),
+        "moejax, its own initial weights": whole(own, len(data.x)),
+    }
+    first, second, third = accuracies.values()
+    test, test_own = ks_2samp(first, second), ks_2samp(first, third)
+    figures.seeds(accuracies, test.pvalue).savefig(out / "seeds.png")
+    return {
+        "seeds": seeds,
+        "steps": steps,
+        "medians": {name: np.median(values) for name, values in accuracies.items()},
+        "kolmogorov_smirnov": {"statistic": test.statistic, "p_value": test.pvalue},
+        "kolmogorov_smirnov_own": {"statistic": test_own.statistic, "p_value": test_own.pvalue},
+        "largest_difference_by_seed": np.abs(first - second).max(),
+        "accuracies": accuracies,
+    }
+
+
+def whole(accuracies: Any, count: int) -> np.ndarray:
+    """Shares of ``count`` points, freed of float32's rounding, so that equal ones are equal."""
+    return np.round(np.asarray(accuracies, np.float64) * count) / count
+
+
+def torch_accuracy(study: Study, start: dict[str, np.ndarray], data: Problem) -> float:
+    """The accuracy after a run in PyTorch."""
+    trained = run_torch(study, start, data).parameters
+    model = with_weights(study, trained, torch.float32)
+    with torch.no_grad():
+        positive = model(torch.from_numpy(data.x))[:, 0].numpy() > 0
+    return float(np.mean(positive == (data.y > 0.5)))
+
+
+def accuracy_from(twin: Twin, points: datasets.Points, steps: int, params: Any) -> jax.Array:
+    """The accuracy after a run in moejax from these parameters."""
+    step = train_step(partial(objective, twin), twin.optimizer)
+    state = init_state(params, twin.optimizer, jax.random.key(0))
+    state, _ = jax.lax.scan(lambda state, _: step(state, tuple(points)), state, length=steps)
+    positive = twin.apply(state.params, points.x)[:, 0] > 0
+    return jnp.mean(positive == (points.y > 0.5))
+
+
+def compare_speed(name: str, twin: Twin, problem: Problem, size: Size) -> dict[str, Any]:
+    """Steps of the toy, or an epoch: in turns, and if the target is missed, where time goes."""
+    data = problem.astype(np.float32)
+    study = STUDIES[name]
+    start = initial_state(study, seed=0)
+    if name == "toy":
+        contenders = pytorch_speed.toy_contenders(study, twin, start, data)
+    else:
+        contenders = pytorch_speed.epoch_contenders(study, twin, start, data, BATCH_SIZE)
+    if size == QUICK:
+        contenders.pop("PyTorch, torch.compile", None)  # it compiles longer than all else takes
+    record = pytorch_speed.race(contenders, size.rounds)
+    record = pytorch_speed.verdict(record, SPEED_TARGET[name])
+    if name == "toy":
+        steps = {key: len(data.order) / time for key, time in record["median"].items()}
+        record["steps_per_second"] = steps
+    if not record["met"]:
+        record["profile"] = pytorch_speed.profile(contenders[pytorch_speed.MOEJAX])
+    say(f"  {name:<7}{record['speedup']:.2f} times {record['best_pytorch']}")
+    return record
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on."""
+    return {
+        **versions(),
+        "torch": metadata.version("torch"),
+        "processor": processor(),
+        "compiler": pytorch_speed.compiler() or "none",
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/pytorch"))
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="less than a minute's worth: few steps, no torch.compile, and scikit-learn's digits "
+        "unless --data-dir is given",
+    )
+    return parser, parser.parse_args()
+
+
+def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> datasets.Dataset:
+    """The images."""
+    try:
+        offline = args.quick and args.data_dir is None
+        return datasets.digits() if offline else datasets.load(args.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    """Compares numbers, distributions and speed, and reports."""
+    parser, args = arguments()
+    output_folder(parser, args.out)
+    size = QUICK if args.quick else FULL
+    data = load(parser, args)
+    models = {name: make() for name, make in TWINS.items()}
+    digits = digit_problem(data, size)
+    problems = dict.fromkeys(models, digits) | {"toy": toy_problem(size.toy_steps)}
+    record: dict[str, Any] = {
+        "command": " ".join(["python experiments/compare_pytorch.py", *(["--quick"] * args.quick)]),
+        "dataset": data.name,
+        "images": len(digits.x),
+        "machine": machine(),
+        "numbers": {},
+        "speed": {},
+    }
+
+    def save() -> None:
+        write_json(args.out / "summary.json", rounded(record))
+        (args.out / "table.md").write_text(table(record))
+
+    # A cache from an earlier run would hide what compilation costs.
+    jax.config.update("jax_enable_compilation_cache", False)
+    torch.set_num_threads(1)  # small tensors; and it leaves the other cores to XLA
+    say("largest differences of the same run in PyTorch and moejax")
+    for name, twin in models.items():
+        record["numbers"][name] = compare_numbers(name, twin, problems[name], args.out)
+        save()
+    record["seeds"] = compare_distributions(models["toy"], problems["toy"], size.seeds, args.out)
+    save()
+    record["threads"] = pytorch_speed.same_threads()
+    say(f"\nspeed of moejax on {record['threads']} threads")
+    with pytorch_speed.no_inductor_cache():
+        for name, twin in models.items():
+            record["speed"][name] = compare_speed(name, twin, problems[name], size)
+            save()
+    figures.speed(record["speed"], UNITS).savefig(args.out / "speed.png")
+    say("\n" + table(record))
+    say(f"summary.json, table.md and the pictures are in {args.out}")
+    if data.notice:
+        say(f"\n{data.notice}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Speed of the same training in both frameworks: in turns, in one process, on as many threads."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from common import say
+from pytorch_training import Study, with_weights
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from twins import Problem, Twin, objective
+
+from moejax import conversion
+from moejax.conversion import StateDict
+from moejax.training import TrainState, init_state, scan_batches, train_epoch, train_step
+
+MOEJAX = "moejax"
+Contender = Callable[[], Any]  # one epoch, or one run of the toy
+Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def toy_contenders(
+    study: Study, twin: Twin, state_dict: StateDict, problem: Problem
+) -> dict[str, Contender]:
+    """Full-batch steps: a loop in PyTorch, as it is and compiled, against one scan."""
+    x, y, order = problem
+    data = torch.from_numpy(x), torch.from_numpy(y)
+    repeat: Batches = lambda: iter([data] * len(order))  # noqa: E731
+    contenders = {"PyTorch": torch_contender(study, state_dict, repeat)}
+    if compiler():
+        contenders["PyTorch, torch.compile"] = torch_contender(
+            study, state_dict, repeat, torch.compile
+        )
+    on_device = jnp.asarray(x), jnp.asarray(y)
+    run = partial(scan_batches, data=on_device, indices=jnp.asarray(order))
+    return contenders | {MOEJAX: moejax_contender(twin, state_dict, run)}
+
+
+def epoch_contenders(
+    study: Study, twin: Twin, state_dict: StateDict, problem: Problem, batch_size: int
+) -> dict[str, Contender]:
+    """An epoch of shuffled batches: PyTorch three ways, and one scan."""
+    x, y, _ = problem
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
+
+    def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(len(inputs)).split(batch_size):
+            yield inputs[rows], labels[rows]
+
+    contenders = {
+        "PyTorch, DataLoader": torch_contender(study, state_dict, lambda: iter(loader)),
+        "PyTorch, indexing": torch_contender(study, state_dict, shuffled),
+    }
+    if compiler():
+        contenders["PyTorch, torch.compile"] = torch_contender(
+            study, state_dict, shuffled, torch.compile
+        )
+    run = partial(train_epoch, data=(jnp.asarray(x), jnp.asarray(y)), batch_size=batch_size)
+    return contenders | {MOEJAX: moejax_contender(twin, state_dict, run)}
+
+
+def torch_contender(
+    study: Study,
+    state_dict: StateDict,
+    batches: Batches,
+    transform: Callable[..., Any] = lambda model: model,
+) -> Contender:
+    """The usual loop; weights and optimizer go on from call to call."""
+    model = with_weights(study, state_dict, torch.float32)
+    optimizer = study.optimizer(model.parameters())
+    predict = transform(model)
+
+    def run() -> None:
+        for x, y in batches():
+            optimizer.zero_grad()
+            study.loss(predict(x), y).backward()
+            optimizer.step()
+
+    return run
+
+
+def moejax_contender(twin: Twin, state_dict: StateDict, advance: Callable[..., Any]) -> Contender:
+    """One jitted call; the state goes on from call to call."""
+    params = jax.tree.map(jnp.asarray, conversion.from_torch(twin.layout, state_dict))
+    step = train_step(partial(objective, twin), twin.optimizer)
+    program = jax.jit(partial(advance, step), donate_argnums=0)
+    state = init_state(params, twin.optimizer, jax.random.key(0))
+
+    def run() -> TrainState:
+        nonlocal state
+        state, _ = jax.block_until_ready(program(state))
+        return state
+
+    return run
+
+
+def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
+    """Everyone once per round: the first, which compiles, and the median of the others.
+
+    The total is the time of all rounds, compilation included. A contender that raises, such as a
+    compiler that does not work, leaves its reason and takes no further part.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    failed: dict[str, str] = {}
+    before = processor_seconds()
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            if name in failed:
+                continue
+            began = time.perf_counter()
+            try:
+                run()
+            except (RuntimeError, OSError) as error:
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                say(f"  {name} failed, {failed[name]}")
+                continue
+            seconds[name].append(time.perf_counter() - began)
+    timed = {name: times for name, times in seconds.items() if name not in failed}
+    return {
+        "rounds": rounds,
+        "busy_elsewhere": busy_elsewhere(before, processor_seconds()),
+        "first": {name: times[0] for name, times in timed.items()},
+        "median": {name: float(np.median(times[1:])) for name, times in timed.items()},
+        "total": {name: sum(times) for name, times in timed.items()},
+        "failed": failed,
+    }
+
+
+class Usage(NamedTuple):
+    """Seconds since the machine's or the process's start."""
+
+    wall: float
+    machine: float
+    process: float
+
+
+def processor_seconds() -> Usage | None:
+    """The processor time of the machine and of this process; None where Linux does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts = (int(field) for field in fields[:8])
+    ticks = user + nice + system + sum(interrupts)
+    return Usage(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
+
+
+def busy_elsewhere(before: Usage | None, after: Usage | None) -> float | None:
+    """The share of the machine that other processes took meanwhile."""
+    if before is None or after is None:
+        return None
+    wall, machine, process = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, (machine - process) / (wall * (os.cpu_count() or 1)))
+
+
+def verdict(record: dict[str, Any], target: float) -> dict[str, Any]:
+    """How much faster moejax is than the best of the others, and whether that is enough."""
+    others = {name: time for name, time in record["median"].items() if name != MOEJAX}
+    best = min(others, key=lambda name: others[name])
+    speedup = others[best] / record["median"][MOEJAX]
+    total = min(time for name, time in record["total"].items() if name != MOEJAX)
+    return record | {
+        "best_pytorch": best,
+        "speedup": speedup,
+        "speedup_with_compilation": total / record["total"][MOEJAX],
+        "target": target,
+        "met": speedup >= target,
+    }
+
+
+def same_threads() -> int:
+    """Gives PyTorch as many threads as XLA takes: one per core that this process may use."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or 1)
+    return torch.get_num_threads()
+
+
+@contextmanager
+def no_inductor_cache() -> Iterator[None]:
+    """Lets torch.compile find nothing from an earlier run."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        yield
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use, if there is one."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def profile(run: Contender, largest: int = 12) -> dict[str, float]:
+    """Where the time of a call goes: the largest shares of XLA's time, by operation."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        spent = operation_times(jax.profiler.ProfileData.from_file(path))
+    total = sum(spent.values())
+    return {name: time / total for name, time in spent.most_common(largest)}
+
+
+def operation_times(data: jax.profiler.ProfileData) -> Counter[str]:
+    """Nanoseconds by HLO operation, summed over the threads of XLA's pool."""
+    spent: Counter[str] = Counter()
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                if "hlo_op" in dict(event.stats):
+                    spent[event.name] += event.duration_ns
+    return spent

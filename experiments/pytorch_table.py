@@ -1,0 +1,113 @@
+"""The comparison with PyTorch as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DESCRIPTIONS = {
+    "toy": "toy, 2 linear experts, Adam",
+    "dense": "784-50-10, SGD",
+    "soft": "soft mixture of 8, Adam",
+    "sparse": "top-2 of 8, Adam",
+}
+PARTS = ["outputs", "gradients", "losses", "parameters"]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Everything that is known so far: numbers, distribution, speed, command and machine."""
+    sections = [numbers(record["numbers"])]
+    if "seeds" in record:
+        sections.append(seeds(record["seeds"]))
+    if record["speed"]:
+        sections.append(speed(record["speed"]))
+        sections += [profile(name, race) for name, race in record["speed"].items()]
+    return "\n".join([*filter(None, sections), origin(record)])
+
+
+def numbers(runs: dict[str, Any]) -> str:
+    """Largest differences of the same run."""
+    lines = [
+        "| the same run | steps | precision | outputs | gradients | loss curve | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        for precision in ("float64", "float32"):
+            cells = [f"{run[precision][part]:.0e}" for part in PARTS]
+            cells = [DESCRIPTIONS[name], str(run["steps"]), precision, *cells]
+            lines.append("| " + " | ".join(cells) + " |")
+    missed = [name for name, run in runs.items() if not run["met"]]
+    text = "Largest absolute differences between PyTorch and moejax, from the same weights. "
+    text += (
+        f"The loss curves in float64 miss their tolerance: {', '.join(missed)}."
+        if missed
+        else "The loss curves in float64 keep within 1e-12 (toy) and 1e-9 (the others)."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def seeds(record: dict[str, Any]) -> str:
+    """The test of the distributions."""
+    same, own = record["kolmogorov_smirnov"], record["kolmogorov_smirnov_own"]
+    medians = ", ".join(f"{value:.1%} ({name})" for name, value in record["medians"].items())
+    return (
+        f"Accuracy of the toy over {record['seeds']} seeds: medians {medians}. "
+        f"Kolmogorov-Smirnov against PyTorch: D = {same['statistic']:.2f}, "
+        f"p = {same['p_value']:.2g} from PyTorch's initial weights; D = {own['statistic']:.2f}, "
+        f"p = {own['p_value']:.2g} from moejax's own.\n"
+    )
+
+
+def speed(races: dict[str, Any]) -> str:
+    """Medians, the speedup and whether it is what was aimed at."""
+    lines = [
+        "| speed | DataLoader | indexing | torch.compile | moejax | times the best PyTorch | "
+        "with compilation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, race in races.items():
+        toy = name == "toy"
+        ways = ["-", "PyTorch"] if toy else ["PyTorch, DataLoader", "PyTorch, indexing"]
+        shown = race["steps_per_second"] if toy else race["median"]
+        unit = "{:,.0f} steps/s" if toy else "{:.2f} s/epoch"
+        cells = [
+            unit.format(shown[way]) if way in shown else "-"
+            for way in [*ways, "PyTorch, torch.compile", "moejax"]
+        ]
+        aim = f"{race['speedup']:.1f} (target {race['target']}: {outcome(race)})"
+        total = f"{race['speedup_with_compilation']:.1f} in {race['rounds'] + 1} rounds"
+        lines.append("| " + " | ".join([DESCRIPTIONS[name], *cells, aim, total]) + " |")
+    return "\n".join([*lines, *disturbed(races), ""])
+
+
+def disturbed(races: dict[str, Any]) -> list[str]:
+    """A warning where the machine was not the contenders' own."""
+    shares = [race["busy_elsewhere"] for race in races.values() if race["busy_elsewhere"]]
+    worst = max(shares, default=0)
+    if worst < 0.05:
+        return []
+    text = f"Other processes took up to {worst:.0%} of the machine meanwhile, which slows PyTorch"
+    return ["", f"{text} more than moejax: read no ratio from this run."]
+
+
+def outcome(race: dict[str, Any]) -> str:
+    """Whether the target was reached."""
+    return "met" if race["met"] else "missed"
+
+
+def profile(name: str, race: dict[str, Any]) -> str:
+    """Where the time goes, if the target was missed."""
+    if "profile" not in race:
+        return ""
+    shares = ", ".join(f"{operation} {share:.0%}" for operation, share in race["profile"].items())
+    return f"Where the time of {DESCRIPTIONS[name]} goes in moejax: {shares}.\n"
+
+
+def origin(record: dict[str, Any]) -> str:
+    """The command and the machine."""
+    machine = record["machine"]
+    threads = f", {record['threads']} threads each" if "threads" in record else ""
+    return (
+        f"`{record['command']}` on {machine['cores']} cores of {machine['processor']}{threads}; "
+        f"Python {machine['python']}, jax {machine['jax']}, torch {machine['torch']}; "
+        f"{record['images']:,} images of {record['dataset']}, batches of 128.\n"
+    )

@@ -1,0 +1,187 @@
+"""Layouts: where in a ``state_dict`` the parameters of a layer lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import jax
+import numpy as np
+
+Layout = Any  # a pytree of `Tensor`, of the structure of the params
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one parameter lies in a ``state_dict``.
+
+    Attributes:
+        key: its name there; a ``{}`` for every leading axis of the parameter that PyTorch spreads
+            over several tensors, such as ``experts.{}.weight``.
+        shape: the shape of each tensor there.
+        axes: permutation that turns such a tensor into the parameter, as in `numpy.transpose`;
+            its inverse turns it back.
+        counts: sizes of the leading axes, one for every ``{}``.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    counts: tuple[int, ...] = ()
+
+    @property
+    def param_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return (*self.counts, *(self.shape[axis] for axis in self.axes))
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Every tensor that holds a part of the parameter: its place and its name."""
+        for place in np.ndindex(*self.counts):
+            yield place, self.key.format(*place)
+
+
+def linear(d_in: int, d_out: int, *, bias: bool = True) -> Layout:
+    """The layout of `moejax.linear` as a ``torch.nn.Linear``, whose weight is ``[O, D]``.
+
+    Args:
+        d_in: input width D.
+        d_out: output width O.
+        bias: whether it has one.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> linear(3, 2)["kernel"]
+        Tensor(key='weight', shape=(2, 3), axes=(1, 0), counts=())
+    """
+    layout = {"kernel": Tensor("weight", (d_out, d_in), (1, 0))}
+    return layout | {"bias": Tensor("bias", (d_out,), (0,))} if bias else layout
+
+
+def mlp(*widths: int, names: Sequence[str] | None = None, bias: bool = True) -> Layout:
+    """The layout of `moejax.mlp` as a ``torch.nn.Sequential`` of linear layers and activations.
+
+    Args:
+        *widths: D, the hidden widths, O.
+        names: what the linear layers are called there; by default "0", "2", "4", ..., with an
+            activation after each but the last.
+        bias: whether the layers have one.
+
+    Returns:
+        A layout.
+
+    Raises:
+        ValueError: if there is not one name per layer.
+
+    Example:
+        >>> [layer["bias"].key for layer in mlp(784, 50, 10, names=("fc1", "fc2"))["layers"]]
+        ['fc1.bias', 'fc2.bias']
+    """
+    pairs = list(pairwise(widths))
+    names = [str(2 * i) for i in range(len(pairs))] if names is None else names
+    if len(names) != len(pairs):
+        raise ValueError(f"`names` must name each of the {len(pairs)} layers, got {names}.")
+    layers = [at(name, linear(*pair, bias=bias)) for name, pair in zip(names, pairs, strict=True)]
+    return {"layers": layers}
+
+
+def glu(
+    d_model: int,
+    d_hidden: int,
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    bias: bool = False,
+) -> Layout:
+    """The layout of `moejax.glu` as a module with three linear layers.
+
+    Args:
+        d_model: input and output width D.
+        d_hidden: hidden width F.
+        gate: name of the layer that goes through the activation; Mixtral calls it ``w1``.
+        up: name of the layer that is multiplied with it; ``w3``.
+        down: name of the last layer; ``w2``.
+        bias: whether the layers have one.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> glu(4, 8)["down"]["kernel"].key
+        'down_proj.weight'
+    """
+    return {
+        "gate": at(gate, linear(d_model, d_hidden, bias=bias)),
+        "up": at(up, linear(d_model, d_hidden, bias=bias)),
+        "down": at(down, linear(d_hidden, d_model, bias=bias)),
+    }
+
+
+def stack(layout: Layout, num_experts: int) -> Layout:
+    """The layout of `moejax.stack` as a ``torch.nn.ModuleList``: axis 0 spreads over the experts.
+
+    Args:
+        layout: of one expert.
+        num_experts: E.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> stack(linear(3, 2), 4)["kernel"]
+        Tensor(key='{}.weight', shape=(2, 3), axes=(1, 0), counts=(4,))
+    """
+    return jax.tree.map(
+        lambda t: replace(t, key="{}." + t.key, counts=(num_experts, *t.counts)), layout
+    )
+
+
+def moe(
+    expert: Layout,
+    router: Layout,
+    *,
+    num_experts: int,
+    gate: str = "gate",
+    experts: str = "experts",
+) -> Layout:
+    """The layout of `moejax.moe` as a module with a gate and a list of experts.
+
+    A mixture that is called otherwise is as quickly written out:
+    ``{"router": at("gate", ...), "experts": at("experts", stack(...))}``.
+
+    Args:
+        expert: layout of one expert.
+        router: layout of the router.
+        num_experts: E.
+        gate: what the router is called there.
+        experts: what the list of experts is called there.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> moe(linear(2, 1), linear(2, 4), num_experts=4)["experts"]["bias"].key
+        'experts.{}.bias'
+    """
+    return {"router": at(gate, router), "experts": at(experts, stack(expert, num_experts))}
+
+
+def at(name: str, layout: Layout) -> Layout:
+    """The same layout, one module further down.
+
+    Args:
+        name: the submodule.
+        layout: its layout.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> at("head", linear(3, 2))["bias"].key
+        'head.bias'
+    """
+    return jax.tree.map(lambda t: replace(t, key=f"{name}.{t.key}"), layout)

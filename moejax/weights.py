@@ -1,0 +1,110 @@
+"""Weights on disk: safetensors with a checksum, never pickle.
+
+The format has no checksum of its own, and most flipped bits load as other numbers; so a SHA-256 of
+the content goes into its metadata. The files open in any safetensors reader, PyTorch's too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+CHECKSUM = "sha256"
+
+
+def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Writes named arrays, such as `conversion.to_torch` makes, to one safetensors file.
+
+    Args:
+        path: where; what stood there before is replaced only once the new file is complete.
+        arrays: by name.
+
+    Raises:
+        ImportError: without safetensors; names the command that installs it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/weights.safetensors", {"weight": np.ones((2, 3))})
+        ...     load(f"{folder}/weights.safetensors")["weight"].shape
+        (2, 3)
+    """
+    # safetensors writes the buffer of a transposed array as it lies in memory: make it C order.
+    contiguous = {name: np.array(array, order="C") for name, array in arrays.items()}
+    metadata = {CHECKSUM: _digest(contiguous)}
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.write_bytes(_safetensors().numpy.save(contiguous, metadata=metadata))
+    os.replace(partial, path)
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the arrays that `save` wrote, and checks that they are the same.
+
+    Args:
+        path: a file that `save` wrote. One from elsewhere has no checksum; read it with
+            ``safetensors.numpy.load_file``.
+
+    Returns:
+        Arrays by name.
+
+    Raises:
+        ValueError: if the file is damaged or has no checksum; names the file.
+        ImportError: without safetensors; names the command that installs it.
+    """
+    safetensors = _safetensors()
+    content = Path(path).read_bytes()
+    try:
+        arrays = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
+        expected = _metadata(content).get(CHECKSUM)
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, it cannot be read: {error}.") from error
+    if expected is None:
+        raise ValueError(
+            f"{path} has no checksum, so it was not written by `save`: if you trust it, read it "
+            "with safetensors.numpy.load_file."
+        )
+    if expected != _digest(arrays):
+        raise ValueError(f"{path} is damaged: its content does not have its checksum.")
+    return arrays
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    # Not safetensors.numpy.load: it writes bfloat16 but does not read it. "BF16" is bfloat16.
+    kinds = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
+    kind = dtype.rstrip("0123456789")
+    name = kinds.get(kind, kind) + dtype[len(kind) :]
+    return np.frombuffer(bytearray(data), jax.numpy.dtype(name)).reshape(shape)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    # Eight bytes of length, then a JSON header: `deserialize` leaves the metadata out.
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "Weights are saved with safetensors: pip install 'moejax[torch]' or pip install "
+            "safetensors."
+        ) from error
+    return safetensors

@@ -1,0 +1,142 @@
+"""The same run in PyTorch and in moejax: live where torch is installed, else stored numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twins
+from pytorch_cases import TWINS, problem
+
+import moejax
+from moejax import conversion
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = {"outputs": 1e-14, "gradients": 1e-14, "losses": 1e-13, "parameters": 1e-12}
+ROUNDING = {"outputs": 1e-5, "gradients": 1e-5, "losses": 1e-4}  # float32 grows along a run
+
+
+def stored(name):
+    run = json.loads((GOLDEN / "pytorch.json").read_text())["runs"][name]
+    arrays = lambda part: {key: np.array(value) for key, value in part.items()}  # noqa: E731
+    start, gradients, parameters = map(arrays, (run["start"], run["gradients"], run["parameters"]))
+    outputs, losses = np.array(run["outputs"]), np.array(run["losses"])
+    return start, twins.Trace(outputs, gradients, losses, parameters)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch; where it must be there, being without it is a failure."""
+    if os.environ.get("MOEJAX_REQUIRE_TORCH") == "1":
+        import torch
+    else:
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture
+def live(torch, monkeypatch):
+    """Runs a study in PyTorch, now."""
+    monkeypatch.syspath_prepend(str(GOLDEN))
+    import write_pytorch
+
+    return write_pytorch.reference
+
+
+def check(name, start, trace):
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        worst = twins.differences(trace, twins.run_moejax(TWINS[name], start, problem(name)))
+    assert {part: value for part, value in worst.items() if not value <= TOLERANCE[part]} == {}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_stored_run(name):
+    check(name, *stored(name))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_live_run(name, live):
+    check(name, *live(name))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_stored_numbers_are_those_of_torch(name, live):
+    start, trace = stored(name)
+    live_start, live_trace = live(name)
+    jax.tree.map(np.testing.assert_array_equal, start, live_start)
+    worst = twins.differences(trace, live_trace)
+    assert {part: value for part, value in worst.items() if not value <= TOLERANCE[part]} == {}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_float32(name):
+    start, trace = stored(name)
+    single = problem(name).astype(np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        ours = twins.run_moejax(TWINS[name], start, single)
+    assert ours.losses.dtype == ours.outputs.dtype == np.float32
+    worst = twins.differences(trace, ours)
+    assert {part: worst[part] for part in ROUNDING if not worst[part] <= ROUNDING[part]} == {}
+
+
+def test_training_moves_every_weight():
+    for name in TWINS:
+        start, trace = stored(name)
+        same = [key for key in start if np.array_equal(start[key], trace.parameters[key])]
+        assert all(key.startswith("noise.") for key in same), same
+
+
+def test_a_module_takes_the_weights_and_gives_them_back(torch, key):
+    class SwiGLU(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1 = torch.nn.Linear(4, 8, bias=False)
+            self.w2 = torch.nn.Linear(8, 4, bias=False)
+            self.w3 = torch.nn.Linear(4, 8, bias=False)
+
+        def forward(self, x):
+            return self.w2(torch.nn.functional.silu(self.w1(x)) * self.w3(x))
+
+    layer, layout = moejax.glu(4, 8), conversion.glu(4, 8, gate="w1", up="w3", down="w2")
+    params, x = layer.init(key), np.asarray(jax.random.normal(key, (3, 4)))
+    module, state_dict = SwiGLU(), conversion.to_torch(layout, params)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})
+    theirs = module(torch.from_numpy(x.copy())).detach().numpy()
+    np.testing.assert_allclose(theirs, layer.apply(params, jnp.asarray(x)), atol=1e-6)
+    back = conversion.from_torch(layout, module.state_dict())
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_noise_is_on_in_training_only(torch):
+    import pytorch_baseline
+
+    torch.manual_seed(0)
+    module, x = pytorch_baseline.sparse(4, (5, 4, 3)), torch.randn(8, 5)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_an_expert_sees_only_its_own_rows(torch):
+    import pytorch_baseline
+
+    torch.manual_seed(0)
+    module, seen = pytorch_baseline.hard(4, (5, 4, 3)), []
+    for expert in module.experts:
+        expert.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    module(torch.randn(8, 5))
+    assert sum(seen) == 8
+
+
+def test_without_torch_the_stored_run_needs_none():
+    code = "import sys, twins; assert 'torch' not in sys.modules"
+
+    experiments = Path(__file__).parent.parent / "experiments"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiments), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

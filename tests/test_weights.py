@@ -1,0 +1,70 @@
+"""Weights on disk: exact, and never silently wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from moejax import conversion, weights
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
+def test_round_trip_is_exact(path, dtype):
+    array = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
+    weights.save(path, {"array": array, "transposed": array.T, "scalar": array[0, 1]})
+    loaded = weights.load(path)
+    assert set(loaded) == {"array", "transposed", "scalar"}
+    for name, expected in {"array": array, "transposed": array.T, "scalar": array[0, 1]}.items():
+        assert loaded[name].dtype == expected.dtype
+        np.testing.assert_array_equal(loaded[name], expected)
+
+
+def test_a_mixture_goes_through_a_file(path, key):
+    layer = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+    layout = conversion.moe(conversion.glu(4, 8), conversion.linear(4, 3), num_experts=3)
+    params = layer.init(key)
+    weights.save(path, conversion.to_torch(layout, params))
+    loaded = conversion.from_torch(layout, weights.load(path))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_no_flipped_bit_goes_unnoticed(path):
+    weights.save(path, {"weight": np.arange(6.0).reshape(2, 3), "bias": np.ones(2)})
+    content = path.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match=r"weights\.safetensors"):
+            weights.load(path)
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -1])
+def test_a_truncated_file_is_named(path, length):
+    weights.save(path, {"weight": np.ones((2, 3))})
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"weights.safetensors is damaged"):
+        weights.load(path)
+
+
+def test_a_file_from_elsewhere_is_refused(path):
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="no checksum"):
+        weights.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(path):
+    weights.save(path, {"weight": np.ones(3)})
+    with pytest.raises(Exception, match="Unknown dtype"):
+        weights.save(path, {"weight": np.ones(3, dtype=object)})
+    np.testing.assert_array_equal(weights.load(path)["weight"], np.ones(3))
