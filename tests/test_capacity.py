@@ -121,8 +121,26 @@ def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided
     )
 
 
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.0])
+def test_the_capacity_schedule_drops_the_same_choices(factor):
+    expert = moejax.linear(3, 2)
+    params = moejax.stack(expert, 4).init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (12, 3))
+    size = moejax.capacity_for(ROUTING, factor=factor)
+    expected = moejax.dense(expert.apply, params, x, moejax.limit_capacity(ROUTING, capacity=size))
+    y = moejax.capacity(expert.apply, params, x, ROUTING, factor=factor)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_that_is_exact_in_decimals_makes_no_slot_too_many():
+    routing = moejax.top_k(jnp.zeros((10, 2)), k=2)
+    assert moejax.capacity_for(routing, factor=1.1) == 11
+
+
 def test_useless_requests_are_refused():
     with pytest.raises(ValueError, match="at least 1 slot"):
         moejax.limit_capacity(ROUTING, capacity=0)
     with pytest.raises(ValueError, match="positive"):
         moejax.capacity_for(ROUTING, factor=0.0)
+    with pytest.raises(ValueError, match="positive"):
+        moejax.capacity_for(ROUTING, factor=float("nan"))
