@@ -207,12 +207,13 @@ def test_half_written_is_refused(two, tmp_path_factory, damage):
 
 def test_remains_of_a_killed_save_are_ignored_then_deleted(two):
     folder, states = two
-    remains = folder / "30.orbax-checkpoint-tmp"
-    shutil.copytree(folder / "20", remains)
+    remains = [folder / f"{step}.orbax-checkpoint-tmp" for step in (25, 30)]
+    for unfinished in remains:
+        shutil.copytree(folder / "20", unfinished)
     assert checkpoint.latest(folder) == 20
     assert checkpoint.restore(folder, states[10]).step == 20
     checkpoint.save(folder, states[10], step=30)
-    assert not remains.exists()
+    assert not any(unfinished.exists() for unfinished in remains)
     assert bits(checkpoint.restore(folder, states[10]).state) == bits(states[10])
 
 
@@ -245,6 +246,10 @@ MISFITS = {
     "unknown": (
         lambda s: s._asdict() | {"extra": jnp.ones(1)},
         r"lacks `extra` and has nothing besides",
+    ),
+    "superfluous": (
+        lambda s: {name: value for name, value in s._asdict().items() if name != "step"},
+        r"lacks nothing and has `step` besides",
     ),
 }
 

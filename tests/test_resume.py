@@ -76,6 +76,7 @@ def test_an_epoch_in_pieces_is_the_epoch_bit_by_bit(size):
             order = epoch_order(pieces, epoch, size)
             metrics = unseen if at % steps == 0 else metrics
             pieces, metrics = piece(pieces, metrics, data, order, stop)
+            assert pieces.step == stop
             at = stop
         same = np.testing.assert_array_equal
         jax.tree.map(same, (pieces.params, pieces.opt_state, metrics), expected)
