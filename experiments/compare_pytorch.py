@@ -27,7 +27,7 @@ from pytorch_table import table
 from pytorch_training import STUDIES, Study, initial_state, run_torch, with_weights
 from scipy.stats import ks_2samp
 from toy import fit, mixture
-from twins import Problem, Twin, differences, objective, run_moejax
+from twins import Problem, Twin, differences, largest, objective, run_moejax
 
 from moejax import conversion, datasets
 from moejax.progress import progress
@@ -97,6 +97,10 @@ def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[
         curves[precision] = theirs.losses, ours.losses
         worst = ", ".join(f"{part} {value:.1e}" for part, value in record[precision].items())
         say(f"  {name:<7}{precision}  {worst}")
+    record["rounding"] = {  # of the losses: float32 against float64, within each framework
+        "PyTorch": largest(curves["float32"][0], curves["float64"][0]),
+        "moejax": largest(curves["float32"][1], curves["float64"][1]),
+    }
     record["tolerance"] = LOSS_TOLERANCE[name]
     record["met"] = record["float64"]["losses"] <= record["tolerance"]
     figures.overlay(f"{name}: the same run twice", curves).savefig(out / f"overlay_{name}.png")
