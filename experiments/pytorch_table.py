@@ -42,6 +42,11 @@ def numbers(runs: dict[str, Any]) -> str:
         if missed
         else "The loss curves in float64 keep within 1e-12 (toy) and 1e-9 (the others)."
     )
+    rounding = "; ".join(
+        f"{run['rounding']['PyTorch']:.0e} and {run['rounding']['moejax']:.0e} ({name})"
+        for name, run in runs.items()
+    )
+    text += f" What float32 itself moves the curve by, in PyTorch and in moejax: {rounding}."
     return "\n".join([*lines, "", text, ""])
 
 

@@ -1,5 +1,7 @@
 """Every rule x schedule x dtype, in value and in gradient, against the obvious loop."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,3 +50,19 @@ def test_schedule_computes_the_sum(schedule, rule, dtype):
     )
     close(y, expected)
     jax.tree.map(close, gradients, expected_gradients)
+
+
+def test_side_by_side_products_change_nothing():
+    """With `matmul` all kernels stand side by side; without, `vmap` has its way."""
+    expert, gates = moejax.mlp(D, 3, 2), jax.nn.softmax(jnp.cos(jnp.arange(T * E)).reshape(T, E))
+    params, x, _ = problem(expert)
+    plain = lambda params, x: expert.apply(params, x)  # noqa: E731
+
+    def scalar(expert, scale):
+        scaled = jax.tree.map(lambda leaf: leaf * scale, params)
+        return jnp.sum(moejax.mixture(expert, scaled, x, gates) ** 2)
+
+    scales = jnp.array([0.5, 1.0])
+    for transform in (jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.grad(jax.checkpoint(f))):
+        both = [jax.vmap(transform(partial(scalar, f)))(scales) for f in (expert.apply, plain)]
+        np.testing.assert_allclose(*both, rtol=1e-5)

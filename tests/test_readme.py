@@ -11,6 +11,7 @@ import moejax
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PYTORCH = (ROOT / "docs" / "pytorch.md").read_text()
 RULES = (ROOT / "docs" / "rules.md").read_text()
 
 
@@ -37,6 +38,14 @@ def test_code_of_the_rules_runs():
     assert names["bias"].shape == (8,)
     y = names["execute"](lambda p, x: x, jnp.zeros(8), jnp.ones((8, 3)), routing)
     assert y.shape == (8, 3)
+
+
+def test_code_of_the_pytorch_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", PYTORCH, flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert set(names["params"]) == {"router", "experts"}
 
 
 def test_the_rules_page_names_what_exists_and_every_rule():
