@@ -64,8 +64,7 @@ def expert_parallel(
     References:
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020
     """
-    if axis not in mesh.shape:
-        raise ValueError(f"`axis` must be one of the mesh's axes {mesh.axis_names}, got {axis!r}.")
+    check_axis(mesh, axis)
     if not factor > 0:
         raise ValueError(f"`factor` must be positive, got {factor}.")
     exchange = exchange or exchange_for(mesh)
@@ -92,6 +91,12 @@ def expert_parallel(
         return on_mesh(placed(params, mesh, spec_experts), x, routing)
 
     return execute
+
+
+def check_axis(mesh: Mesh, axis: str) -> None:
+    """Refuses an axis that the mesh does not have."""
+    if axis not in mesh.shape:
+        raise ValueError(f"`axis` must be one of the mesh's axes {mesh.axis_names}, got {axis!r}.")
 
 
 def placed(tree: Any, mesh: Mesh, spec: jax.P) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.expert_parallel import expert_parallel, placed
+from moejax.expert_parallel import check_axis, expert_parallel, placed
 from moejax.types import Array, Params
 
 __all__ = ["expert_parallel", "shardings", "token_sharding", "tokenwise"]
@@ -40,7 +40,8 @@ def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
         The tree of shardings, for `jax.device_put` or ``jax.jit(init, out_shardings=...)``.
 
     Raises:
-        ValueError: if an expert leaf's leading axis does not divide among the devices.
+        ValueError: if the mesh has no such axis, or an expert leaf's leading axis does not divide
+            along it.
 
     Example:
         >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
@@ -50,6 +51,7 @@ def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
         >>> params["experts"]["kernel"].sharding.spec, params["router"]["kernel"].sharding.spec
         (P('expert',), P())
     """
+    check_axis(mesh, axis)
     num_shards = mesh.shape[axis]
 
     def sharding(path: tuple, leaf: Array) -> NamedSharding:
@@ -114,13 +116,14 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
                 extras = {"key": jax.random.fold_in(key, jax.lax.axis_index(axes)), **extras}
             return route(*outputs, **extras)
 
-        # What is not one value per token, such as a constant noise scale, is known everywhere.
-        specs = jax.tree.map(
-            lambda leaf: jax.P(axes if jax.numpy.ndim(leaf) else ()), (outputs, extras)
-        )
+        inputs = placed((outputs, extras), mesh, jax.P(axes))
         decide = jax.shard_map(
-            on_device, mesh=mesh, in_specs=(*specs, jax.P()), out_specs=jax.P(axes), check_vma=False
+            on_device,
+            mesh=mesh,
+            in_specs=(jax.P(axes), jax.P(axes), jax.P()),
+            out_specs=jax.P(axes),
+            check_vma=False,  # as in `expert_parallel`
         )
-        return decide(*placed((outputs, extras), mesh, jax.P(axes)), key)
+        return decide(*inputs, key)
 
     return on_mesh
