@@ -54,7 +54,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
         >>> mean.kind, mean.group, mean.sent  # one float32, there and back
         ('all-reduce', 4, 6.0)
     """
-    bodies = _computations(compiled.as_text())
+    bodies = _computations(compiled.as_text() or "")
     always = _reached(bodies)
     found = [
         _collective(line, name in always)

@@ -71,7 +71,8 @@ def expert_parallel(
     spec_experts, spec_tokens = jax.P(axis), jax.P(mesh.axis_names)
 
     def execute(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
-        _check_divides(mesh, axis, len(x), routing.num_experts)
+        check_tokens(mesh, len(x))
+        _check_experts(mesh, axis, routing.num_experts)
 
         def on_device(params: Params, x: Array, routing: Routing) -> Array:
             plan = make_plan(routing, axis, factor)
@@ -106,14 +107,18 @@ def placed(tree: Any, mesh: Mesh, spec: jax.P) -> Any:
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)), tree)
 
 
-def _check_divides(mesh: Mesh, axis: str, num_tokens: int, num_experts: int) -> None:
-    if num_experts % mesh.shape[axis]:
-        raise ValueError(
-            f"The number of experts must be a multiple of the {mesh.shape[axis]} devices along "
-            f"{axis!r}, got {num_experts}."
-        )
+def check_tokens(mesh: Mesh, num_tokens: int) -> None:
+    """Refuses tokens that the devices of the mesh cannot share equally."""
     if num_tokens % mesh.size:
         raise ValueError(
             f"The number of tokens must be a multiple of the mesh's {mesh.size} devices, got "
             f"{num_tokens}: pad the batch and pass a `mask` that is False for the padding."
+        )
+
+
+def _check_experts(mesh: Mesh, axis: str, num_experts: int) -> None:
+    if num_experts % mesh.shape[axis]:
+        raise ValueError(
+            f"The number of experts must be a multiple of the {mesh.shape[axis]} devices along "
+            f"{axis!r}, got {num_experts}."
         )

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.expert_parallel import check_axis, expert_parallel, placed
+from moejax.expert_parallel import check_axis, check_tokens, expert_parallel, placed
 from moejax.types import Array, Params
 
 __all__ = ["expert_parallel", "shardings", "token_sharding", "tokenwise"]
@@ -100,6 +100,9 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     Returns:
         A rule for `moe`'s ``route``, with the same arguments.
 
+    Raises:
+        ValueError: when the rule is traced, if the tokens do not divide among the devices.
+
     Example:
         >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
         >>> route = tokenwise(partial(moejax.top_k, k=2), mesh)
@@ -116,7 +119,7 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
                 extras = {"key": jax.random.fold_in(key, jax.lax.axis_index(axes)), **extras}
             return route(*outputs, **extras)
 
-        inputs = placed((outputs, extras), mesh, jax.P(axes))
+        check_tokens(mesh, len(outputs[0]))
         decide = jax.shard_map(
             on_device,
             mesh=mesh,
@@ -124,6 +127,6 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
             out_specs=jax.P(axes),
             check_vma=False,  # as in `expert_parallel`
         )
-        return decide(*inputs, key)
+        return decide(placed(outputs, mesh, jax.P(axes)), placed(extras, mesh, jax.P(axes)), key)
 
     return on_mesh
