@@ -31,6 +31,8 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return
     if args.mesh is None or args.coordinator is None:
         parser.error("--processes needs --mesh and --coordinator, such as 127.0.0.1:9876")
+    if args.inspect:
+        parser.error("--inspect reads every parameter, so it works in one process only")
     jax.distributed.initialize(
         args.coordinator,
         args.processes,
@@ -72,7 +74,10 @@ def spread(model: Model, mesh: Mesh | None) -> Model:
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """Puts experts, and what the optimizer keeps of them, on their devices, all else on each."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+    if mesh is None:
+        return tree
+    # A jitted identity and not `jax.device_put`, which gives no PRNG key to several processes.
+    return jax.jit(lambda tree: tree, out_shardings=shardings(tree, mesh))(tree)
 
 
 def places(state: Any, mesh: Mesh | None) -> Any:
