@@ -116,7 +116,7 @@ class SoftSlots(NamedTuple):
 
 
 def by_expert(routing: Routing, values: Array) -> Array:
-    """Values of choices laid out by expert, [T, K] -> [T, E]; zero where an expert is not chosen."""
+    """Values of choices laid out by expert, [T, K] -> [T, E]; zero where none was made."""
 
     def of_token(experts: Array, values: Array) -> Array:
         return jnp.zeros(routing.num_experts, values.dtype).at[experts].add(values, mode="drop")

@@ -39,7 +39,7 @@ def outcome(model):
             "load_balancing": moejax.load_balancing_loss(routing),
             "importance": moejax.importance_loss(routing),
             "z": moejax.router_z_loss(routing),
-            "load": moejax.losses.choices_per_expert(routing),
+            "load": routing.counts,
         }
         weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
         losses = [evidence[name] for name in ("load_balancing", "importance", "z")]
