@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from moejax.capacity import output_like
+from moejax.dropless import dropless
 from moejax.exchange import Exchange, exchange_for
-from moejax.execution import dropless, output_dtype
 from moejax.rounds import make_plan, one_round, sum_of_rounds
 from moejax.types import Array, Expert, Params, Routing
 
@@ -78,8 +79,7 @@ def expert_parallel(
             plan = make_plan(routing, axis, factor)
             step = partial(one_round, partial(local, expert), exchange, axis, plan)
             y = sum_of_rounds(step, plan, mesh.axis_names, params, x, routing.weights)
-            outputs = jax.eval_shape(jax.vmap(expert, in_axes=(0, None)), params, x)
-            return y.astype(output_dtype(x, outputs))
+            return y.astype(output_like(expert, params, x).dtype)
 
         on_mesh = jax.shard_map(
             on_device,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.dispatch import sort_by_expert
 from moejax.exchange import Exchange
 from moejax.types import Array, Params, Routing
 
@@ -27,7 +28,8 @@ class Plan(NamedTuple):
     """Which choices of this device travel where.
 
     Attributes:
-        order: the choices sorted by expert, and so by device, int32 [T K].
+        order: the choices, numbered as in `moejax.dispatch`, sorted by expert and so by device,
+            int32 [T K].
         sent: how many choices go to each expert, int32 [S, E/S].
         received: how many come from each device to each expert here, int32 [S, E/S].
         block: C.
@@ -64,11 +66,11 @@ def make_plan(routing: Routing, axis: str, factor: float) -> Plan:
         The plan.
     """
     num_shards = jax.lax.axis_size(axis)
-    choices = routing.experts.reshape(-1)  # [T, K] -> [T K]
-    sent = routing.counts.reshape(num_shards, -1)  # [E] -> [S, E/S]
+    order, starts = sort_by_expert(routing.experts, routing.num_experts)
+    sent = jnp.diff(starts).reshape(num_shards, -1)  # [E] -> [S, E/S]
     received = jax.lax.all_to_all(sent, axis, split_axis=0, concat_axis=0, tiled=True)
-    block = min(math.ceil(factor * choices.size / num_shards), choices.size)
-    return Plan(jnp.argsort(choices).astype(jnp.int32), sent, received, block)
+    block = min(math.ceil(factor * order.size / num_shards), order.size)
+    return Plan(order, sent, received, block)
 
 
 def one_round(
@@ -98,7 +100,7 @@ def one_round(
     """
     sizes = plan.rows(plan.sent, r), plan.rows(plan.received, r)
     choices = _leaving(plan, r)  # [S, C]
-    tokens = choices // weights.shape[-1]  # T, which is no token, for an empty row
+    tokens = jnp.where(choices < weights.size, choices % len(x), len(x))  # T, no token, if empty
     with jax.named_scope("dispatch"):
         rows = x.at[tokens].get(mode="fill", fill_value=0)  # [S, C, ...]
         arrived = exchange(rows, *sizes, axis)
@@ -106,7 +108,7 @@ def one_round(
     with jax.named_scope("combine"):
         outputs = outputs.reshape(*choices.shape, *outputs.shape[1:])  # [S, C, ...]
         returned = exchange(outputs, *sizes[::-1], axis)
-        gates = weights.reshape(-1).at[choices].get(mode="fill", fill_value=0)  # [S, C]
+        gates = weights.T.reshape(-1).at[choices].get(mode="fill", fill_value=0)  # [S, C]
         return _weighted_sum(gates, returned, tokens, len(x))
 
 
