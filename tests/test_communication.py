@@ -60,7 +60,8 @@ def compiled_layer(mesh, route, execute, num_tokens, dtype=jnp.float32):
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
 def test_exchange_sends_no_more_than_its_blocks(shape):
     mesh = make_mesh(shape)
-    step = compiled_layer(mesh, tokenwise(TOP_2, mesh), expert_parallel(mesh), num_tokens=512)
+    execute = expert_parallel(mesh, local=moejax.dense)
+    step = compiled_layer(mesh, tokenwise(TOP_2, mesh), execute, num_tokens=512)
     num_shards, choices = shape[1], 2 * 512 // 8
     rows = 1.25 * choices * (num_shards - 1) / num_shards
     counts = 4 * 8 * (num_shards - 1) / num_shards
