@@ -117,9 +117,7 @@ def hard(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> M
     return mixture(kind, num_experts, linear_router(num_experts), moejax.switch, execute, load)
 
 
-def by_rule(
-    name: str, kind: Kind, num_experts: int, top_k: int, execute: Execute | None
-) -> Model:
+def by_rule(name: str, kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """A mixture with any of the rules of `ROUTES`."""
     route = ROUTES[name]
     router = route.router(linear_router(num_experts))
