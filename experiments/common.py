@@ -93,10 +93,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
+def compiled(
+    function: Callable[..., Any], *args: Any, out_shardings: Any = None
+) -> tuple[Callable[..., Any], float]:
     """The function compiled for these arguments, and the seconds that took."""
     start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
+    program = jax.jit(function, out_shardings=out_shardings).lower(*args).compile()
     return program, time.perf_counter() - start
 
 

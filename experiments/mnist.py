@@ -5,6 +5,7 @@
     python experiments/mnist.py --route relu --out runs/relu
     python experiments/mnist.py --model dense --hidden 50 --optimizer sgd --batch-size 60000 \
         --epochs 3 --inspect
+    JAX_NUM_CPU_DEVICES=8 python experiments/mnist.py --model sparse --mesh data=2,expert=4
 
 A line per epoch says how training goes; pictures, metrics.jsonl and summary.json go to --out.
 """
@@ -21,9 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import resumable
 from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
+from devices import everywhere, join, make_mesh, mesh_axes, place, places, spread
+from jax.sharding import Mesh
 from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from models import DIGITS, EXPERTS, MODELS, Model, by_rule
 from resumable import Progress, metrics_log, pauses
@@ -39,6 +43,7 @@ from moejax.diagnostics import (
     gate_entropy,
     mutual_information,
 )
+from moejax.sharding import expert_parallel
 from moejax.training import (
     TrainState,
     batch_sizes,
@@ -102,14 +107,16 @@ def start(model: Model, optimizer: optax.GradientTransformation, seed: int) -> T
     return init_state(params, optimizer, run_key)
 
 
-def train(args: argparse.Namespace, model: Model, data: datasets.Dataset, out: Path) -> Run:
+def train(
+    args: argparse.Namespace, model: Model, data: datasets.Dataset, mesh: Mesh | None, out: Path
+) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
-    state = start(model, optimizer, args.seed)
+    state = place(start(model, optimizer, args.seed), mesh)
     step = train_step(partial(objective, model), optimizer)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
     plan = resumable.plan(args, out, data, len(sizes))
-    unseen = empty_metrics(step, state, data.train, batch_size=args.batch_size)
+    unseen = place(empty_metrics(step, state, data.train, batch_size=args.batch_size), mesh)
     progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
     write_json(args.out / "config.json", {name: str(value) for name, value in vars(args).items()})
     if args.inspect:
@@ -118,9 +125,12 @@ def train(args: argparse.Namespace, model: Model, data: datasets.Dataset, out: P
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
     advance, compile_seconds = compiled(
         partial(train_until, step, batch_size=args.batch_size),
-        *(state, unseen, data.train, epoch_order(state, 0, len(data.train.labels)), state.step),
+        *(state, unseen, data.train, epoch_order(state, 0, len(data.train.labels)), np.int32(0)),
+        out_shardings=places(state, mesh),
     )
-    run_test, test_compile = compiled(partial(evaluate, model), state.params, data.test)
+    run_test, test_compile = compiled(
+        partial(evaluate, model), state.params, data.test, out_shardings=everywhere(mesh)
+    )
     test = None
     say("\n" + HEADER)
     log_path = out / "metrics.jsonl"
@@ -152,7 +162,7 @@ def finish_epoch(
     order = epoch_order(progress.state, len(progress.history), len(split.labels))
     end = (len(progress.history) + 1) * steps
     while progress.step < end:
-        stop = jnp.int32(resumable.next_stop(plan, progress.step, end))
+        stop = np.int32(resumable.next_stop(plan, progress.step, end))
         began = time.perf_counter()
         state, metrics = jax.block_until_ready(
             advance(progress.state, progress.metrics, split, order, stop)
@@ -188,6 +198,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--optimizer", choices=OPTIMIZERS, default="adam")
     add("--learning-rate", type=positive_float, default=1e-3)
     add("--seed", type=at_least(0), default=0)
+    add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
+    add("--coordinator", help="address of process 0, such as 127.0.0.1:9876")
+    add("--processes", type=at_least(1), default=1, help="processes that share the mesh")
+    add("--process-id", type=at_least(0), default=0, help="which of them this one is")
     add("--inspect", action="store_true", help="print what the first step does")
     resumable.add_arguments(parser)
     return parser, parser.parse_args()
@@ -209,14 +223,20 @@ def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> datasets.
     return data
 
 
-def build(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Model]:
+def build(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, mesh: Mesh | None
+) -> dict[str, Model]:
     """The models to train, each tried out on the shape of one image, so that errors come now."""
     kind = EXPERTS[args.expert](args.hidden)
+    execute = None if mesh is None else expert_parallel(mesh)
     names = MODELS if args.model == "all" else [args.model]
     makers = {name: MODELS[name] for name in names}
     if args.route:
         makers = {args.route: partial(by_rule, args.route)}
-    models = {name: make(kind, args.experts, args.top_k) for name, make in makers.items()}
+    models = {
+        name: spread(make(kind, args.experts, args.top_k, execute), mesh)
+        for name, make in makers.items()
+    }
     image = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
     for model in models.values():
         try:
@@ -230,17 +250,21 @@ def build(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str
 def main() -> None:
     """Trains what was asked for, reports and draws."""
     parser, args = arguments()
-    models = build(parser, args)
+    join(parser, args)
+    mesh = make_mesh(parser, args)
+    models = build(parser, args, mesh)
     output_folder(parser, args.out)
     data = load(parser, args)
-    on_device = data._replace(train=to_device(data.train), test=to_device(data.test))
+    on_device = data._replace(
+        train=place(to_device(data.train), mesh), test=place(to_device(data.test), mesh)
+    )
     runs = {}
     for name, model in models.items():
         out = args.out / name if args.model == "all" else args.out
         output_folder(parser, out)
         say(f"\n{describe(args, name)}")
         with resumable.one_line_errors(parser):
-            runs[name] = train(args, model, on_device, out)
+            runs[name] = train(args, model, on_device, mesh, out)
         write_json(out / "summary.json", summarize(runs[name], name, data.name))
         draw(runs[name], name, data.test.images, out)
     if args.model == "all":

@@ -16,6 +16,7 @@ from moejax import datasets
 from moejax.adapters import from_nnx
 
 PIXELS, DIGITS = 28 * 28, 10
+Execute = Callable[..., jax.Array]
 
 
 class Model(NamedTuple):
@@ -23,7 +24,8 @@ class Model(NamedTuple):
 
     Attributes:
         init: ``key -> params``.
-        apply: ``(params, images uint8 [N, 28, 28], key) -> (logits [N, 10], routing or None)``.
+        apply: ``(params, images uint8 [N, 28, 28], key, mask=None) -> (logits [N, 10], routing)``;
+            the routing of a model without a gate is None.
         balance: ``routing -> scalar``, added to the cross-entropy.
     """
 
@@ -86,39 +88,40 @@ def convolve_by_slices(
     return patches @ kernel.reshape(-1, features)
 
 
-def dense(kind: Kind, num_experts: int, top_k: int) -> Model:
+def dense(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """One network and no gate: the baseline."""
 
-    def apply(params: Any, images: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+    def apply(
+        params: Any, images: jax.Array, key: jax.Array | None, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         return kind.expert.apply(params, kind.view(images)), None
 
     return Model(kind.expert.init, apply, lambda routing: 0.0)
 
 
-def soft(kind: Kind, num_experts: int, top_k: int) -> Model:
+def soft(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """Every expert runs; the gate's probabilities blend their logits."""
-    return mixture(
-        kind, num_experts, linear_router(num_experts), moejax.softmax, lambda routing: 0.0
-    )
+    router = linear_router(num_experts)  # with K = E there is nothing sparse to execute
+    return mixture(kind, num_experts, router, moejax.softmax, None, lambda routing: 0.0)
 
 
-def sparse(kind: Kind, num_experts: int, top_k: int) -> Model:
+def sparse(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """Noisy top-k with learned noise, importance and load balancing."""
     router = with_noise(linear_router(num_experts))
     route = partial(moejax.noisy_top_k, k=top_k)
-    return mixture(kind, num_experts, router, route, importance_and_load)
+    return mixture(kind, num_experts, router, route, execute, importance_and_load)
 
 
-def hard(kind: Kind, num_experts: int, top_k: int) -> Model:
+def hard(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """One expert per image, weighted by its probability."""
-    return mixture(kind, num_experts, linear_router(num_experts), moejax.switch, load)
+    return mixture(kind, num_experts, linear_router(num_experts), moejax.switch, execute, load)
 
 
-def by_rule(name: str, kind: Kind, num_experts: int, top_k: int) -> Model:
+def by_rule(name: str, kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:
     """A mixture with any of the rules of `ROUTES`."""
     route = ROUTES[name]
     router = route.router(linear_router(num_experts))
-    return mixture(kind, num_experts, router, route.rule(top_k), route.balance)
+    return mixture(kind, num_experts, router, route.rule(top_k), execute, route.balance)
 
 
 MODELS = {"dense": dense, "soft": soft, "sparse": sparse, "hard": hard}
@@ -130,17 +133,23 @@ def mixture(
     num_experts: int,
     router: moejax.Layer,
     route: Callable[..., moejax.Routing],
+    execute: Execute | None,
     balance: Callable[[moejax.Routing], jax.Array | float],
 ) -> Model:
     """A mixture of experts as a classifier."""
     layer = moejax.moe(
-        kind.expert, router, num_experts=num_experts, route=route, feature_ndim=kind.feature_ndim
+        kind.expert,
+        router,
+        num_experts=num_experts,
+        route=route,
+        execute=execute,
+        feature_ndim=kind.feature_ndim,
     )
 
     def apply(
-        params: Any, images: jax.Array, key: jax.Array | None
+        params: Any, images: jax.Array, key: jax.Array | None, mask: jax.Array | None = None
     ) -> tuple[jax.Array, moejax.Routing]:
-        return layer.apply(params, kind.view(images), key=key)
+        return layer.apply(params, kind.view(images), key=key, mask=mask)
 
     return Model(layer.init, apply, balance)
 

@@ -31,7 +31,12 @@ from moejax.training import Metrics, TrainState
 KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
 NEWEST = -1
-FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect"}
+FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect"} | {
+    "mesh",
+    "coordinator",
+    "processes",
+    "process_id",
+}
 
 Save = Callable[..., None]
 Pause = Callable[["Progress"], None]

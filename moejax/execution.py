@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.types import Array, Expert, Params, Routing, accepts
+from moejax.types import Array, Expert, Params, Routing, accepts, by_expert
 
 
 def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
@@ -87,9 +87,7 @@ def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, b
 
 def gates_by_expert(routing: Routing) -> Array:
     """The gates laid out by expert, [T, K] -> [T, E]; zero where an expert was not chosen."""
-    tokens = jnp.arange(len(routing.experts))[:, None]  # [T, 1]
-    gates = jnp.zeros(routing.scores.shape, routing.weights.dtype)
-    return gates.at[tokens, routing.experts].add(routing.weights, mode="drop")
+    return by_expert(routing, routing.weights)
 
 
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:

@@ -89,7 +89,7 @@ def linear(
         y = matmul(x, params["kernel"].astype(x.dtype))
         if bias:
             # The bias is the kernel of one constant input, so a grouped product finds its rows too.
-            one = jnp.ones((*x.shape[:-1], 1), x.dtype)
+            one = jnp.ones_like(x[..., :1])  # [..., 1], on the devices where x is
             y += matmul(one, params["bias"].astype(x.dtype)[..., None, :])
         return y
 

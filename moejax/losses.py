@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, ExpertChoice, Routing
+from moejax.types import Array, ExpertChoice, Routing, by_expert
 
 
 def load_balancing_loss(routing: Routing) -> Array:
@@ -60,9 +60,7 @@ def importance_loss(routing: Routing) -> Array:
         Shazeer et al., `Outrageously Large Neural Networks
         <https://arxiv.org/abs/1701.06538>`_, 2017
     """
-    importance = jnp.zeros(routing.num_experts, routing.weights.dtype)
-    importance = importance.at[routing.experts].add(routing.weights, mode="drop")  # [E]
-    return _squared_variation(importance)
+    return _squared_variation(by_expert(routing, routing.weights).sum(axis=0))
 
 
 def load_loss(routing: Routing) -> Array:

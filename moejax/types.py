@@ -67,8 +67,7 @@ class Routing(NamedTuple):
     @property
     def counts(self) -> Array:
         """How many choices go to each expert, int32 [E]."""
-        counts = jnp.zeros(self.num_experts, jnp.int32)
-        return counts.at[self.experts].add(1, mode="drop")
+        return by_expert(self, jnp.ones_like(self.experts, jnp.int32)).sum(axis=0)
 
     @property
     def present(self) -> Array:
@@ -114,6 +113,16 @@ class SoftSlots(NamedTuple):
     def present(self) -> Array:
         """Which tokens are no padding, shape [T]."""
         return self.combine.any(axis=(1, 2))
+
+
+def by_expert(routing: Routing, values: Array) -> Array:
+    """Values of choices laid out by expert, [T, K] -> [T, E]; zero where none was made."""
+
+    def of_token(experts: Array, values: Array) -> Array:
+        return jnp.zeros(routing.num_experts, values.dtype).at[experts].add(values, mode="drop")
+
+    # Token by token, so that tokens spread over a mesh stay where they are.
+    return jax.vmap(of_token)(routing.experts, values)
 
 
 def accepts(function: Callable, name: str) -> bool:

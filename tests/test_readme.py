@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTORCH = (ROOT / "docs" / "pytorch.md").read_text()
 RULES = (ROOT / "docs" / "rules.md").read_text()
+SHARDING = (ROOT / "docs" / "sharding.md").read_text()
 
 
 def test_code_runs():
@@ -61,3 +62,11 @@ def test_the_rules_page_names_what_exists_and_every_rule():
     table = RULES[: RULES.index("## Routers")]
     linked = set(re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE))
     assert linked <= set(moejax.__all__)
+
+
+def test_code_of_the_page_on_devices_runs():
+    [code] = re.findall(r"```python\n(.*?)```", SHARDING, flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (16, 64)
+    assert names["params"]["experts"]["up"]["kernel"].sharding.shard_shape((8, 64, 128))[0] == 2

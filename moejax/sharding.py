@@ -1,0 +1,132 @@
+"""Mixtures on a mesh of devices: data parallel along every axis, expert parallel along one.
+
+Everything outside the schedule is ordinary JAX on global arrays. So a balance loss is that of the
+whole batch (loads and mean scores are summed over the mesh before they are multiplied), noise is
+that of one device, and a training step needs no change.
+
+- `shardings` alone is the simple way: place the parameters, keep any schedule, and XLA's
+  partitioner finds the communication. It serves `dense` and `capacity`, and meshes with Auto axes.
+- `expert_parallel` and `tokenwise` fix the communication: one exchange of the rows that travel,
+  in both directions. They serve sparse rules with many experts, and every mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from moejax.expert_parallel import check_axis, check_tokens, expert_parallel, placed
+from moejax.types import Array, Params
+
+__all__ = ["expert_parallel", "shardings", "token_sharding", "tokenwise"]
+
+
+def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
+    """Where every leaf lives: stacked experts along one mesh axis, all else on every device.
+
+    A leaf belongs to the experts if ``"experts"`` is a key on its path, as in the params of `moe`
+    and in an optimizer's state for them; its leading axis is E.
+
+    Args:
+        tree: params, an optimizer's state, or a whole training state; `jax.eval_shape` of one too.
+        mesh: the devices.
+        axis: the mesh axis along which experts live.
+
+    Returns:
+        The tree of shardings, for `jax.device_put` or ``jax.jit(init, out_shardings=...)``.
+
+    Raises:
+        ValueError: if the mesh has no such axis, or an expert leaf's leading axis does not divide
+            along it.
+
+    Example:
+        >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        >>> model = moejax.moe(moejax.linear(3, 2), moejax.linear(3, 8), num_experts=8)
+        >>> params = model.init(jax.random.key(0))
+        >>> params = jax.device_put(params, shardings(params, mesh))
+        >>> params["experts"]["kernel"].sharding.spec, params["router"]["kernel"].sharding.spec
+        (P('expert',), P())
+    """
+    check_axis(mesh, axis)
+    num_shards = mesh.shape[axis]
+
+    def sharding(path: tuple, leaf: Array) -> NamedSharding:
+        names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+        if "experts" not in names or leaf.ndim == 0:
+            return NamedSharding(mesh, jax.P())
+        if leaf.shape[0] % num_shards:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} must stack a multiple of {num_shards} experts to "
+                f"be shared along {axis!r}, got shape {leaf.shape}."
+            )
+        return NamedSharding(mesh, jax.P(axis))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def token_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lives: its leading axis spread over all devices of the mesh.
+
+    Args:
+        mesh: the devices.
+
+    Returns:
+        The sharding, for `jax.device_put` of inputs, targets and masks.
+
+    Example:
+        >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        >>> x = jax.device_put(jnp.ones((16, 3)), token_sharding(mesh))
+        >>> x.sharding.shard_shape(x.shape)
+        (2, 3)
+    """
+    return NamedSharding(mesh, jax.P(mesh.axis_names))
+
+
+def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A rule that decides on each device for that device's own tokens.
+
+    The decision is the same, for a rule that treats tokens independently of each other. Left to
+    itself, XLA gathers all logits on every device for `jax.lax.top_k`. A rule that draws noise
+    draws another on each device, so not the noise that one device would.
+
+    Args:
+        route: a rule, ``(logits [T, E], ...) -> decision`` with a leading axis T on every leaf.
+        mesh: the devices; their number must divide T.
+
+    Returns:
+        A rule for `moe`'s ``route``, with the same arguments.
+
+    Raises:
+        ValueError: when the rule is traced, if the tokens do not divide among the devices.
+
+    Example:
+        >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        >>> route = tokenwise(partial(moejax.top_k, k=2), mesh)
+        >>> logits = jax.device_put(jnp.zeros((16, 8)), token_sharding(mesh))
+        >>> route(logits).experts.sharding.shard_shape((16, 2))
+        (2, 2)
+    """
+    axes = mesh.axis_names
+
+    @wraps(route)
+    def on_mesh(*outputs: Array, key: Array | None = None, **extras: Any) -> Any:
+        def on_device(outputs: Any, extras: Any, key: Array | None) -> Any:
+            if key is not None:
+                extras = {"key": jax.random.fold_in(key, jax.lax.axis_index(axes)), **extras}
+            return route(*outputs, **extras)
+
+        check_tokens(mesh, len(outputs[0]))
+        decide = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(jax.P(axes), jax.P(axes), jax.P()),
+            out_specs=jax.P(axes),
+            check_vma=False,  # as in `expert_parallel`
+        )
+        return decide(placed(outputs, mesh, jax.P(axes)), placed(extras, mesh, jax.P(axes)), key)
+
+    return on_mesh

@@ -1,0 +1,260 @@
+"""The mixture on a mesh of eight devices is the mixture on one, in every kind of mesh."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import EXPERTS
+from jax.sharding import AxisType
+
+import moejax
+from moejax.exchange import ragged_exchange
+from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
+from moejax.training import init_state, train_step
+
+T, D, E = 32, 4, 8
+TOP_2 = partial(moejax.top_k, k=2)
+KINDS = [AxisType.Auto, AxisType.Explicit]
+
+
+def make_mesh(kind=AxisType.Auto, shape=(2, 4)):
+    return jax.make_mesh(shape, ("data", "expert"), axis_types=(kind, kind))
+
+
+def inputs(feature_shape=(D,), dtype=jnp.float32):
+    x = jax.random.normal(jax.random.key(1), (T, *feature_shape)).astype(dtype)
+    return x, jnp.arange(T) % 5 > 0
+
+
+def outcome(model):
+    """Jitted: output, balance losses, load, and the gradient of all of them together."""
+
+    def total(params, x, mask, key):
+        y, routing = model.apply(params, x, key=key, mask=mask)
+        evidence = {
+            "y": y.astype(jnp.float32),
+            "load_balancing": moejax.load_balancing_loss(routing),
+            "importance": moejax.importance_loss(routing),
+            "z": moejax.router_z_loss(routing),
+            "load": routing.counts,
+        }
+        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        losses = [evidence[name] for name in ("load_balancing", "importance", "z")]
+        return jnp.sum(weight * evidence["y"]) + sum(losses), evidence
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+def assert_same_on_mesh(mesh, route, *, expert=EXPERTS["mlp"], params=None, x=None, mask=None,
+                        mesh_route=None, key=None, rtol=2e-6, **options):  # fmt: skip
+    options.setdefault("local", moejax.dense)  # the quickest to compile
+    build = partial(moejax.moe, expert, moejax.linear(D, E), num_experts=E)
+    single = build(route=route, execute=moejax.dense)
+    spread = build(route=mesh_route or route, execute=expert_parallel(mesh, **options))
+    params = single.init(jax.random.key(0)) if params is None else params
+    x = inputs()[0] if x is None else x
+    expected = outcome(single)(params, x, mask, key)
+    params = jax.device_put(params, shardings(params, mesh))
+    x, mask = jax.device_put((x, mask), token_sharding(mesh))
+    got = outcome(spread)(params, x, mask, key)
+    close = partial(np.testing.assert_allclose, rtol=rtol, atol=5 * rtol)
+    jax.tree.map(close, jax.device_get(got), jax.device_get(expected))
+    return got
+
+
+RULES = {
+    "softmax": moejax.softmax,
+    "top_2": TOP_2,
+    "switch": moejax.switch,
+    "noisy_top_2": partial(moejax.noisy_top_k, noise_scale=0.5, k=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_on_every_kind_of_mesh(rule, kind):
+    mesh, key = make_mesh(kind), jax.random.key(3)
+    assert_same_on_mesh(mesh, RULES[rule], mask=inputs()[1], key=key)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((1, 8), KINDS[0]), ((8, 1), KINDS[1])], ids=str)
+def test_rules_on_each_device_on_every_shape_of_mesh(shape, kind):
+    mesh = make_mesh(kind, shape)
+    assert_same_on_mesh(mesh, TOP_2, mesh_route=tokenwise(TOP_2, mesh), mask=inputs()[1])
+
+
+def collapsed(logits):
+    """Every token's first choice is expert 5, whose device then needs several rounds."""
+    return moejax.top_k(logits.at[:, 5].add(100), k=2)
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.25, 100])
+def test_nothing_is_dropped_when_routing_collapses(factor):
+    options = {"factor": factor, "local": moejax.dropless}
+    evidence = assert_same_on_mesh(make_mesh(), collapsed, **options)[0][1]
+    assert evidence["load"][5] == T
+
+
+def test_devices_without_any_token_and_experts_without_any():
+    mask = jnp.arange(T) < 5  # all on the first two of eight devices
+    assert_same_on_mesh(make_mesh(), TOP_2, mask=mask)
+    assert_same_on_mesh(make_mesh(), TOP_2, mask=jnp.zeros(T, bool))
+
+
+def test_a_users_expert_and_schedule():
+    local = partial(moejax.capacity, factor=E)
+    assert_same_on_mesh(make_mesh(), TOP_2, expert=EXPERTS["fourier"], local=local)
+
+
+def test_bfloat16_stays_bfloat16():
+    mesh = make_mesh()
+    layer = moejax.moe(
+        EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, execute=expert_parallel(mesh)
+    )
+    x = inputs(dtype=jnp.bfloat16)[0]
+    y, _ = jax.jit(layer.apply)(layer.init(jax.random.key(0)), x)
+    assert y.dtype == jnp.bfloat16
+    assert_same_on_mesh(mesh, moejax.softmax, x=x, rtol=2e-2)
+
+
+def test_losses_are_of_the_whole_batch_and_not_means_over_devices():
+    mesh = make_mesh(shape=(1, 8))
+    blocks = jnp.repeat(10 * jnp.eye(E), T // E, axis=0)  # device d sends all to expert d
+    loss = lambda logits: moejax.load_balancing_loss(moejax.switch(logits))  # noqa: E731
+    on_mesh = jax.jit(loss)(jax.device_put(blocks, token_sharding(mesh)))
+    per_device = jnp.mean(jax.vmap(loss)(blocks.reshape(8, -1, E)))
+    np.testing.assert_allclose(on_mesh, 1, atol=1e-3)  # balanced over the mesh
+    assert per_device > 7  # though on every device collapsed
+
+
+def test_second_derivatives_and_forward_mode():
+    mesh = make_mesh()
+
+    def scalar(execute, x):
+        layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2,
+                           execute=execute)  # fmt: skip
+        return jnp.sum(jnp.sin(layer.apply(layer.init(jax.random.key(0)), x)[0]))
+
+    x = inputs()[0]
+    hessian_vector = lambda execute: jax.jit(  # noqa: E731
+        lambda x: jax.jvp(jax.grad(partial(scalar, execute)), (x,), (jnp.cos(x),))[1]
+    )(x)
+    on_mesh = hessian_vector(expert_parallel(mesh, factor=0.2, local=moejax.dense))
+    np.testing.assert_allclose(on_mesh, hessian_vector(moejax.dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "message"),
+    [(30, 8, "tokens must be a multiple of the mesh's 8"), (32, 6, "experts must be a multiple")],
+)
+def test_sizes_that_do_not_divide(tokens, experts, message):
+    layer = moejax.moe(moejax.linear(D, 2), moejax.linear(D, experts), num_experts=experts,
+                       execute=expert_parallel(make_mesh()))  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        layer.apply(layer.init(jax.random.key(0)), jnp.ones((tokens, D)))
+
+
+def test_other_arguments_that_cannot_work():
+    mesh = make_mesh()
+    with pytest.raises(ValueError, match="'model'"):
+        expert_parallel(mesh, axis="model")
+    with pytest.raises(ValueError, match="positive, got 0"):
+        expert_parallel(mesh, factor=0)
+    with pytest.raises(ValueError, match="'expert'"):
+        shardings({}, jax.make_mesh((8,), ("data",)))
+    with pytest.raises(ValueError, match=r"\['experts'\].*multiple of 4 experts.*\(6, 2\)"):
+        shardings({"experts": jnp.ones((6, 2))}, mesh)
+    with pytest.raises(ValueError, match="multiple of the mesh's 8 devices, got 12"):
+        tokenwise(TOP_2, mesh)(jnp.ones((12, 8)))
+
+
+def test_placement_covers_the_optimizer_state():
+    mesh = make_mesh()
+    layer = moejax.moe(moejax.linear(D, 2), moejax.linear(D, E), num_experts=E)
+    state = init_state(layer.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
+    state = jax.device_put(state, shardings(state, mesh))
+    moments = state.opt_state[0].mu
+    assert moments["experts"]["kernel"].sharding.shard_shape((E, D, 2)) == (E // 4, D, 2)
+    assert moments["router"]["kernel"].sharding.is_fully_replicated
+
+
+def test_sharded_parameters_alone_are_enough_on_auto_axes():
+    mesh = make_mesh()
+    layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2)
+    params, (x, mask) = layer.init(jax.random.key(0)), inputs()
+    expected = outcome(layer)(params, x, mask, None)
+    params = jax.device_put(params, shardings(params, mesh))
+    x, mask = jax.device_put((x, mask), token_sharding(mesh))
+    got = outcome(layer)(params, x, mask, None)
+    close = partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-5)
+    jax.tree.map(close, jax.device_get(got), jax.device_get(expected))
+
+
+def emulated_ragged(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *,
+                    axis_name, **_):  # fmt: skip
+    """What the documentation of `jax.lax.ragged_all_to_all` says, for backends without it."""
+    sent = jax.tree.map(
+        partial(jax.lax.all_gather, axis_name=axis_name),
+        (operand, input_offsets, send_sizes, output_offsets),
+    )
+    me = jax.lax.axis_index(axis_name)
+    place = jnp.arange(len(output))
+    for source, (rows, starts, sizes, ends) in enumerate(zip(*sent, strict=True)):
+        inside = (place >= ends[me]) & (place < ends[me] + sizes[me])
+        moved = rows.at[place - ends[me] + starts[me]].get(mode="clip")
+        output = jnp.where(inside.reshape(-1, *[1] * (rows.ndim - 1)), moved, output)
+        arrived = jnp.sum(inside)
+        output = jnp.where(arrived == recv_sizes[source], output, jnp.nan)  # else undefined
+    return output
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.25])
+def test_ragged_exchange_sends_the_right_rows(monkeypatch, factor):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged)
+    assert_same_on_mesh(make_mesh(), TOP_2, factor=factor, exchange=ragged_exchange,
+                        mask=inputs()[1])  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_ragged_exchange_lowers_where_it_is_the_default(platform):
+    mesh = make_mesh()
+    layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2,
+                       execute=expert_parallel(mesh, exchange=ragged_exchange))  # fmt: skip
+    params = jax.device_put(layer.init(jax.random.key(0)), jax.NamedSharding(mesh, jax.P()))
+    x = jax.device_put(inputs()[0], token_sharding(mesh))
+    lowered = outcome(layer).trace(params, x, None, None).lower(lowering_platforms=(platform,))
+    assert "ragged_all_to_all" in lowered.as_text()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_hundred_training_steps_have_the_losses_of_one_device(kind):
+    mesh = make_mesh(kind)
+
+    def losses(state_sharding, batch_sharding, route, execute):
+        layer = moejax.moe(moejax.mlp(D, 8, 3), moejax.linear(D, E), num_experts=E, route=route,
+                           execute=execute)  # fmt: skip
+
+        def loss(params, x, key):
+            y, routing = layer.apply(params, x, key=key)
+            aim = jnp.sin(x[:, :3]) ** 2
+            return jnp.mean((y - aim) ** 2) + 0.01 * moejax.load_balancing_loss(routing), {}
+
+        optimizer = optax.adam(1e-2)
+        state = init_state(layer.init(jax.random.key(0)), optimizer, jax.random.key(1))
+        if state_sharding:
+            state = jax.device_put(state, shardings(state, mesh))
+        step, history = jax.jit(train_step(loss, optimizer)), []
+        for number in range(100):
+            x = jax.random.normal(jax.random.key(number), (T, D))
+            with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
+                state, metrics = step(state, jax.device_put(x, batch_sharding))
+            history.append(float(metrics["loss"]))
+        return np.array(history)
+
+    one = losses(False, jax.devices()[0], TOP_2, moejax.dense)
+    many = losses(True, token_sharding(mesh), tokenwise(TOP_2, mesh), expert_parallel(mesh))
+    assert one[-1] < one[0] / 2
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
