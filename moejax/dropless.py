@@ -79,11 +79,14 @@ def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices
 def _sizes(num_choices: int, num_experts: int) -> tuple[int, tuple[int, int]]:
     """Rows per expert in the batched pass, and rows per block of each loop.
 
-    Small blocks waste little on experts that are just over the mean; large ones keep the pace
-    when nearly all choices are left to the loops.
+    A block copies its expert's parameters, which takes as long as computing about 60 rows,
+    whatever the widths: blocks of 64 rows waste least on experts that are just over the mean, and
+    large ones keep the pace when nearly all choices are left to the loops.
     """
+    # More slots than the mean load leave less to the loops, but cost more than that saves.
     capacity = -(-num_choices // num_experts)
-    return capacity, (2 * capacity, -(-capacity // 4))
+    block = min(64, max(8, capacity // 2))
+    return capacity, (8 * block, block)
 
 
 def _closed(
