@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,20 @@ from moejax.dispatch import Slots, Sorted, assign_slots, sort_by_expert
 from moejax.types import Array, Expert, Params, Routing
 
 Apply = Callable[[Params, Array, list[Array]], Array]  # (params, x, what it closes over) -> y
+
+
+class Plan(NamedTuple):
+    """What is known while tracing.
+
+    Attributes:
+        apply: the expert, for one expert's parameters and any of the row counts in use.
+        sizes: rows per block of each loop.
+        shape: shape of the result, [T, ...].
+    """
+
+    apply: Apply
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
@@ -68,22 +82,29 @@ def run_sorted(expert: Expert, params: Params, x: Array, weights: Array, choices
     output = output_like(expert, params, x)
     if weights.size == 0:
         return jnp.zeros(output.shape, output.dtype)
-    num_experts, num_tokens = choices.starts.size - 1, len(weights)
+    num_experts = choices.starts.size - 1
     capacity, sizes = _sizes(weights.size, num_experts)
     apply, shared = _closed(expert, params, x, (capacity, *sizes))
     operands = Operands(params, x, gates_for(weights, output).reshape(-1), shared)
-    slots = assign_slots(choices, num_tokens, capacity)
-    return _gated_sum(apply, sizes, operands, slots, choices).astype(output.dtype)
+    slots = assign_slots(choices, len(weights), capacity)
+    plan = Plan(apply, sizes, output.shape)
+    return _gated_sum(plan, operands, slots, choices).astype(output.dtype)
 
 
 def _sizes(num_choices: int, num_experts: int) -> tuple[int, tuple[int, int]]:
     """Rows per expert in the batched pass, and rows per block of each loop.
 
-    Small blocks waste little on experts that are just over the mean; large ones keep the pace
-    when nearly all choices are left to the loops.
+    A block copies its expert's parameters, which takes as long as computing about 60 rows,
+    whatever the widths: blocks of 64 rows waste least on experts that are just over the mean, and
+    large ones keep the pace when nearly all choices are left to the loops. With fewer choices than
+    experts there is no batched pass: it would read every expert for a few of them. (Gathering
+    the chosen experts' parameters for one batched product was no faster than the loop at 2
+    choices, and 4 times slower at 32.)
     """
-    capacity = -(-num_choices // num_experts)
-    return capacity, (2 * capacity, -(-capacity // 4))
+    # More slots than the mean load leave less to the loops, but cost more than that saves.
+    capacity = 0 if num_choices < num_experts else -(-num_choices // num_experts)
+    block = min(64, max(8, capacity // 2))
+    return capacity, (8 * block, block)
 
 
 def _closed(
@@ -98,38 +119,38 @@ def _closed(
     return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gated_sum(
-    apply: Apply, sizes: tuple[int, ...], operands: Operands, slots: Slots, choices: Sorted
-) -> Array:
-    y = _batched(apply, operands, slots)
-    for size, rows in _rest(slots, choices, sizes):
-        y = block_loop(partial(_block, apply), size, rows, operands, Operands(tokens=y)).tokens
-    return y
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_sum(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> Array:
+    return _add_rest(plan, operands, slots, choices, _batched(plan, operands, slots))
 
 
-def _forward(
-    apply: Apply, sizes: tuple[int, ...], operands: Operands, slots: Slots, choices: Sorted
-) -> tuple[Array, Any]:
+def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> tuple[Array, Any]:
     def batched(some: Operands) -> Array:
-        return _batched(apply, merge(some, operands), slots)
+        return _batched(plan, merge(some, operands), slots)
 
     y, pullback = jax.vjp(batched, differentiable(operands))
-    for size, rows in _rest(slots, choices, sizes):
-        y = block_loop(partial(_block, apply), size, rows, operands, Operands(tokens=y)).tokens
+    y = _add_rest(plan, operands, slots, choices, y)
     return y, (pullback, operands, slots, choices)
 
 
-def _backward(apply: Apply, sizes: tuple[int, ...], saved: Any, cotangent: Array) -> tuple:
+def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
     pullback, operands, slots, choices = saved
     (total,) = pullback(cotangent)
-    for size, rows in _rest(slots, choices, sizes):
-        body = partial(_block, apply)
+    for size, rows in _rest(slots, choices, plan.sizes):
+        body = partial(_block, plan.apply)
         total = add_cotangents(body, size, rows, operands, Operands(tokens=cotangent), total)
     return total, None, None
 
 
 _gated_sum.defvjp(_forward, _backward)
+
+
+def _add_rest(plan: Plan, operands: Operands, slots: Slots, choices: Sorted, y: Array) -> Array:
+    """Adds to y what the batched pass left."""
+    for size, rows in _rest(slots, choices, plan.sizes):
+        body = partial(_block, plan.apply)
+        y = block_loop(body, size, rows, operands, Operands(tokens=y)).tokens
+    return y
 
 
 def _rest(slots: Slots, choices: Sorted, sizes: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
@@ -143,11 +164,13 @@ def _rest(slots: Slots, choices: Sorted, sizes: tuple[int, ...]) -> Iterator[tup
     yield sizes[-1], Rows(order, begin, end)
 
 
-def _batched(apply: Apply, operands: Operands, slots: Slots) -> Array:
+def _batched(plan: Plan, operands: Operands, slots: Slots) -> Array:
+    """Every expert on its slots, in one pass: [T, ...]."""
     params, x, weights, shared = operands
-    return run_slots(
-        lambda p, x: apply(p, x, shared), params, x, weights.reshape(slots.slot.shape), slots
-    )
+    if slots.choice.size == 0:
+        return jnp.zeros(plan.shape, weights.dtype)
+    weights = weights.reshape(slots.slot.shape)  # [K, T]
+    return run_slots(lambda p, x: plan.apply(p, x, shared), params, x, weights, slots)
 
 
 def _block(apply: Apply, block: Operands) -> Operands:
