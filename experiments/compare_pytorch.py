@@ -26,7 +26,7 @@ from common import OneLineParser, output_folder, rounded, say, versions, write_j
 from pytorch_table import table
 from pytorch_training import STUDIES, Study, initial_state, run_torch, with_weights
 from scipy.stats import ks_2samp
-from toy import fit, mixture
+from toy import cooperating, fit
 from twins import Problem, Twin, differences, objective, run_moejax
 
 from moejax import conversion, datasets
@@ -113,7 +113,7 @@ def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -
     params = [conversion.from_torch(twin.layout, start) for start in starts]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     points = datasets.Points(jnp.asarray(data.x), jnp.asarray(data.y))
-    fit_one = partial(fit, mixture(2), points, steps)
+    fit_one = partial(fit, cooperating(2), points, steps)
     ours = jax.jit(jax.vmap(partial(accuracy_from, twin, points, steps)))(stacked)
     own = jax.jit(jax.vmap(fit_one))(jax.random.split(jax.random.key(0), seeds))["accuracy"]
     accuracies = {
