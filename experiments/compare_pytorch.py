@@ -216,7 +216,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="less than a minute's worth: few steps, no torch.compile, and scikit-learn's digits "
+        help="few steps, seeds and images, no torch.compile, and scikit-learn's digits "
         "unless --data-dir is given",
     )
     return parser, parser.parse_args()
