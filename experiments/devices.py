@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,8 +41,11 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         heartbeat_timeout_seconds=SECONDS_TO_MISS,
         shutdown_timeout_seconds=SECONDS_TO_MISS,
     )
-    if args.process_id:
-        args.out = args.out / f"process-{args.process_id}"
+
+
+def own(out: Path) -> Path:
+    """Where this process puts its records; checkpoints are written by all processes together."""
+    return out / f"process-{jax.process_index()}" if jax.process_index() else out
 
 
 def make_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Mesh | None:

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import resumable
 from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
-from devices import everywhere, join, make_mesh, mesh_axes, place, places, spread
+from devices import everywhere, join, make_mesh, mesh_axes, own, place, places, spread
 from jax.sharding import Mesh
 from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from models import DIGITS, EXPERTS, MODELS, Model, by_rule
@@ -118,7 +118,9 @@ def train(
     plan = resumable.plan(args, out, data, len(sizes))
     unseen = place(empty_metrics(step, state, data.train, batch_size=args.batch_size), mesh)
     progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
-    write_json(args.out / "config.json", {name: str(value) for name, value in vars(args).items()})
+    write_json(
+        own(args.out) / "config.json", {name: str(value) for name, value in vars(args).items()}
+    )
     if args.inspect:
         rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
         batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
@@ -133,7 +135,7 @@ def train(
     )
     test = None
     say("\n" + HEADER)
-    log_path = out / "metrics.jsonl"
+    log_path = own(out) / "metrics.jsonl"
     with pauses(plan) as pause, metrics_log(log_path, progress.history) as log:
         for number in range(len(progress.history) + 1, args.epochs + 1):
             progress = finish_epoch(plan, pause, advance, data.train, progress)
@@ -253,7 +255,7 @@ def main() -> None:
     join(parser, args)
     mesh = make_mesh(parser, args)
     models = build(parser, args, mesh)
-    output_folder(parser, args.out)
+    output_folder(parser, own(args.out))
     data = load(parser, args)
     on_device = data._replace(
         train=place(to_device(data.train), mesh), test=place(to_device(data.test), mesh)
@@ -261,19 +263,19 @@ def main() -> None:
     runs = {}
     for name, model in models.items():
         out = args.out / name if args.model == "all" else args.out
-        output_folder(parser, out)
+        output_folder(parser, own(out))
         say(f"\n{describe(args, name)}")
         with resumable.one_line_errors(parser):
             runs[name] = train(args, model, on_device, mesh, out)
-        write_json(out / "summary.json", summarize(runs[name], name, data.name))
-        draw(runs[name], name, data.test.images, out)
+        write_json(own(out) / "summary.json", summarize(runs[name], name, data.name))
+        draw(runs[name], name, data.test.images, own(out))
     if args.model == "all":
         compare(runs)
         plot.curves({name: run.history for name, run in runs.items()}).savefig(
-            args.out / "curves.png"
+            own(args.out) / "curves.png"
         )
         summaries = {name: summarize(run, name, data.name) for name, run in runs.items()}
-        write_json(args.out / "summary.json", {"dataset": data.name, "models": summaries})
+        write_json(own(args.out) / "summary.json", {"dataset": data.name, "models": summaries})
     say(f"\nmetrics, summary and pictures are in {args.out}")
     if data.notice:
         say(f"\n{data.notice}")

@@ -60,29 +60,42 @@ def losses(out):
     return np.array([[record["train_loss"], record["test_loss"]] for record in records])
 
 
-def test_losses_of_a_hundred_steps_on_one_device_a_mesh_and_two_processes(start, tmp_path):
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """The losses of a hundred steps on one device."""
+    out = tmp_path_factory.mktemp("one")
+    finish(run(out, "--epochs", "100", devices=1))
+    assert losses(out).shape == (100, 2)
+    assert losses(out)[-1, 0] < losses(out)[0, 0] / 2
+    return losses(out)
+
+
+def test_losses_of_a_hundred_steps_on_a_mesh_and_in_two_processes(start, tmp_path, one_device):
     flags = ["--epochs", "100"]
-    finish(start(tmp_path / "one", *flags, devices=1))
     finish(start(tmp_path / "mesh", *flags, *MESH, devices=8))
     for process in start_two(start, tmp_path / "two", *flags):
         finish(process)
-    one = losses(tmp_path / "one")
-    assert one.shape == (100, 2)
-    assert one[-1, 0] < one[0, 0] / 2
-    np.testing.assert_allclose(losses(tmp_path / "mesh"), one, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(losses(tmp_path / "two"), one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), one_device, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "two"), one_device, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(losses(tmp_path / "two" / "process-1"), losses(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_dies_the_other_ends_with_an_error(start, tmp_path, victim):
-    processes = start_two(start, tmp_path, "--epochs", "1000000")
-    survivor = processes[1 - victim]
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3)
+@pytest.mark.parametrize(("victim", "devices"), [(0, 1), (1, 4)])
+def test_when_a_process_dies_the_other_ends_and_the_run_goes_on_elsewhere(
+    start, tmp_path, one_device, victim, devices
+):
+    flags = ["--epochs", "100", "--checkpoint-every", "5"]
+    processes = start_two(start, tmp_path, *flags)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 12)
     processes[victim].send_signal(signal.SIGKILL)
-    output, _ = survivor.communicate(timeout=90)
-    assert survivor.returncode not in (0, None)
-    assert output.strip()
+    output, _ = processes[1 - victim].communicate(timeout=90)
+    assert processes[1 - victim].returncode != 0, output
+    mesh = ["--mesh", "expert=4"] if devices == 4 else []
+    resumed = start(tmp_path, *flags, *mesh, "--resume", devices=devices)
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert "resumed after step" in output
+    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=0, atol=1e-5)
 
 
 def wait_for(condition, seconds=300):
