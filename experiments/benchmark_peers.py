@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,11 @@ class Shape(NamedTuple):
     def flops(self) -> int:
         """Operations of the three products of a GLU, over the active experts, forward."""
         return 6 * self.T * self.K * self.D * self.F
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the experts that can be active, in float32."""
+        return 12 * min(self.E, self.T * self.K) * self.D * self.F
 
 
 def ragged_dot(
@@ -63,6 +69,7 @@ def torch_layers(shape: Shape) -> dict[str, Callable[[bool], None]]:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+    torch.set_num_threads(os.cpu_count() or 1)  # as XLA does
     x = torch.randn(1, shape.T, shape.D, requires_grad=True)
     cotangent = torch.randn(1, shape.T, shape.D)
 

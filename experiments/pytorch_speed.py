@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from busy import busy_elsewhere, processor_seconds
 from common import say
 from pytorch_training import Study, with_weights
 from torch import Tensor
@@ -143,33 +143,6 @@ def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
         "total": {name: sum(times) for name, times in timed.items()},
         "failed": failed,
     }
-
-
-class Usage(NamedTuple):
-    """Seconds since the machine's or the process's start."""
-
-    wall: float
-    machine: float
-    process: float
-
-
-def processor_seconds() -> Usage | None:
-    """The processor time of the machine and of this process; None where Linux does not tell."""
-    try:
-        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _, _, *interrupts = (int(field) for field in fields[:8])
-    ticks = user + nice + system + sum(interrupts)
-    return Usage(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
-
-
-def busy_elsewhere(before: Usage | None, after: Usage | None) -> float | None:
-    """The share of the machine that other processes took meanwhile."""
-    if before is None or after is None:
-        return None
-    wall, machine, process = (late - early for early, late in zip(before, after, strict=True))
-    return max(0.0, (machine - process) / (wall * (os.cpu_count() or 1)))
 
 
 def verdict(record: dict[str, Any], target: float) -> dict[str, Any]:

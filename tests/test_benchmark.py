@@ -1,0 +1,36 @@
+"""The benchmark, on problems so small that only its machinery is tested."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import refusal, run
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_the_grouped_product_is_timed(tmp_path, capsys):
+    run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "grouped")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    [result] = summary["results"]
+    timed = {(one["contender"], one["mode"]): one for one in result["records"]}
+    modes = ("forward", "with backward")
+    assert {("grouped_matmul", mode) for mode in modes} < set(timed)
+    assert {("ragged_dot", mode) for mode in modes} < set(timed)
+    limit = timed["product of 2048", ""]
+    assert limit["share"] == 1
+    for record in timed.values():
+        assert record["seconds"] > 0
+        assert record["rounds"] == 2
+        assert record["peak_bytes"] >= record["temporary_bytes"]
+        flops = 2 * result["sizes"]["T"] * result["sizes"]["K"] * 32 * 64
+        if record["mode"]:
+            expected = flops * (1 if record["mode"] == "forward" else 3)
+            rate = 2 * 2048**3 / limit["seconds"]
+            np.testing.assert_allclose(record["matmul_floor"], expected / rate, rtol=1e-4)
+    printed = capsys.readouterr().out
+    assert all(contender in printed for contender, _ in timed)
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    assert "invalid choice: 'speed'" in refusal("benchmark", "--suite", "speed", capsys=capsys)
