@@ -35,7 +35,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         (5, 2)
     """
     if accepts(expert, "matmul"):
-        # A function that is a pytree may be an argument of `jit` and `checkpoint` around the expert.
+        # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
         expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
     outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
     gates, blended = _promote(gates, outputs)
