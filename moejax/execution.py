@@ -35,7 +35,8 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         (5, 2)
     """
     if accepts(expert, "matmul"):
-        expert = partial(expert, matmul=side_by_side)
+        # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
+        expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
     outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, Layer, Matmul, Params
+from moejax.types import Array, Layer, Matmul, Params, is_integer
 
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
 Activation = Callable[[Array], Array]
@@ -210,8 +210,8 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         >>> params["kernel"].shape, experts.apply(params, jnp.ones((5, 3))).shape
         ((4, 3, 2), (4, 5, 2))
     """
-    if num_experts < 1:
-        raise ValueError(f"`num_experts` must be at least 1, got {num_experts}.")
+    if not (is_integer(num_experts) and num_experts >= 1):
+        raise ValueError(f"`num_experts` must be an integer, at least 1, got {num_experts}.")
 
     def init(key: Array) -> Params:
         return jax.vmap(layer.init)(jax.random.split(key, num_experts))
@@ -223,5 +223,5 @@ def stack(layer: Layer, num_experts: int) -> Layer:
 
 
 def _check_widths(name: str, *widths: int) -> None:
-    if not all(isinstance(width, int) and width > 0 for width in widths):
+    if not all(is_integer(width) and width > 0 for width in widths):
         raise ValueError(f"The widths of `{name}` must be positive integers, got {widths}.")

@@ -13,7 +13,7 @@ from moejax.dropless import dropless
 from moejax.execution import dense
 from moejax.experts import stack
 from moejax.routing import mask_tokens, softmax
-from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32
+from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32, check_mask
 
 
 def moe(
@@ -105,7 +105,8 @@ def routed(
     ) -> tuple[Array, Any]:
         tokens, leading = flatten_tokens(x, feature_ndim)
         if mask is not None:
-            mask = _flatten_mask(mask, leading)
+            check_mask(mask, leading)
+            mask = mask.reshape(-1)  # [T]
             tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
         with jax.named_scope("route"):
             decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
@@ -126,15 +127,6 @@ def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]
     split = x.ndim - feature_ndim
     leading = x.shape[:split]
     return x.reshape(math.prod(leading), *x.shape[split:]), leading  # [..., D] -> [T, D]
-
-
-def _flatten_mask(mask: Array, leading: tuple[int, ...]) -> Array:
-    if mask.shape != leading or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"`mask` must be a boolean array of x's leading shape {leading}, True for tokens that "
-            f"count, got {mask.dtype}{list(mask.shape)}."
-        )
-    return mask.reshape(-1)  # [T]
 
 
 def _decide(

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, at_least_float32
+from moejax.types import Array, at_least_float32, check_mask
 
 
 def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None = None) -> Array:
@@ -27,7 +27,7 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
         A scalar in nats.
 
     Raises:
-        ValueError: if the two do not have one shape [T, E].
+        ValueError: if the two do not have one shape [T, E], or the mask is not booleans [T].
 
     Example:
         >>> log_gates = jnp.log(jnp.array([[0.5, 0.5]]))
@@ -46,6 +46,7 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
     nll = -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
     if mask is None:
         return nll.mean()
+    check_mask(mask, nll.shape)
     return jnp.where(mask, nll, 0).sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
 
 

@@ -8,6 +8,7 @@ O output width.
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,6 +132,20 @@ def accepts(function: Callable, name: str) -> bool:
     return name in parameters or any(
         p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
     )
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a number that the caller gives is an integer: Python's or NumPy's, no array."""
+    return isinstance(value, numbers.Integral)
+
+
+def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
+    """Refuses a mask that would broadcast, or whose numbers could mean anything."""
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"`mask` must be a boolean array of shape {list(shape)}, True for tokens that count, "
+            f"got {mask.dtype}{list(mask.shape)}."
+        )
 
 
 def at_least_float32(x: Array) -> Array:

@@ -138,6 +138,8 @@ def test_a_factor_that_is_exact_in_decimals_makes_no_slot_too_many():
 
 
 def test_useless_requests_are_refused():
+    with pytest.raises(ValueError, match="must be an integer"):
+        moejax.limit_capacity(moejax.switch(jnp.zeros((2, 2))), capacity=1.5)
     with pytest.raises(ValueError, match="at least 1 slot"):
         moejax.limit_capacity(ROUTING, capacity=0)
     with pytest.raises(ValueError, match="positive"):

@@ -66,3 +66,14 @@ def test_side_by_side_products_change_nothing():
     for transform in (jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.grad(jax.checkpoint(f))):
         both = [jax.vmap(transform(partial(scalar, f)))(scales) for f in (expert.apply, plain)]
         np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_built_in_expert_may_be_wrapped(schedule, wrap):
+    """`jit` and `checkpoint` keep the signature, `matmul` too, but take arrays only."""
+    expert, run = EXPERTS["glu"], SCHEDULES[schedule]
+    params, x, logits = problem(expert)
+    routing = moejax.top_k(logits, k=2)
+    y = run(wrap(expert.apply), params, x, routing)
+    np.testing.assert_allclose(y, run(expert.apply, params, x, routing), rtol=1e-5, atol=1e-6)

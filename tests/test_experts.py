@@ -67,6 +67,11 @@ def test_computes_in_the_dtype_of_x(layer, key):
         assert layer.apply(params, jnp.ones((2, 3), dtype)).dtype == dtype
 
 
+def test_widths_may_be_integers_of_numpy(key):
+    params = moejax.linear(np.prod((2, 3)), 4).init(key)
+    assert params["kernel"].shape == (6, 4)
+
+
 def test_stack_is_every_copy_by_itself(key):
     layer = moejax.mlp(3, 4, 2)
     params = moejax.stack(layer, 5).init(key)
@@ -87,7 +92,8 @@ def test_stack_is_every_copy_by_itself(key):
         (lambda: moejax.linear(2, 1.5), "positive integers"),
         (lambda: moejax.mlp(3), "at least an input and an output"),
         (lambda: moejax.glu(3, -1), "positive integers"),
-        (lambda: moejax.stack(moejax.linear(1, 1), 0), "`num_experts` must be at least 1, got 0"),
+        (lambda: moejax.stack(moejax.linear(1, 1), 0), "at least 1, got 0"),
+        (lambda: moejax.stack(moejax.linear(1, 1), 2.0), "`num_experts` must be an integer"),
     ],
 )
 def test_bad_widths(make, message):

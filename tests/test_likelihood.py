@@ -114,3 +114,5 @@ def test_shapes_are_checked():
         moejax.bernoulli_log_likelihood(jnp.zeros((E, T, 1)), jnp.zeros(T))
     with pytest.raises(ValueError, match="tokens, experts"):
         moejax.mixture_nll(jnp.zeros((T, E)), jnp.zeros((E, T)))
+    with pytest.raises(ValueError, match="`mask` must be"):  # a column would broadcast
+        moejax.mixture_nll(jnp.zeros((T, E)), jnp.zeros((T, E)), mask=jnp.ones((T, 1), bool))

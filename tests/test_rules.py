@@ -178,13 +178,20 @@ def test_sinkhorn_balances():
 REFUSED = [
     (partial(moejax.top_k, k=1), "zero gradient"),
     (partial(moejax.top_k, k=9), "between 1 and"),
+    (partial(moejax.top_k, k=2.5), "`k` must be an integer"),
     (partial(moejax.noisy_top_k, noise_scale=1.0, k=1), "zero gradient"),
+    (partial(moejax.noisy_top_k, noise_scale=jnp.ones((1, 64, 8)), k=2), "`noise_scale` must be"),
+    (partial(moejax.noisy_top_k, noise_scale=-1.0, k=2), "`noise_scale` must be"),
     (partial(moejax.sigmoid_top_k, k=1), "zero gradient"),
     (partial(moejax.sigmoid_top_k, k=2, num_groups=3), "divide"),
     (partial(moejax.sigmoid_top_k, k=3, num_groups=4, kept_groups=1), "leave at least"),
     (partial(moejax.sigmoid_top_k, jnp.zeros((64, 8)), jnp.zeros(7), k=2), "one number per"),
     (partial(moejax.gshard_top_2, threshold=0.0), "positive"),
     (partial(moejax.sinkhorn, k=0), "between 1 and"),
+    # A column would broadcast against the tokens.
+    (partial(moejax.sinkhorn, mask=jnp.ones((64, 1), bool)), "`mask` must be"),
+    (lambda logits: moejax.mask_tokens(moejax.switch(logits), jnp.ones((64, 1), bool)), "`mask`"),
+    (lambda logits: moejax.mask_tokens(moejax.switch(logits), jnp.ones(64)), "`mask` must be"),
     (partial(moejax.hashed, token_ids=jnp.zeros(3, int), table=jnp.zeros(4, int)), "token_ids"),
 ]
 
@@ -192,7 +199,7 @@ REFUSED = [
 @pytest.mark.parametrize(("rule", "message"), REFUSED)
 def test_useless_requests_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
-        rule() if rule.args else rule(LOGITS)
+        rule() if getattr(rule, "args", ()) else rule(LOGITS)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -183,12 +183,18 @@ def test_z_loss_of_expert_choice_leaves_padding_out():
     np.testing.assert_allclose(moejax.router_z_loss(decision), expected, rtol=1e-6)
 
 
+COLUMN = jnp.ones((T, 1), bool)  # would broadcast against the tokens
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: moejax.expert_choice(LOGITS, capacity=T + 1), "number of tokens"),
         (lambda: moejax.expert_choice(LOGITS, capacity=0), "number of tokens"),
+        (lambda: moejax.expert_choice(LOGITS, capacity=1.5), "an integer"),
         (lambda: moejax.soft_slots(LOGITS), "tokens, experts, slots"),
+        (lambda: moejax.soft_slots(LOGITS[..., None], mask=COLUMN), "`mask` must be"),
+        (lambda: moejax.expert_choice(LOGITS, capacity=1, mask=COLUMN), "`mask` must be"),
     ],
 )
 def test_useless_requests_are_refused(call, message):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import check_k, checked_logits, mask_tokens
-from moejax.types import Array, Routing
+from moejax.types import Array, Routing, check_mask
 
 
 def sigmoid_top_k(
@@ -117,7 +117,8 @@ def sinkhorn(
         A decision with K = k; scores are p.
 
     Raises:
-        ValueError: if logits is not a float array [T, E], or if k is out of range.
+        ValueError: if logits is not a float array [T, E], if k is out of range, or if the mask is
+            not booleans [T].
 
     Example:
         >>> logits = jnp.array([[2.0, 0.0], [1.0, 0.0]])  # both prefer expert 0
@@ -135,7 +136,9 @@ def sinkhorn(
     scores = jax.nn.softmax(logits)
     # A token that is not a number must not spoil the plan of the others.
     counted = ~jnp.isnan(scores).any(axis=-1)
-    counted = counted if mask is None else counted & mask
+    if mask is not None:
+        check_mask(mask, counted.shape)
+        counted = counted & mask
     fixed = jax.lax.stop_gradient(logits)
     price = _expert_prices(fixed, counted, iterations)  # [E]
     experts = jax.lax.top_k(fixed - price, k)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, Routing, at_least_float32
+from moejax.types import Array, Routing, at_least_float32, check_mask, is_integer
 
 
 def softmax(logits: Array) -> Routing:
@@ -114,12 +114,16 @@ def mask_tokens(routing: Routing, mask: Array) -> Routing:
     Returns:
         The decision in which a token that is False in ``mask`` takes part in nothing.
 
+    Raises:
+        ValueError: if the mask is not booleans [T].
+
     Example:
         >>> routing = mask_tokens(switch(jnp.eye(2)), jnp.array([True, False]))
         >>> routing.experts
         Array([[0],
                [2]], dtype=int32)
     """
+    check_mask(mask, routing.experts.shape[:1])
     kept = mask[:, None]  # [T, 1]
     return routing._replace(
         experts=jnp.where(kept, routing.experts, routing.num_experts),  # E means nowhere
@@ -141,7 +145,7 @@ def checked_logits(logits: Array) -> Array:
 def check_k(k: int, logits: Array) -> None:
     """Refuses a number of choices that the logits cannot offer."""
     num_experts = logits.shape[-1]
-    if not 1 <= k <= num_experts:
+    if not (is_integer(k) and 1 <= k <= num_experts):
         raise ValueError(
-            f"`k` must be between 1 and the number of experts ({num_experts}), got {k}."
+            f"`k` must be an integer between 1 and the number of experts ({num_experts}), got {k}."
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from moejax.types import Array, Routing
+from moejax.types import Array, Routing, is_integer
 
 Priority = Callable[[Routing], Array]
 
@@ -124,7 +124,7 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
         The decision with at most C choices per expert; `share_dropped` compares the two.
 
     Raises:
-        ValueError: if ``capacity`` is not positive.
+        ValueError: if ``capacity`` is not a positive integer.
 
     Example:
         >>> routing = moejax.switch(jnp.array([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0]]))
@@ -134,8 +134,11 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
         ...     routing = limit_capacity(routing, capacity=2)
         ...     return moejax.dropless(expert, params, x, routing)
     """
-    if capacity < 1:
-        raise ValueError(f"`capacity` must be at least 1 slot per expert, got {capacity}.")
+    if not (is_integer(capacity) and capacity >= 1):
+        raise ValueError(
+            f"`capacity` must be an integer, at least 1 slot per expert, got {capacity}: "
+            "`capacity_for` makes one of a factor."
+        )
     served = positions(routing, priority=priority) < capacity
     return routing._replace(
         experts=jnp.where(served, routing.experts, routing.num_experts),

@@ -30,7 +30,8 @@ def noisy_top_k(
         chances are the probability of every expert to be among the k, which `load_loss` reads.
 
     Raises:
-        ValueError: as for `top_k`; k = 1 is refused because its one weight is the constant 1.
+        ValueError: as for `top_k`; k = 1 is refused because its one weight is the constant 1. Also
+            if the scale does not broadcast to [T, E], or is a number that is not positive.
 
     Example:
         >>> route = partial(noisy_top_k, noise_scale=0.25, k=2)
@@ -45,7 +46,7 @@ def noisy_top_k(
         Mixture-of-Experts Layer <https://arxiv.org/abs/1701.06538>`_, 2017
     """
     clean = checked_logits(logits)
-    noise_scale = jnp.asarray(noise_scale).astype(clean.dtype)
+    noise_scale = _checked_scale(noise_scale, clean)
     if key is None:
         return choose_noisy(clean, clean, noise_scale, k=k)
     noise = jax.random.normal(key, clean.shape, clean.dtype)
@@ -110,3 +111,15 @@ def gshard_top_2(logits: Array, *, threshold: float = 0.2, key: Array | None = N
         experts=jnp.where(kept, decision.experts, decision.num_experts),
         weights=jnp.where(kept, decision.weights, 0),
     )
+
+
+def _checked_scale(noise_scale: Array | float, clean: Array) -> Array:
+    scale = jnp.asarray(noise_scale).astype(clean.dtype)
+    sizes = zip(scale.shape[::-1], clean.shape[::-1], strict=False)
+    fits = scale.ndim <= clean.ndim and all(size in (1, whole) for size, whole in sizes)
+    if not fits or (isinstance(noise_scale, int | float) and not noise_scale > 0):
+        raise ValueError(
+            f"`noise_scale` must be positive and broadcast to the logits {list(clean.shape)}, got "
+            f"{list(scale.shape) if isinstance(noise_scale, Array) else noise_scale}."
+        )
+    return scale

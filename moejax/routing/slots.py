@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import checked_logits
-from moejax.types import Array, ExpertChoice, SoftSlots, at_least_float32
+from moejax.types import Array, ExpertChoice, SoftSlots, at_least_float32, check_mask, is_integer
 
 
 def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) -> ExpertChoice:
@@ -33,7 +33,8 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
         are not numbers is taken by nobody.
 
     Raises:
-        ValueError: if logits is not a float array [T, E], or if capacity is out of range.
+        ValueError: if logits is not a float array [T, E], if capacity is out of range, or if the
+            mask is not booleans [T].
 
     Example:
         >>> logits = jnp.array([[3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
@@ -47,9 +48,10 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
     """
     logits = checked_logits(logits)
     num_tokens = len(logits)
-    if not 1 <= capacity <= num_tokens:
+    if not (is_integer(capacity) and 1 <= capacity <= num_tokens):
         raise ValueError(
-            f"`capacity` must be between 1 and the number of tokens ({num_tokens}), got {capacity}."
+            f"`capacity` must be an integer between 1 and the number of tokens ({num_tokens}), "
+            f"got {capacity}."
         )
     present = _present(logits, mask)  # [T]
     scores = jnp.where(present[:, None], jax.nn.softmax(logits), 0)
@@ -76,7 +78,7 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
         A decision for `mix_slots`. A token whose logits are not numbers is in no slot.
 
     Raises:
-        ValueError: if logits is not a float array [T, E, C].
+        ValueError: if logits is not a float array [T, E, C], or the mask not booleans [T].
 
     Example:
         >>> decision = soft_slots(jnp.zeros((4, 2, 1)))
@@ -103,4 +105,7 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
 def _present(logits: Array, mask: Array | None) -> Array:
     # A token that is not a number must not take the place of others.
     numbers = ~jnp.isnan(logits).any(axis=range(1, logits.ndim))
-    return numbers if mask is None else numbers & mask
+    if mask is None:
+        return numbers
+    check_mask(mask, numbers.shape)
+    return numbers & mask
