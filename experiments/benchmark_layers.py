@@ -65,12 +65,10 @@ def layer_suite(rounds: int, quick: bool) -> Iterator[Result]:
 def scaling_suite(rounds: int, quick: bool) -> Iterator[Result]:
     """The same layer for more and more experts, and for more and more tokens."""
     for shape in QUICK if quick else [*BY_EXPERTS, *BY_TOKENS]:
-        schedules = {
-            DROPLESS: moejax.dropless,
-            "capacity 1.0": partial(moejax.capacity, factor=1.0),
-        }
         contenders = [
-            one for name, run in schedules.items() for one in layer_contenders(name, shape, run)
+            one
+            for name, run in own_schedules().items()
+            for one in layer_contenders(name, shape, run)
         ]
         peers, missing = torch_contenders(shape)
         peers = [one for one in peers if one.name == GROUPED_MM]

@@ -71,10 +71,11 @@ def draw(results: list[Result], folder: Path) -> list[str]:
 
 def longest(results: list[Result], axis: str, other: str) -> list[Result]:
     """The most results that differ in one size alone."""
-    groups: dict[Any, list[Result]] = {None: []}
+    groups: dict[Any, list[Result]] = {}
     for result in results:
         groups.setdefault(result.sizes[other], []).append(result)
-    return sorted(max(groups.values(), key=len), key=lambda result: result.sizes[axis])
+    most = max([[], *groups.values()], key=lambda group: len(group))
+    return sorted(most, key=lambda result: result.sizes[axis])
 
 
 def times(series: list[Result], axis: str) -> Figure:
@@ -96,7 +97,8 @@ def times(series: list[Result], axis: str) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks(at, [str(value) for value in at])
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    labelled = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     fixed = {name: size for name, size in series[0].sizes.items() if name != axis}
     figure.suptitle(", ".join(f"{name}={value}" for name, value in fixed.items()), fontsize=10)
     return figure
@@ -113,11 +115,11 @@ def shares(layers: list[Result]) -> Figure:
             bars = ax.barh(names, values, color=[color(not n.startswith(DROPLESS)) for n in names])
             ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
             ax.tick_params(labelsize=8)
-            ax.set(xlim=(0, 110), title=f"{described(result)}, {mode}")
+            ax.set(xlim=(0, 110), title=f"{described(result)}\n{mode}")
             ax.title.set_fontsize(9)
             ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[-1]:
-        ax.set_xlabel("% of the matmul rate, on the active experts' operations")
+        ax.set_xlabel("% of the matmul rate, on the active experts' operations", fontsize=8)
     return figure
 
 
