@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, ExpertChoice, Routing, by_expert
+from moejax.types import Array, ExpertChoice, Routing, SoftSlots, by_expert
 
 
 def load_balancing_loss(routing: Routing) -> Array:
@@ -95,12 +95,12 @@ def load_loss(routing: Routing) -> Array:
     return _squared_variation(jnp.where(routing.present[:, None], routing.chances, 0).sum(axis=0))
 
 
-def router_z_loss(routing: Routing | ExpertChoice) -> Array:
+def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
     """How large the logits are, ``mean_t logsumexp(logits_t)^2``.
 
     Args:
-        routing: a decision of T tokens among E experts, of either kind; its logits are clean of
-            noise.
+        routing: a decision of T tokens of any kind; its logits are clean of noise, and the sum is
+            over all experts and their slots.
 
     Returns:
         A scalar.
@@ -112,7 +112,8 @@ def router_z_loss(routing: Routing | ExpertChoice) -> Array:
     References:
         Zoph et al., `ST-MoE <https://arxiv.org/abs/2202.08906>`_, 2022
     """
-    return mean_over_tokens(routing, jax.nn.logsumexp(routing.logits, axis=-1) ** 2)
+    every = tuple(range(1, routing.logits.ndim))  # [T, E], or [T, E, C] of slots
+    return mean_over_tokens(routing, jax.nn.logsumexp(routing.logits, axis=every) ** 2)
 
 
 def entropy_loss(routing: Routing) -> Array:
@@ -184,7 +185,7 @@ def entropy(p: Array) -> Array:
     return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
 
 
-def mean_over_tokens(routing: Routing | ExpertChoice, values: Array) -> Array:
+def mean_over_tokens(routing: Routing | ExpertChoice | SoftSlots, values: Array) -> Array:
     """The mean of values [T, ...] over the tokens that are not masked."""
     kept = routing.present
     kept = kept.reshape(-1, *[1] * (values.ndim - 1))  # [T, 1...]

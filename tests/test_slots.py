@@ -183,6 +183,13 @@ def test_z_loss_of_expert_choice_leaves_padding_out():
     np.testing.assert_allclose(moejax.router_z_loss(decision), expected, rtol=1e-6)
 
 
+def test_z_loss_of_soft_slots_is_a_scalar():
+    """All slots of all experts share one softmax."""
+    expected = jax.nn.logsumexp(SLOT_LOGITS.reshape(T, -1), axis=-1)[:4] ** 2
+    decision = moejax.soft_slots(SLOT_LOGITS, mask=jnp.arange(T) < 4)
+    np.testing.assert_allclose(moejax.router_z_loss(decision), expected.mean(), rtol=1e-6)
+
+
 COLUMN = jnp.ones((T, 1), bool)  # would broadcast against the tokens
 
 
