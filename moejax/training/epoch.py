@@ -1,91 +1,15 @@
-"""Training as pure functions: a state, a step, and a scan of the step over shuffled batches.
-
-A loss is any function ``(params, batch, key) -> (loss, metrics)``; key is None in evaluation.
-Data is a pytree of arrays that share axis 0 (the examples) and stay on the device.
-"""
+"""Epochs: the order of the examples, and scans of the step over batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from moejax.types import Array, Params
-
-Metrics = dict[str, Array]
-Loss = Callable[[Params, Any, Array | None], tuple[Array, Metrics]]
-Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
-
-
-class TrainState(NamedTuple):
-    """Everything that a run needs to go on.
-
-    Attributes:
-        params: the model's parameters.
-        opt_state: the optimizer's state.
-        step: how many updates were made, int32 scalar.
-        key: the run's PRNG key. It never changes: what is random in a step or an epoch is derived
-            from it and the number of that step or epoch.
-    """
-
-    params: Params
-    opt_state: optax.OptState
-    step: Array
-    key: Array
-
-
-def init_state(params: Params, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        params: initial parameters.
-        optimizer: an optax optimizer.
-        key: the run's PRNG key, for the order of examples and the noise of routers.
-
-    Returns:
-        A state at step zero.
-
-    Example:
-        >>> state = init_state({"w": jnp.zeros(3)}, optax.sgd(0.1), jax.random.key(0))
-        >>> int(state.step)
-        0
-    """
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
-
-
-def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
-    """One update, ``(state, batch) -> (state, metrics)``; pure, ready for jit, scan and vmap.
-
-    Args:
-        loss: ``(params, batch, key) -> (loss, metrics)``.
-        optimizer: an optax optimizer.
-
-    Returns:
-        The step. Its metrics are the loss's, taken before the update, and ``"loss"`` itself.
-
-    Example:
-        >>> loss = lambda params, x, key: (jnp.sum((params - x) ** 2), {})
-        >>> step = jax.jit(train_step(loss, optax.sgd(0.5)))
-        >>> state = init_state(jnp.zeros(2), optax.sgd(0.5), jax.random.key(0))
-        >>> state, metrics = step(state, jnp.ones(2))
-        >>> state.params, float(metrics["loss"])
-        (Array([1., 1.], dtype=float32), 2.0)
-    """
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params, batch, _step_key(state)
-        )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = TrainState(params, opt_state, state.step + 1, state.key)
-        return state, {"loss": value, **metrics}
-
-    return step
+from moejax.training.step import Metrics, Step, TrainState
+from moejax.types import Array
 
 
 def epoch_order(state: TrainState, epoch: Array | int, num_examples: int) -> Array:
@@ -100,6 +24,7 @@ def epoch_order(state: TrainState, epoch: Array | int, num_examples: int) -> Arr
         A permutation of 0..N-1, int32 [N].
 
     Example:
+        >>> from moejax.training import init_state, train_step
         >>> state = init_state({}, optax.sgd(0.1), jax.random.key(0))
         >>> sorted(epoch_order(state, 0, 4).tolist())
         [0, 1, 2, 3]
@@ -123,6 +48,7 @@ def scan_batches(
         The state after S steps, and each metric of every step, shape [S, ...].
 
     Example:
+        >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> batches = jnp.array([[0, 1], [2, 3]])
@@ -158,6 +84,7 @@ def train_epoch(
         ValueError: if the batch size is not between 1 and N.
 
     Example:
+        >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> state, metrics = train_epoch(step, state, jnp.ones((5, 1)), batch_size=2)
@@ -204,6 +131,7 @@ def train_until(
         The state after the steps, and the metrics.
 
     Example:
+        >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> data, order = jnp.ones((5, 1)), epoch_order(state, 0, 5)
@@ -249,6 +177,7 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
         Zeros [S, ...] for each metric, where S is the number of steps.
 
     Example:
+        >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> empty_metrics(step, state, jnp.ones((5, 1)), batch_size=2)
@@ -284,64 +213,3 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
         )
     rest = num_examples % batch_size
     return (batch_size,) * (num_examples // batch_size) + ((rest,) if rest else ())
-
-
-class ParameterStep(NamedTuple):
-    """What one step did to one parameter; value and update add up to the new value.
-
-    Attributes:
-        path: its place in the pytree, such as ``experts.layers.0.kernel``.
-        value: before the update.
-        gradient: of the loss, after backward.
-        update: what the optimizer added.
-    """
-
-    path: str
-    value: Array
-    gradient: Array
-    update: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape."""
-        return self.value.shape
-
-
-def inspect_step(
-    loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
-) -> list[ParameterStep]:
-    """Looks inside one step without taking it.
-
-    Args:
-        loss: ``(params, batch, key) -> (loss, metrics)``.
-        optimizer: an optax optimizer.
-        state: the state before the step.
-        batch: what the step would see.
-
-    Returns:
-        One record per parameter, in the order of the pytree.
-
-    Example:
-        >>> loss = lambda params, x, key: (jnp.sum(params["w"] * x), {})
-        >>> state = init_state({"w": jnp.ones(2)}, optax.sgd(0.5), jax.random.key(0))
-        >>> [record] = inspect_step(loss, optax.sgd(0.5), state, jnp.array([2.0, 4.0]))
-        >>> record.path, record.gradient.tolist(), record.update.tolist()
-        ('w', [2.0, 4.0], [-1.0, -2.0])
-    """
-    gradients = jax.grad(loss, has_aux=True)(state.params, batch, _step_key(state))[0]
-    updates, _ = optimizer.update(gradients, state.opt_state, state.params)
-    values, _ = jax.tree.flatten_with_path(state.params)
-    leaves = zip(values, jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
-    return [
-        ParameterStep(_dotted(path), value, gradient, update)
-        for (path, value), gradient, update in leaves
-    ]
-
-
-def _dotted(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _step_key(state: TrainState) -> Array:
-    _, noise_key = jax.random.split(state.key)
-    return jax.random.fold_in(noise_key, state.step)
