@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moejax.dropless import dropless
 from moejax.execution import gates_by_expert
-from moejax.experts import stack
+from moejax.experts import check_stacked, stack
 from moejax.layer import flatten_tokens, routed
 from moejax.types import Array, Layer, Params, Routing, at_least_float32
 
@@ -27,7 +27,7 @@ class Bank(NamedTuple):
         num_experts: how many.
         init: ``key -> params``.
         apply: ``(params, x [T, ...], routing) -> y``, the gated sum over these experts, of shape
-            [T, ...] or broadcastable to it; ids in routing count from this bank's first expert,
+            [T, ...], or a scalar zero; ids in routing count from this bank's first expert,
             and an id of num_experts is an expert of another bank.
     """
 
@@ -53,6 +53,7 @@ def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] =
     """
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
+        check_stacked(params, num_experts)
         return execute(expert.apply, params, x, routing)
 
     return Bank(num_experts, stack(expert, num_experts).init, apply)
@@ -146,7 +147,7 @@ def moe_of(
         A layer as from `moe`, whose ``params["experts"]`` is a list with the params of each bank.
 
     Raises:
-        ValueError: if there is no bank.
+        ValueError: if there is no bank, or if their outputs are not of one shape.
 
     Example:
         >>> model = moe_of(
@@ -174,6 +175,7 @@ def moe_of(
             at_least_float32(bank.apply(own, x, _own_part(routing, start, bank.num_experts)))
             for bank, own, start in zip(banks, params, starts, strict=True)
         ]
+        _check_one_shape(outputs)
         return sum(outputs[1:], start=outputs[0]).astype(x.dtype)
 
     experts = Layer(init, apply)
@@ -190,6 +192,9 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
 
     Returns:
         A layer with params ``{"routed": ..., "shared": ...}`` that is applied as ``model`` is.
+
+    Raises:
+        ValueError: in apply, if the two outputs differ in shape.
 
     Example:
         >>> routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
@@ -215,9 +220,23 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         tokens, leading = flatten_tokens(x, feature_ndim)
         always = shared.apply(params["shared"], tokens)
         always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
+        if always.shape != y.shape:
+            raise ValueError(
+                f"The shared expert's output must have the shape of the mixture's output, "
+                f"{list(y.shape)}, got {list(always.shape)}."
+            )
         return y + (always if mask is None else _where_kept(mask, always)), decision
 
     return Layer(init, apply)
+
+
+def _check_one_shape(outputs: list[Array]) -> None:
+    shapes = {y.shape for y in outputs if y.ndim}  # what returns zero fits any
+    if len(shapes) != 1:
+        raise ValueError(
+            "The banks must have outputs of one shape, and not all be `zero_experts`, got "
+            f"{[list(y.shape) for y in outputs]}."
+        )
 
 
 def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:

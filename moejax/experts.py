@@ -66,7 +66,7 @@ def linear(
         A layer with params ``{"kernel": [D, O], "bias": [O]}``.
 
     Raises:
-        ValueError: if a width is not a positive integer.
+        ValueError: if a width is not a positive integer; in apply, if x is not floats of width D.
 
     Example:
         >>> layer = linear(3, 2)
@@ -86,6 +86,7 @@ def linear(
         return params
 
     def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+        _check_input(x, params["kernel"])
         y = matmul(x, params["kernel"].astype(x.dtype))
         if bias:
             # The bias is the kernel of one constant input, so a grouped product finds its rows too.
@@ -220,6 +221,28 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         return jax.vmap(layer.apply, in_axes=(0, None))(params, x)  # [E, T, O]
 
     return Layer(init, apply)
+
+
+def check_stacked(params: Params, num_experts: int) -> None:
+    """Refuses parameters of another number of experts: an index beyond them reads the last one."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if leaf.shape[:1] != (num_experts,):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                "Every leaf of the experts' params must have a leading axis of `num_experts` "
+                f"({num_experts}), got {name} {list(leaf.shape)}."
+            )
+
+
+def _check_input(x: Array, kernel: Array) -> None:
+    d_in, d_out = kernel.shape[-2:]
+    if x.shape[-1:] != (d_in,):
+        raise ValueError(
+            f"`linear({d_in}, {d_out})` takes inputs of width {d_in}, got {list(x.shape)}."
+        )
+    # The kernel is cast to the dtype of x: to integers, it would be zeros.
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
 
 
 def _check_widths(name: str, *widths: int) -> None:

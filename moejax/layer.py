@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax.dropless import dropless
 from moejax.execution import dense
-from moejax.experts import stack
+from moejax.experts import check_stacked, stack
 from moejax.routing import mask_tokens, softmax
 from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32, check_mask
 
@@ -63,6 +63,7 @@ def moe(
     experts = stack(expert, num_experts)
 
     def apply(params: Params, tokens: Array, decision: Any) -> Array:
+        check_stacked(params, num_experts)
         schedule = execute or _default_schedule(decision)
         return schedule(expert.apply, params, tokens, decision)
 

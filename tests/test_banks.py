@@ -119,3 +119,24 @@ def test_the_shared_expert_always_runs():
 def test_a_mixture_needs_a_bank():
     with pytest.raises(ValueError, match="at least one bank"):
         moejax.moe_of(router=moejax.linear(D, 1), route=moejax.switch)
+
+
+@pytest.mark.parametrize("constant_width", [1, 3])
+def test_banks_must_agree_on_the_output(constant_width, key):
+    banks = moejax.networks(moejax.glu(4, 8), 3), moejax.constant_experts(1, constant_width)
+    model = moejax.moe_of(*banks, router=moejax.linear(4, 4), route=moejax.softmax)
+    with pytest.raises(ValueError, match="outputs of one shape"):
+        model.apply(model.init(key), jnp.ones((2, 4)))
+
+
+def test_zero_experts_alone_have_no_shape(key):
+    model = moejax.moe_of(moejax.zero_experts(4), router=moejax.linear(4, 4), route=moejax.softmax)
+    with pytest.raises(ValueError, match="outputs of one shape"):
+        model.apply(model.init(key), jnp.ones((2, 4)))
+
+
+def test_the_shared_expert_must_be_as_wide_as_the_mixture(key):
+    routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+    model = moejax.with_shared(routed, moejax.linear(4, 1))
+    with pytest.raises(ValueError, match="the mixture's output"):
+        model.apply(model.init(key), jnp.ones((2, 4)))

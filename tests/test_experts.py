@@ -99,3 +99,16 @@ def test_stack_is_every_copy_by_itself(key):
 def test_bad_widths(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((5, 2)), "inputs of width 3, got \\[5, 2\\]"),
+        (jnp.ones((5, 3), jnp.uint8), "floats, got uint8: cast"),  # would round the kernel
+    ],
+)
+@pytest.mark.parametrize("layer", [moejax.linear(3, 2), moejax.glu(3, 4), moejax.mlp(3, 4, 2)])
+def test_bad_inputs(layer, x, message, key):
+    with pytest.raises(ValueError, match=message):
+        layer.apply(layer.init(key), x)

@@ -218,3 +218,11 @@ def test_all_tokens_on_one_expert_and_the_others_empty(key):
 def test_errors(call, message, key):
     with pytest.raises(ValueError, match=message):
         call(model().init(key))
+
+
+@pytest.mark.parametrize("stacked", [E - 1, E + 1])
+@pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
+def test_parameters_of_another_number_of_experts_are_refused(rule, stacked, key):
+    params = model().init(key) | {"experts": moejax.stack(EXPERTS["mlp"], stacked).init(key)}
+    with pytest.raises(ValueError, match=f"`num_experts` \\({E}\\), got .*{stacked}"):
+        model(rule).apply(params, tokens(1, D))
