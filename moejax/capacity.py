@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.dispatch import Slots, assign_slots, combine, dispatch, sort_by_expert
-from moejax.execution import output_dtype
+from moejax.execution import check_outputs, output_dtype
 from moejax.routing import capacity_for
 from moejax.types import Array, Expert, Params, Routing
 
@@ -18,6 +18,9 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     Each expert has ``C = ceil(factor T K / E)`` slots. All first choices are placed before any
     second choice, and earlier tokens before later ones. A dropped choice contributes nothing, and
     the token's other choices keep their weights. With ``factor >= E / K`` nothing is ever dropped.
+
+    Differentiable in reverse mode any number of times; forward mode (``jax.jvp``) raises a
+    TypeError.
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
@@ -30,7 +33,8 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
         The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
 
     Raises:
-        ValueError: if ``factor`` is not a positive finite number.
+        ValueError: if ``factor`` is not a positive finite number, or if an expert does not return
+            one output per token.
 
     Example:
         >>> experts = moejax.stack(moejax.linear(3, 2), 4)
@@ -56,6 +60,7 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
 def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a mixture."""
     output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
+    check_outputs(output.shape, len(x))
     return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
 
 

@@ -27,6 +27,9 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     Returns:
         The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
 
+    Raises:
+        ValueError: if an expert does not return one output per token.
+
     Example:
         >>> experts = moejax.stack(moejax.linear(3, 2), 4)
         >>> params = experts.init(jax.random.key(0))
@@ -38,6 +41,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
         expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
     outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
+    check_outputs(outputs.shape[1:], len(x))
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
     return y.astype(output_dtype(x, outputs))
@@ -89,6 +93,15 @@ def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, b
 def gates_by_expert(routing: Routing) -> Array:
     """The gates laid out by expert, [T, K] -> [T, E]; zero where an expert was not chosen."""
     return by_expert(routing, routing.weights)
+
+
+def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:
+    """Refuses an expert that sums over tokens or leaves some out."""
+    if shape[:1] != (num_tokens,):
+        raise ValueError(
+            f"An expert must return one output per token, [{num_tokens}, ...], got {list(shape)}: "
+            "its x is [tokens, ...]."
+        )
 
 
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:

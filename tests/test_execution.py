@@ -77,3 +77,14 @@ def test_a_built_in_expert_may_be_wrapped(schedule, wrap):
     routing = moejax.top_k(logits, k=2)
     y = run(wrap(expert.apply), params, x, routing)
     np.testing.assert_allclose(y, run(expert.apply, params, x, routing), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "expert", [lambda params, x: x.sum(axis=0), lambda params, x: x[:3], lambda params, x: x.sum()]
+)
+def test_an_expert_must_answer_for_every_token(schedule, expert):
+    params, x = {"unused": jnp.zeros(E)}, jnp.ones((T, D))
+    routing = moejax.top_k(jnp.zeros((T, E)), k=2)
+    with pytest.raises(ValueError, match="one output per token"):
+        SCHEDULES[schedule](expert, params, x, routing)
