@@ -27,6 +27,10 @@ def moe(
 ) -> Layer:
     """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
 
+    Differentiable in reverse mode any number of times. Forward mode (``jax.jvp``, and with it
+    ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; for it, pass
+    ``execute=moejax.dense``.
+
     Args:
         expert: the layer of one expert; any ``f(params, x)`` that treats tokens (axis 0 of x)
             independently of each other.

@@ -23,6 +23,9 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     Returns:
         A layer with the router's params and ``apply(params, x, *, key=None)``.
 
+    Raises:
+        ValueError: if epsilon is not between 0 and 1: the factor could change the sign of x.
+
     Example:
         >>> router = jittered(moejax.linear(4, 3), epsilon=1e-2)
         >>> params = router.init(jax.random.key(0))
@@ -32,6 +35,8 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     References:
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"`epsilon` must be between 0 and 1, got {epsilon}.")
 
     def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
         if key is None:
@@ -61,7 +66,7 @@ def tempered(router: Layer, *, temperature: float) -> Layer:
         >>> tempered(router, temperature=2.0).apply({}, jnp.array([[1.0, 3.0]]))
         Array([[0.5, 1.5]], dtype=float32)
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     return _with_logits(router, lambda logits: logits / temperature)
 
@@ -87,7 +92,7 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
     References:
         Gemma Team, `Gemma 2 <https://arxiv.org/abs/2408.00118>`_, 2024
     """
-    if cap <= 0:
+    if not cap > 0:
         raise ValueError(f"`cap` must be positive, got {cap}.")
     return _with_logits(router, lambda logits: cap * jnp.tanh(logits / cap))
 

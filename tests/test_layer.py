@@ -226,3 +226,18 @@ def test_parameters_of_another_number_of_experts_are_refused(rule, stacked, key)
     params = model().init(key) | {"experts": moejax.stack(EXPERTS["mlp"], stacked).init(key)}
     with pytest.raises(ValueError, match=f"`num_experts` \\({E}\\), got .*{stacked}"):
         model(rule).apply(params, tokens(1, D))
+
+
+def test_forward_mode_is_that_of_dense(key):
+    """As the docstring says: reverse mode everywhere, forward mode by `dense`."""
+    params = model().init(key)["router"]
+    experts = model().init(key)["experts"]
+
+    def loss(layer, router):
+        return (layer.apply({"router": router, "experts": experts}, tokens(2, D))[0] ** 2).sum()
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.hessian(partial(loss, model()))(params)
+    forward = jax.jit(jax.hessian(partial(loss, model(execute=moejax.dense))))(params)
+    backward = jax.jit(jax.jacrev(jax.jacrev(partial(loss, model()))))(params)
+    jax.tree.map(partial(close, rtol=1e-4, atol=1e-5), forward, backward)

@@ -85,7 +85,13 @@ def test_a_wrapped_router_serves_any_rule():
         assert y.shape == (5, 2)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("value", [1.0, -1.0, float("nan")])
+def test_jitter_keeps_the_sign(value):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        moejax.jittered(IDENTITY, epsilon=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_bounds_must_be_positive(value):
     with pytest.raises(ValueError, match="positive"):
         moejax.tempered(IDENTITY, temperature=value)

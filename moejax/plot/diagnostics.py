@@ -43,8 +43,17 @@ def diagnostics(history: Sequence[Mapping[str, Any]]) -> Figure:
     for ax, name in zip(axes.ravel(), names, strict=False):
         lines = np.array([np.atleast_1d(record[name]) for record in history]).T  # [E or 1, epochs]
         for index, line in enumerate(lines):
-            ax.plot(epochs, line, marker="o", markersize=3, color=color(index))
+            ax.plot(epochs, line, marker="o", markersize=3, color=color(index), label=index)
         ax.set(xlabel="epoch", title=name.replace("_", " "), ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
+    _name_experts(figure)
     return figure
+
+
+def _name_experts(figure: Figure) -> None:
+    handles, names = max(
+        (ax.get_legend_handles_labels() for ax in figure.axes), key=lambda h: len(h[0])
+    )
+    if len(handles) > 1:  # one line is no expert's
+        figure.legend(handles, names, title="expert", loc="outside right upper", frameon=False)
