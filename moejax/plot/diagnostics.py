@@ -31,6 +31,8 @@ def diagnostics(history: Sequence[Mapping[str, Any]]) -> Figure:
         >>> figure = diagnostics(records)
         >>> [axes.get_title() for axes in figure.axes if axes.get_visible()]
         ['gate entropy', 'expert load']
+        >>> [text.get_text() for text in figure.legends[0].texts]
+        ['0', '1']
     """
     names = [name for name in (history[0] if history else ()) if name != "epoch"]
     if not names:

@@ -22,8 +22,9 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
     Example:
         >>> record = dict(epoch=1, train_loss=1, test_loss=1, train_accuracy=0.5, test_accuracy=0.5)
-        >>> len(curves({"soft": [record]}).axes)
-        2
+        >>> figure = curves({"soft": [record]})
+        >>> len(figure.axes), [text.get_text() for text in figure.legends[0].texts]
+        (2, ['soft, train', 'soft, test'])
     """
     figure, axes = new_figure(1, 2, width=9, height=3.6)
     for ax, name in zip(axes[0], ("loss", "accuracy"), strict=True):
