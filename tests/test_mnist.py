@@ -139,7 +139,7 @@ def test_an_incomplete_final_batch_and_plain_sgd(tmp_path):
         (["--learning-rate", "-1"], "--learning-rate: must be a number above zero, got -1"),
         (["--learning-rate", "nan"], "must be a number above zero, got nan"),
         (["--model", "huge"], "invalid choice: 'huge'"),
-        (["--model", "sparse", "--top-k", "9"], "`k` must be between 1 and"),
+        (["--model", "sparse", "--top-k", "9"], "`k` must be an integer between 1 and"),
         (["--model", "sparse", "--top-k", "1"], "exactly zero gradient"),
         (["--route", "hashed"], "invalid choice: 'hashed'"),
         (["--route", "relu", "--model", "all"], "not allowed with argument"),
