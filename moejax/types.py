@@ -127,11 +127,11 @@ def by_expert(routing: Routing, values: Array) -> Array:
 
 
 def accepts(function: Callable, name: str) -> bool:
-    """Whether ``function`` can be called with the keyword ``name`` (``partial`` included)."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )
+    """Whether ``function`` names this keyword argument (``partial`` and ``wraps`` included).
+
+    A bare ``**kwargs`` does not count: what it is forwarded to may not know the keyword.
+    """
+    return name in inspect.signature(function).parameters
 
 
 def is_integer(value: Any) -> bool:

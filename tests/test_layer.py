@@ -241,3 +241,24 @@ def test_forward_mode_is_that_of_dense(key):
     forward = jax.jit(jax.hessian(partial(loss, model(execute=moejax.dense))))(params)
     backward = jax.jit(jax.jacrev(jax.jacrev(partial(loss, model()))))(params)
     jax.tree.map(partial(close, rtol=1e-4, atol=1e-5), forward, backward)
+
+
+@pytest.mark.parametrize("execute", [moejax.dense, moejax.dropless])
+def test_functions_with_bare_keywords_are_given_none(execute, key):
+    def expert(params, x, **unknown):
+        assert not unknown
+        return x @ params
+
+    def route(logits, **unknown):
+        assert not unknown
+        return moejax.top_k(logits, k=2)
+
+    layer = moejax.moe(
+        moejax.Layer(lambda key: jax.random.normal(key, (D, O)), expert),
+        moejax.linear(D, E),
+        num_experts=E,
+        route=route,
+        execute=execute,
+    )
+    y, _ = layer.apply(layer.init(key), tokens(T, D), key=key, mask=jnp.ones(T, bool))
+    assert y.shape == (T, O)
