@@ -119,7 +119,7 @@ def shares(layers: list[Result]) -> Figure:
             ax.title.set_fontsize(9)
             ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[-1]:
-        ax.set_xlabel("% of the matmul rate, on the active experts' operations", fontsize=8)
+        ax.set_xlabel("% of the matmul rate (active experts)", fontsize=8)
     return figure
 
 

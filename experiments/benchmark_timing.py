@@ -15,7 +15,7 @@ from common import compiled
 SIDE = 2048  # of the product whose rate is the limit
 READ = 2**26  # numbers whose sum shows how fast memory is read: 256 MiB
 TURN = 0.02  # seconds that a turn lasts at least; short contenders run several times in it
-PATIENCE = 12.0  # seconds after which a contender has taken part in enough rounds
+PATIENCE = 4.0  # seconds after which a contender has taken part in enough rounds
 FORWARD, BACKWARD = "forward", "with backward"
 
 
@@ -121,8 +121,8 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]
 
 def _calls_per_turn(one: Contender) -> int:
     """Warms up, and finds how many calls fill a turn."""
-    _turn(one, 1)
-    return max(1, int(TURN / _turn(one, 1)))
+    first = _turn(one, 1)
+    return max(1, int(TURN / (first if first > 1 else _turn(one, 1))))
 
 
 def _turn(one: Contender, calls: int) -> float:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -100,6 +101,31 @@ def compiled(
     start = time.perf_counter()
     program = jax.jit(function, out_shardings=out_shardings).lower(*args).compile()
     return program, time.perf_counter() - start
+
+
+def compile_in_background(
+    *jobs: tuple[jax.stages.Wrapped, tuple[Any, ...]],
+) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
+    """Compiles jitted functions for their arguments while the caller goes on.
+
+    Returns:
+        A function that waits for the programs; with them it returns the seconds they took.
+    """
+    began = time.perf_counter()
+
+    def finish(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+        return lowered.compile(), time.perf_counter()
+
+    pool = ThreadPoolExecutor(len(jobs))
+    # Tracing holds the interpreter's lock and needs this thread's settings; XLA does neither.
+    coming = [pool.submit(finish, function.lower(*args)) for function, args in jobs]
+    pool.shutdown(wait=False)
+
+    def wait() -> tuple[list[jax.stages.Compiled], float]:
+        programs, ends = zip(*(one.result() for one in coming), strict=True)
+        return list(programs), max(ends) - began
+
+    return wait
 
 
 def say(text: str = "") -> None:

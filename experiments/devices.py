@@ -84,6 +84,17 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return jax.jit(lambda tree: tree, out_shardings=shardings(tree, mesh))(tree)
 
 
+def shapes(tree: Any, mesh: Mesh | None) -> Any:
+    """What `place` makes of arrays of these shapes, as far as compiling needs to know."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
 def places(state: Any, mesh: Mesh | None) -> Any:
     """Where a state and the metrics beside it stay from step to step; None for one device."""
     return None if mesh is None else (shardings(state, mesh), everywhere(mesh))

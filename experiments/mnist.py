@@ -25,15 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import resumable
-from common import OneLineParser, at_least, compiled, output_folder, positive_float, say, write_json
-from devices import everywhere, join, make_mesh, mesh_axes, own, place, places, spread
+from common import (
+    OneLineParser,
+    at_least,
+    compile_in_background,
+    output_folder,
+    positive_float,
+    say,
+    write_json,
+)
+from devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from jax.sharding import Mesh
 from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from models import DIGITS, EXPERTS, MODELS, Model, by_rule
 from resumable import Progress, metrics_log, pauses
 from routes import ROUTES
 
-from moejax import datasets, plot
+from moejax import datasets
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -45,6 +53,7 @@ from moejax.diagnostics import (
 )
 from moejax.sharding import expert_parallel
 from moejax.training import (
+    Step,
     TrainState,
     batch_sizes,
     empty_metrics,
@@ -56,8 +65,9 @@ from moejax.training import (
 )
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
-# For what runs once: compiling the random numbers took 3.6 s at the usual level, 0.9 s at this.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
+# For what runs once: compiling the random numbers took 3.9 s of processor time at the usual level,
+# 1.0 s at level 1, 0.6 s at level 0.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 DATASETS = {"auto": datasets.load, "mnist": datasets.mnist, "digits": lambda _: datasets.digits()}
 
 
@@ -103,8 +113,35 @@ def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]
 def start(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step, a function of the seed."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(model.init, compiler_options=QUICK_TO_COMPILE)(init_key)
-    return init_state(params, optimizer, run_key)
+    return init_state(model.init(init_key), optimizer, run_key)
+
+
+def begin_compiling(
+    step: Step,
+    model: Model,
+    state: TrainState,
+    data: datasets.Dataset,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
+    """Compiles what takes the steps, what shuffles and what tests, from the state's shapes."""
+    unseen = jax.eval_shape(partial(empty_metrics, step, batch_size=batch_size), state, data.train)
+    shuffle = jax.jit(
+        partial(epoch_order, num_examples=len(data.train.labels)),
+        out_shardings=everywhere(mesh),
+        compiler_options=QUICK_TO_COMPILE,
+    )
+    order = jax.ShapeDtypeStruct((len(data.train.labels),), jnp.int32)
+    advance = jax.jit(
+        partial(train_until, step, batch_size=batch_size), out_shardings=places(state, mesh)
+    )
+    run_test = jax.jit(partial(evaluate, model), out_shardings=everywhere(mesh))
+    unseen, order = shapes((unseen, order), mesh)
+    return compile_in_background(
+        (advance, (state, unseen, data.train, order, np.int32(0))),
+        (shuffle, (state, np.int32(0))),
+        (run_test, (state.params, data.test)),
+    )
 
 
 def train(
@@ -112,8 +149,11 @@ def train(
 ) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
-    state = place(start(model, optimizer, args.seed), mesh)
     step = train_step(partial(objective, model), optimizer)
+    initial = partial(start, model, optimizer, args.seed)
+    coming = shapes(jax.eval_shape(initial), mesh)
+    compiled = begin_compiling(step, model, coming, data, args.batch_size, mesh)
+    state = place(jax.jit(initial, compiler_options=QUICK_TO_COMPILE)(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
     plan = resumable.plan(args, out, data, len(sizes))
     unseen = place(empty_metrics(step, state, data.train, batch_size=args.batch_size), mesh)
@@ -125,20 +165,13 @@ def train(
         rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
         batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
-    advance, compile_seconds = compiled(
-        partial(train_until, step, batch_size=args.batch_size),
-        *(state, unseen, data.train, epoch_order(state, 0, len(data.train.labels)), np.int32(0)),
-        out_shardings=places(state, mesh),
-    )
-    run_test, test_compile = compiled(
-        partial(evaluate, model), state.params, data.test, out_shardings=everywhere(mesh)
-    )
+    (advance, shuffle, run_test), compile_seconds = compiled()
     test = None
     say("\n" + HEADER)
     log_path = own(out) / "metrics.jsonl"
     with pauses(plan) as pause, metrics_log(log_path, progress.history) as log:
         for number in range(len(progress.history) + 1, args.epochs + 1):
-            progress = finish_epoch(plan, pause, advance, data.train, progress)
+            progress = finish_epoch(plan, pause, advance, shuffle, data.train, progress)
             test = jax.device_get(run_test(progress.state.params, data.test))
             record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
@@ -149,19 +182,20 @@ def train(
     if test is None:  # resumed when all was done
         test = jax.device_get(run_test(progress.state.params, data.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return Run(progress.history, test, parameters, compile_seconds + test_compile)
+    return Run(progress.history, test, parameters, compile_seconds)
 
 
 def finish_epoch(
     plan: resumable.Plan,
     pause: resumable.Pause,
     advance: Callable[..., Any],
+    shuffle: Callable[..., jax.Array],
     split: datasets.Split,
     progress: Progress,
 ) -> Progress:
     """Takes the steps that are left of an epoch: in one go, or with pauses in which it is saved."""
     steps = len(progress.metrics["loss"])
-    order = epoch_order(progress.state, len(progress.history), len(split.labels))
+    order = shuffle(progress.state, np.int32(len(progress.history)))
     end = (len(progress.history) + 1) * steps
     while progress.step < end:
         stop = np.int32(resumable.next_stop(plan, progress.step, end))
@@ -270,10 +304,7 @@ def main() -> None:
         write_json(own(out) / "summary.json", summarize(runs[name], name, data.name))
         draw(runs[name], name, data.test.images, own(out))
     if args.model == "all":
-        compare(runs)
-        plot.curves({name: run.history for name, run in runs.items()}).savefig(
-            own(args.out) / "curves.png"
-        )
+        compare(runs, own(args.out))
         summaries = {name: summarize(run, name, data.name) for name, run in runs.items()}
         write_json(own(args.out) / "summary.json", {"dataset": data.name, "models": summaries})
     say(f"\nmetrics, summary and pictures are in {args.out}")

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from common import rounded, say, versions
 
-from moejax import plot
 from moejax.training import ParameterStep
 
 HEADER = "epoch   train loss  accuracy   test loss  accuracy   seconds"
@@ -83,6 +82,8 @@ def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
 
 def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     """Writes the pictures of one run; those of experts only where there are some."""
+    from moejax import plot  # loads matplotlib, for which no epoch should wait
+
     plot.curves({model: run.history}).savefig(out / "curves.png")
     plot.confusion(run.test["confusion"]).savefig(out / "confusion.png")
     if "by_class" in run.test:
@@ -95,8 +96,11 @@ def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
         plot.images_by_expert(images, top_expert, len(by_class)).savefig(out / "experts.png")
 
 
-def compare(runs: dict[str, Run]) -> None:
-    """Prints the last epoch of every model, one under the other."""
+def compare(runs: dict[str, Run], out: Path) -> None:
+    """Prints the last epoch of every model, one under the other, and draws all epochs."""
+    from moejax import plot
+
+    plot.curves({name: run.history for name, run in runs.items()}).savefig(out / "curves.png")
     say("\nmodel    parameters  test loss  accuracy  seconds/epoch  gate entropy")
     for model, run in runs.items():
         summary = summarize(run, model, "")
