@@ -65,9 +65,9 @@ from moejax.training import (
 )
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
-# For what runs once: compiling the random numbers took 3.9 s of processor time at the usual level,
-# 1.0 s at level 1, 0.6 s at level 0.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+# For what runs once: compiling the initialisation took 3.9 s of processor time at the usual level,
+# 1.0 s at this.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
 DATASETS = {"auto": datasets.load, "mnist": datasets.mnist, "digits": lambda _: datasets.digits()}
 
 
