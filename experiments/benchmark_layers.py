@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from benchmark_peers import Shape, one_hot, ragged_dot, torch_layers
 from benchmark_timing import BACKWARD, FORWARD, Contender, both_modes, measure
 
@@ -84,7 +85,10 @@ def grouped_suite(rounds: int, quick: bool) -> Iterator[Result]:
         sizes = jnp.bincount(groups, length=shape.E).astype(jnp.int32)
         x = jax.random.normal(keys[1], (rows, shape.D))
         kernel = jax.random.normal(keys[2], (shape.E, shape.D, shape.F))
-        products: dict[str, Callable[..., jax.Array]] = {"grouped_matmul": moejax.grouped_matmul}
+        products: dict[str, Callable[..., jax.Array]] = {
+            "grouped_matmul": moejax.grouped_matmul,
+            "loop over experts": partial(loop_over_experts, tuple(sizes.tolist())),
+        }
         skipped = too_much({"ragged_dot": shape.flops * shape.E // 3})
         if not skipped:
             products["ragged_dot"] = jax.lax.ragged_dot
@@ -96,6 +100,15 @@ def grouped_suite(rounds: int, quick: bool) -> Iterator[Result]:
             )
         ]
         yield Result("grouped", shape._asdict(), measure(contenders, rounds), skipped)
+
+
+def loop_over_experts(
+    known: tuple[int, ...], x: jax.Array, kernel: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """The plain loop, with the advantage of group sizes that are known when it compiles."""
+    ends = np.cumsum(known)
+    groups = zip(ends - known, ends, kernel, strict=True)
+    return jnp.concatenate([x[start:end] @ own for start, end, own in groups])
 
 
 def closing_over(
