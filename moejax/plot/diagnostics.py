@@ -46,6 +46,7 @@ def diagnostics(history: Sequence[Mapping[str, Any]]) -> Figure:
         lines = np.array([np.atleast_1d(record[name]) for record in history]).T  # [E or 1, epochs]
         for index, line in enumerate(lines):
             ax.plot(epochs, line, marker="o", markersize=3, color=color(index), label=index)
+        ax.update_datalim([(epochs[0], 0)])  # so that a line that hardly moves has room above it
         ax.set(xlabel="epoch", title=name.replace("_", " "), ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
