@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from moejax.dispatch import Slots, assign_slots, combine, dispatch, sort_by_expert
-from moejax.execution import check_outputs, output_dtype
+from moejax.dispatch import sort_by_expert
+from moejax.gated_sum import Split, gated_sum
 from moejax.routing import capacity_for
 from moejax.types import Array, Expert, Params, Routing
 
@@ -47,40 +43,6 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020;
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
-    size = capacity_for(routing, factor=factor)
-    output = output_like(expert, params, x)
-    if routing.experts.size == 0:
-        return jnp.zeros(output.shape, output.dtype)
+    slots = capacity_for(routing, factor=factor)
     choices = sort_by_expert(routing.experts, routing.num_experts)
-    slots = assign_slots(choices, len(routing.experts), size)
-    y = run_slots(expert, params, x, gates_for(routing.weights, output), slots)
-    return y.astype(output.dtype)
-
-
-def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a mixture."""
-    output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
-    check_outputs(output.shape, len(x))
-    return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
-
-
-def gates_for(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
-    """The weights by choice, ``[T, K] -> [K, T]``, in the dtype of the sum: at least float32."""
-    return weights.T.astype(np.promote_types(output.dtype, np.promote_types(weights.dtype, "f4")))
-
-
-def run_slots(expert: Expert, params: Params, x: Array, weights: Array, slots: Slots) -> Array:
-    """Every expert on its slots in one batched pass, and the gated sum.
-
-    Args:
-        expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
-        params: its parameters, every leaf with a leading axis E.
-        x: tokens, shape [T, ...].
-        weights: gates, at least float32, shape [K, T].
-        slots: who stands where.
-
-    Returns:
-        The sum over the choices that have a slot, in the dtype of the weights, shape [T, ...].
-    """
-    rows = jax.vmap(expert)(params, dispatch(x, slots))  # [E, C, ...]
-    return combine(rows, weights, slots)
+    return gated_sum(expert, params, x, routing.weights, choices, Split(slots, blocks=()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import reduce
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from moejax.types import Array
@@ -85,70 +84,42 @@ def assign_slots(sorted_choices: Sorted, num_tokens: int, capacity: int) -> Slot
     return Slots(choice, filled, slot.reshape(-1, num_tokens))
 
 
-@jax.custom_vjp
-def dispatch(x: Array, slots: Slots) -> Array:
-    """The tokens in their slots, ``[T, ...] -> [E, C, ...]``; an empty slot repeats some token.
-
-    The gradient is ``collect``: a gather as well, where differentiating a gather would scatter.
-    """
-    return x[slots.choice % x.shape[0]]
-
-
-@jax.custom_vjp
 def collect(rows: Array, slots: Slots) -> Array:
-    """The sum over every token's slots, ``[E, C, ...] -> [T, ...]``: ``dispatch`` transposed."""
-    flat = [_rows_at(rows, slot) for slot in slots.slot]
-    return reduce(jnp.add, flat)
+    """The sum over every token's slots, ``[E, C, ...] -> [T, ...]``: gathers, no scatter."""
+    return reduce(jnp.add, [_rows_at(rows, slot) for slot in slots.slot])
 
 
-dispatch.defvjp(
-    lambda x, slots: (dispatch(x, slots), slots),
-    lambda slots, rows: (collect(rows, slots), None),
-)
-collect.defvjp(
-    lambda rows, slots: (collect(rows, slots), slots),
-    lambda slots, x: (dispatch(x, slots), None),
-)
-
-
-@jax.custom_vjp
 def combine(rows: Array, weights: Array, slots: Slots) -> Array:
     """The gated sum over every token's slots, ``[E, C, ...] -> [T, ...]``.
 
-    ``y_t = sum_k weights_kt rows_slot(k, t)``, in the dtype of the weights. The weights multiply
+    ``y_t = sum_k w_kt rows_slot(k, t)``, in the dtype of the weights. The weights multiply
     rows as they are gathered, so that no weighted copy of the rows is made.
 
     Args:
         rows: one row per slot, shape [E, C, ...].
-        weights: gates, shape [K, T]; those of choices without a slot do not matter.
+        weights: gates of the choices, shape [K * T]; those without a slot do not matter.
         slots: who stands where.
     """
     # Not an einsum: XLA would gather [T, K, ...] first, and run one small product per token.
     weighted = [
         w.reshape(w.shape + (1,) * (rows.ndim - 2)) * _rows_at(rows, slot).astype(w.dtype)
-        for w, slot in zip(weights, slots.slot, strict=True)
+        for w, slot in zip(weights.reshape(slots.slot.shape), slots.slot, strict=True)
     ]
     return reduce(jnp.add, weighted)
+
+
+def gates_of_slots(weights: Array, slots: Slots) -> Array:
+    """The gate of the choice in every slot, ``[K * T] -> [E, C]``; zero in an empty slot."""
+    return jnp.where(slots.filled, weights[slots.choice], jnp.zeros((), weights.dtype))
+
+
+def sum_over_features(x: Array, rows: Array, slots: Slots) -> Array:
+    """``sum_d x_td rows_slot(k, t)d``, ``[T, ...], [E, C, ...] -> [K, T]``, in the dtype of x."""
+    axes = tuple(range(1, x.ndim))
+    sums = [jnp.sum(x * _rows_at(rows, slot).astype(x.dtype), axes) for slot in slots.slot]
+    return jnp.stack(sums)
 
 
 def _rows_at(rows: Array, slot: Array) -> Array:
     """The rows in these slots, ``[E, C, ...], [T] -> [T, ...]``, zero where there is no slot."""
     return rows.reshape(-1, *rows.shape[2:]).at[slot].get(mode="fill", fill_value=0)
-
-
-def _combine_backward(saved: tuple, cotangent: Array) -> tuple:
-    rows, weights, slots = saved
-    of_slot = jnp.where(slots.filled, weights.reshape(-1)[slots.choice], 0)  # [E, C]
-    of_slot = of_slot.reshape(of_slot.shape + (1,) * (rows.ndim - 2))
-    to_rows = (dispatch(cotangent, slots) * of_slot).astype(rows.dtype)
-    axes = tuple(range(1, cotangent.ndim))
-    to_weights = [
-        jnp.sum(cotangent * _rows_at(rows, slot).astype(weights.dtype), axes) for slot in slots.slot
-    ]
-    return to_rows, jnp.stack(to_weights), None
-
-
-combine.defvjp(
-    lambda rows, weights, slots: (combine(rows, weights, slots), (rows, weights, slots)),
-    _combine_backward,
-)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from moejax.capacity import output_like
 from moejax.dropless import dropless
 from moejax.exchange import Exchange, exchange_for
+from moejax.gated_sum import output_like
 from moejax.rounds import make_plan, one_round, sum_of_rounds
 from moejax.types import Array, Expert, Params, Routing
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax.custom_batching import sequential_vmap
 
 from moejax.dispatch import Sorted
-from moejax.dropless import run_sorted
+from moejax.dropless import mean_and_blocks
+from moejax.gated_sum import gated_sum
 from moejax.types import Array
 
 
@@ -58,7 +59,8 @@ def batched_and_blocked(x: Array, kernel: Array, group_sizes: Array) -> Array:
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     rows = Sorted(jnp.arange(len(x), dtype=jnp.int32), starts)
     ones = jnp.ones((len(x), 1), np.promote_types(x.dtype, np.float32))
-    return run_sorted(_product, kernel, x, ones, rows)
+    split = mean_and_blocks(len(x), len(kernel))
+    return gated_sum(_product, kernel, x, ones, rows, split)
 
 
 @jax.custom_vjp

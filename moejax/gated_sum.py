@@ -1,0 +1,145 @@
+"""The gated sum over choices sorted by expert: one batched pass, and loops over what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.batched_pass import Apply, cotangents, outputs_of_slots
+from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable
+from moejax.dispatch import Slots, Sorted, assign_slots, combine
+from moejax.execution import check_outputs, output_dtype
+from moejax.types import Array, Expert, Params
+
+
+class Split(NamedTuple):
+    """How choices are divided between the batched pass and the loops.
+
+    Attributes:
+        capacity: rows per expert in the batched pass, C; zero for no such pass.
+        blocks: rows per block of each loop; without loops, what does not fit is dropped.
+    """
+
+    capacity: int
+    blocks: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What is known while tracing.
+
+    Attributes:
+        apply: the expert, for one expert's parameters and any of the row counts in use.
+        blocks: rows per block of each loop.
+        shape: shape of the result, [T, ...].
+    """
+
+    apply: Apply
+    blocks: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def gated_sum(
+    expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted, split: Split
+) -> Array:
+    """The gated sum over choices that are sorted by expert.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        weights: gates, shape [T, K].
+        choices: the choices sorted by expert.
+        split: rows per expert in the batched pass, and rows per block of the loops.
+
+    Returns:
+        The sum, shape [T, ...], in the dtype of x (of the outputs if x holds integers).
+    """
+    output = output_like(expert, params, x)
+    if weights.size == 0:
+        return jnp.zeros(output.shape, output.dtype)
+    apply, shared = _closed(expert, params, x, (split.capacity, *split.blocks))
+    operands = Operands(params, x, _gates(weights, output), shared)
+    slots = assign_slots(choices, len(weights), split.capacity)
+    plan = Plan(apply, split.blocks, output.shape)
+    return _gated_sum(plan, operands, slots, choices).astype(output.dtype)
+
+
+def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a mixture."""
+    output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
+    check_outputs(output.shape, len(x))
+    return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
+
+
+def _gates(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
+    """The weights by choice, ``[T, K] -> [K * T]``, in the dtype of the sum: at least float32."""
+    dtype = np.promote_types(output.dtype, np.promote_types(weights.dtype, "f4"))
+    return weights.T.astype(dtype).reshape(-1)
+
+
+def _closed(
+    expert: Expert, params: Params, x: Array, sizes: tuple[int, ...]
+) -> tuple[Apply, list[Array]]:
+    """Makes arguments of the traced arrays that an expert closes over: they may have gradients."""
+    converted = {}
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params)
+    for size in sizes:
+        rows = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+        converted[size], shared = jax.closure_convert(expert, one, rows)
+    return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_sum(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> Array:
+    return _forward(plan, operands, slots, choices)[0]
+
+
+def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> tuple[Array, Any]:
+    if slots.choice.size:
+        outputs = outputs_of_slots(plan.apply, operands, slots)
+        y = combine(outputs, operands.choices, slots)
+    else:
+        outputs = None
+        y = jnp.zeros(plan.shape, operands.choices.dtype)
+    for size, rows in _rest(slots, choices, plan.blocks):
+        body = partial(_block, plan.apply)
+        y = block_loop(body, size, rows, operands, Operands(tokens=y)).tokens
+    return y, (outputs, operands, slots, choices)
+
+
+def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
+    outputs, operands, slots, choices = saved
+    if outputs is None:
+        total = jax.tree.map(jnp.zeros_like, differentiable(operands))
+    else:
+        total = cotangents(plan.apply, operands, slots, outputs, cotangent)
+    for size, rows in _rest(slots, choices, plan.blocks):
+        body = partial(_block, plan.apply)
+        total = add_cotangents(body, size, rows, operands, Operands(tokens=cotangent), total)
+    return total, None, None
+
+
+_gated_sum.defvjp(_forward, _backward)
+
+
+def _rest(slots: Slots, choices: Sorted, sizes: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
+    """What the batched pass left, cut into whole blocks of each size but the last."""
+    order, starts = choices
+    begin, end = starts[:-1] + slots.choice.shape[1], starts[1:]
+    for size in sizes:
+        # Whole blocks, except for the smallest: its last block of an expert may be part empty.
+        middle = begin + jnp.maximum(end - begin, 0) // size * size if size != sizes[-1] else end
+        yield size, Rows(order, begin, middle)
+        begin = middle
+
+
+def _block(apply: Apply, block: Operands) -> Operands:
+    """One expert on one block of its tokens: what to add to the result, [B, ...]."""
+    y = apply(block.params, block.tokens, block.shared)
+    weights = block.choices.reshape(block.choices.shape + (1,) * (y.ndim - 1))
+    return Operands(tokens=weights * y.astype(weights.dtype))
