@@ -52,23 +52,7 @@ class Rows(NamedTuple):
     end: Array
 
 
-class Block(NamedTuple):
-    """Where a block reads and writes.
-
-    Attributes:
-        expert: whose block it is, a scalar.
-        choice: the (choice, token) pair of each row, shape [B].
-        inside: whether a row is one of the expert's, shape [B].
-    """
-
-    expert: Array
-    choice: Array
-    inside: Array
-
-
 Body = Callable[[Operands], Operands]
-
-SIDE = 2  # blocks side by side
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -140,70 +124,58 @@ def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) 
 
     @sequential_vmap
     def run(rows: Rows, last: Array, operands: Operands, init: Operands) -> Operands:
-        def step(trip: Array, total: Operands) -> Operands:
-            index = trip * SIDE + jnp.arange(SIDE, dtype=trip.dtype)
-            where = jax.vmap(partial(_locate, rows, last, size))(index)
-            taken = jax.vmap(partial(_take, operands))(where)
-            return _add(total, where, jax.vmap(body)(taken))
+        def step(index: Array, total: Operands) -> Operands:
+            expert = jnp.searchsorted(last, index, side="right").astype(jnp.int32)
+            before = jnp.where(expert > 0, last[expert - 1], 0)
+            first = rows.begin[expert] + (index - before) * size
+            row = first + jnp.arange(size, dtype=jnp.int32)  # [B]
+            choice = rows.order[jnp.minimum(row, rows.end[expert] - 1)]
+            inside = row < rows.end[expert]
+            return _add(
+                total, expert, choice, inside, body(_take(operands, expert, choice, inside))
+            )
 
-        trips = (last[-1] + SIDE - 1) // SIDE
-        return jax.lax.fori_loop(jnp.zeros((), last.dtype), trips, step, init)
+        return jax.lax.fori_loop(jnp.zeros((), last.dtype), last[-1], step, init)
 
     return run(rows, last, operands, init)
 
 
-def _locate(rows: Rows, last: Array, size: int, index: Array) -> Block:
-    """The block of this number; one past the last block has no row inside."""
-    expert = jnp.searchsorted(last, index, side="right").astype(jnp.int32)
-    expert = jnp.minimum(expert, len(last) - 1)
-    before = jnp.where(expert > 0, last[expert - 1], 0)
-    row = rows.begin[expert] + (index - before) * size + jnp.arange(size, dtype=jnp.int32)  # [B]
-    choice = rows.order[jnp.minimum(row, rows.end[expert] - 1)]
-    return Block(expert, choice, row < rows.end[expert])
-
-
-def _take(operands: Operands, block: Block) -> Operands:
-    """What one block reads of every operand."""
+def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Operands:
+    """One block of every operand; ``choice`` and ``inside`` have shape [B]."""
     params, tokens, choices, shared = operands
 
     def token_rows(a: Array) -> Array:
-        return a.at[block.choice % a.shape[0]].get(mode="promise_in_bounds")
+        return a.at[choice % a.shape[0]].get(mode="promise_in_bounds")
 
     def choice_rows(a: Array) -> Array:
-        kept = block.inside.reshape(block.inside.shape + (1,) * (a.ndim - 1))
-        taken = a.at[block.choice].get(mode="promise_in_bounds")
-        return jnp.where(kept, taken, jnp.zeros((), a.dtype))
+        kept = inside.reshape(inside.shape + (1,) * (a.ndim - 1))
+        return jnp.where(kept, a.at[choice].get(mode="promise_in_bounds"), jnp.zeros((), a.dtype))
 
     return Operands(
-        jax.tree.map(lambda a: a.at[block.expert].get(mode="promise_in_bounds"), params),
+        jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), params),
         jax.tree.map(token_rows, tokens),
         jax.tree.map(choice_rows, choices),
         shared,
     )
 
 
-def _add(total: Operands, where: Block, blocks: Operands) -> Operands:
-    """Adds what the blocks [S, ...] gave to the totals, in place; padded rows are dropped."""
-    choice, inside = where.choice.reshape(-1), where.inside.reshape(-1)  # [S, B] -> [S B]
+def _add(total: Operands, expert: Array, choice: Array, inside: Array, block: Operands) -> Operands:
+    """Adds one block to the totals, in place; padded rows are dropped."""
 
-    def to_expert(a: Array, entries: Array) -> Array:
-        # A scatter to a few experts would go element by element.
-        for expert, entry in zip(where.expert, entries, strict=True):
-            entry += jax.lax.dynamic_index_in_dim(a, expert, keepdims=False)
-            a = jax.lax.dynamic_update_index_in_dim(a, entry, expert, 0)
-        return a
+    def to_expert(a: Array, entry: Array) -> Array:
+        # A scatter to one expert would go element by element.
+        entry += jax.lax.dynamic_index_in_dim(a, expert, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(a, entry, expert, 0)
 
     def to_tokens(a: Array, rows: Array) -> Array:
-        token = jnp.where(inside, choice % a.shape[0], a.shape[0])
-        return a.at[token].add(rows.reshape(-1, *a.shape[1:]), mode="drop")
+        return a.at[jnp.where(inside, choice % a.shape[0], a.shape[0])].add(rows, mode="drop")
 
     def to_choices(a: Array, rows: Array) -> Array:
-        own = jnp.where(inside, choice, a.shape[0])
-        return a.at[own].add(rows.reshape(-1, *a.shape[1:]), mode="drop")
+        return a.at[jnp.where(inside, choice, a.shape[0])].add(rows, mode="drop")
 
     return Operands(
-        jax.tree.map(to_expert, total.params, blocks.params),
-        jax.tree.map(to_tokens, total.tokens, blocks.tokens),
-        jax.tree.map(to_choices, total.choices, blocks.choices),
-        jax.tree.map(lambda a, each: a + each.sum(axis=0), total.shared, blocks.shared),
+        jax.tree.map(to_expert, total.params, block.params),
+        jax.tree.map(to_tokens, total.tokens, block.tokens),
+        jax.tree.map(to_choices, total.choices, block.choices),
+        jax.tree.map(jnp.add, total.shared, block.shared),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,12 +101,12 @@ def _gated_sum(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) ->
 
 def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> tuple[Array, Any]:
     if slots.choice.size:
-        outputs = outputs_of_slots(plan.apply, operands, slots)
+        outputs = _batched(plan, partial(outputs_of_slots, plan.apply), slots, operands)
         y = combine(outputs, operands.choices, slots)
     else:
         outputs = None
         y = jnp.zeros(plan.shape, operands.choices.dtype)
-    for size, rows in _rest(slots, choices, plan.blocks):
+    for size, rows in _rest(plan, slots, choices):
         body = partial(_block, plan.apply)
         y = block_loop(body, size, rows, operands, Operands(tokens=y)).tokens
     return y, (outputs, operands, slots, choices)
@@ -114,11 +114,12 @@ def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> t
 
 def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
     outputs, operands, slots, choices = saved
-    if outputs is None:
-        total = jax.tree.map(jnp.zeros_like, differentiable(operands))
+    if slots.choice.size:
+        run = partial(cotangents, plan.apply)
+        total = _batched(plan, run, slots, operands, outputs, cotangent)
     else:
-        total = cotangents(plan.apply, operands, slots, outputs, cotangent)
-    for size, rows in _rest(slots, choices, plan.blocks):
+        total = jax.tree.map(jnp.zeros_like, differentiable(operands))
+    for size, rows in _rest(plan, slots, choices):
         body = partial(_block, plan.apply)
         total = add_cotangents(body, size, rows, operands, Operands(tokens=cotangent), total)
     return total, None, None
@@ -127,15 +128,31 @@ def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
 _gated_sum.defvjp(_forward, _backward)
 
 
-def _rest(slots: Slots, choices: Sorted, sizes: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
+def _batched(plan: Plan, run: Callable[..., Any], slots: Slots, *args: Any) -> Any:
+    """What a batched pass gives: zeros where it would be a waste, and the loops do the work."""
+    if not plan.blocks:
+        return run(slots, *args)
+    shapes = jax.eval_shape(run, slots, *args)
+    zeros = lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
+    return jax.lax.cond(_mostly_filled(slots), run, zeros, slots, *args)
+
+
+def _mostly_filled(slots: Slots) -> Array:
+    """Whether at least half of the slots hold a choice, which collapsed routing leaves empty."""
+    return 2 * jnp.sum(slots.filled) >= slots.filled.size
+
+
+def _rest(plan: Plan, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
     """What the batched pass left, cut into whole blocks of each size but the last."""
     order, starts = choices
-    begin, end = starts[:-1] + slots.choice.shape[1], starts[1:]
-    for size in sizes:
-        # Whole blocks, except for the smallest: its last block of an expert may be part empty.
-        middle = begin + jnp.maximum(end - begin, 0) // size * size if size != sizes[-1] else end
+    batched = jnp.where(_mostly_filled(slots), slots.choice.shape[1], 0)
+    begin, end = starts[:-1] + batched.astype(starts.dtype), starts[1:]
+    for size in plan.blocks[:-1]:
+        middle = begin + jnp.maximum(end - begin, 0) // size * size
         yield size, Rows(order, begin, middle)
         begin = middle
+    for size in plan.blocks[-1:]:
+        yield size, Rows(order, begin, end)
 
 
 def _block(apply: Apply, block: Operands) -> Operands:
