@@ -59,7 +59,7 @@ def layer_suite(rounds: int, quick: bool) -> Iterator[Result]:
                 f"{DROPLESS}, {name}", shape, moejax.dropless, route=route
             )
         peers, missing = torch_contenders(shape)
-        records = measure([*contenders, *peers], rounds)
+        records = measure([*contenders, *products_alone(shape), *peers], rounds)
         yield Result("layer", shape._asdict(), records, skipped | missing)
 
 
@@ -168,6 +168,18 @@ def layer_contenders(
     args = (layer.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), shape[:2]))
     apply = lambda params, x: layer.apply(params, x)[0]  # noqa: E731
     return both_modes(name, apply, args, flops=shape.flops, bytes=shape.weight_bytes)
+
+
+def products_alone(shape: Shape) -> list[Contender]:
+    """The experts on equal numbers of rows in one batched pass: nothing is routed or blended."""
+    expert = moejax.glu(shape.D, shape.F)
+    rows = max(1, shape.T * shape.K // shape.E)
+    args = (
+        moejax.stack(expert, shape.E).init(jax.random.key(0)),
+        jax.random.normal(jax.random.key(1), (shape.E, rows, shape.D)),
+    )
+    flops = shape.flops * shape.E * rows // (shape.T * shape.K)
+    return both_modes("products alone", jax.vmap(expert.apply), args, flops=flops)
 
 
 def forced(shape: Shape, chosen: jax.Array, logits: jax.Array) -> moejax.Routing:

@@ -85,6 +85,8 @@ def _arguments(operands: Operands) -> tuple[Params, Array, list[Array]]:
 def _by_chunks(one: Callable[..., Tree], slots: Slots, args: Tree) -> Tree:
     """``one`` for every expert, leaves ``[E, ...]``."""
     size = _chunk(*slots.choice.shape)
+    if size == len(slots.choice):
+        return jax.vmap(one)(*args)
     chunked = partial(jax.lax.map, lambda args: one(*args), batch_size=size)
     at_once = lambda args: jax.vmap(one)(*args)  # noqa: E731
     return jax.lax.platform_dependent(args, cpu=chunked, default=at_once)

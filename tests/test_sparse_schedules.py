@@ -14,7 +14,7 @@ from moejax.dropless import dropless
 from moejax.types import Routing
 
 D, F = 4, 5
-ample = partial(capacity, factor=100.0)
+ample = partial(capacity, factor=8.0)  # at least E / K in every case
 SCHEDULES = {"dropless": dropless, "capacity": ample}
 
 
@@ -55,6 +55,8 @@ CASES = {
     "fewer tokens than experts": (random_choices(3, 2, 8), 8),
     "every expert": (random_choices(12, 4, 4), 4),
     "all nowhere": (jnp.full((5, 2), 4), 4),
+    "several chunks": (random_choices(1500, 2, 6), 6),
+    "collapsed onto large blocks": (jnp.tile(jnp.array([[2, 0]]), (1500, 1)), 6),
 }
 
 
@@ -215,3 +217,18 @@ def test_sorting_is_exact_where_one_integer_does_not_hold_expert_and_choice():
     ids = np.asarray(experts % 7).T.reshape(-1)
     assert small.order.tolist() == np.argsort(ids, kind="stable").tolist()
     assert small.starts.tolist() == np.searchsorted(np.sort(ids), np.arange(7)).tolist()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="chunks are for CPU")
+def test_backward_pass_needs_three_buffers_besides_its_results():
+    num_tokens, d, f, num_experts, k = 4096, 64, 128, 64, 2
+    expert = moejax.glu(d, f)
+
+    def loss(params, x, logits):
+        return jnp.sum(dropless(expert.apply, params, x, moejax.top_k(logits, k=k)) ** 2)
+
+    params = jax.eval_shape(moejax.stack(expert, num_experts).init, jax.random.key(0))
+    x, logits = (jax.ShapeDtypeStruct((num_tokens, n), jnp.float32) for n in (d, num_experts))
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, logits).compile()
+    buffer = num_tokens * k * f * 4  # bytes
+    assert 0 < compiled.memory_analysis().temp_size_in_bytes < 3 * buffer
