@@ -134,18 +134,18 @@ def _batched(plan: Plan, run: Callable[..., Any], slots: Slots, *args: Any) -> A
         return run(slots, *args)
     shapes = jax.eval_shape(run, slots, *args)
     zeros = lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
-    return jax.lax.cond(_mostly_filled(slots), run, zeros, slots, *args)
+    return jax.lax.cond(_worthwhile(slots), run, zeros, slots, *args)
 
 
-def _mostly_filled(slots: Slots) -> Array:
-    """Whether at least half of the slots hold a choice, which collapsed routing leaves empty."""
-    return 2 * jnp.sum(slots.filled) >= slots.filled.size
+def _worthwhile(slots: Slots) -> Array:
+    """Whether at least half of the choices have a slot, which collapsed routing leaves without."""
+    return 2 * jnp.sum(slots.filled) >= slots.slot.size
 
 
 def _rest(plan: Plan, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
     """What the batched pass left, cut into whole blocks of each size but the last."""
     order, starts = choices
-    batched = jnp.where(_mostly_filled(slots), slots.choice.shape[1], 0)
+    batched = jnp.where(_worthwhile(slots), slots.choice.shape[1], 0)
     begin, end = starts[:-1] + batched.astype(starts.dtype), starts[1:]
     for size in plan.blocks[:-1]:
         middle = begin + jnp.maximum(end - begin, 0) // size * size
