@@ -65,7 +65,8 @@ def layer_suite(rounds: int, quick: bool) -> Iterator[Result]:
 
 def scaling_suite(rounds: int, quick: bool) -> Iterator[Result]:
     """The same layer for more and more experts, and for more and more tokens."""
-    for shape in QUICK if quick else [*BY_EXPERTS, *BY_TOKENS]:
+    both = dict.fromkeys([*BY_EXPERTS, *BY_TOKENS])  # they share a shape
+    for shape in QUICK if quick else both:
         contenders = [
             one
             for name, run in own_schedules().items()

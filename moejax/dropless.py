@@ -19,7 +19,8 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     """Runs every expert on the tokens that chose it, however many, and blends.
 
     ``y_t = sum_k w_tk E_{e_tk}(x_t)``: equal to `dense` in value and in gradient. Differentiable
-    in reverse mode any number of times; forward mode (``jax.jvp``) raises a TypeError.
+    in reverse mode any number of times; forward mode (``jax.jvp``) raises a TypeError. The backward
+    pass computes the experts again, and the forward pass keeps nothing of what is inside them.
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``, one row at a time: what

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.batched_pass import Apply, cotangents, outputs_of_slots
+from moejax.batched_pass import ROWS, Apply, cotangents, outputs_of_slots
 from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable
 from moejax.dispatch import Slots, Sorted, assign_slots, combine
 from moejax.execution import check_outputs, output_dtype
@@ -130,11 +130,20 @@ _gated_sum.defvjp(_forward, _backward)
 
 def _batched(plan: Plan, run: Callable[..., Any], slots: Slots, *args: Any) -> Any:
     """What a batched pass gives: zeros where it would be a waste, and the loops do the work."""
-    if not plan.blocks:
+    if _short(plan, slots):
         return run(slots, *args)
     shapes = jax.eval_shape(run, slots, *args)
     zeros = lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
     return jax.lax.cond(_worthwhile(slots), run, zeros, slots, *args)
+
+
+def _short(plan: Plan, slots: Slots) -> bool:
+    """Whether the batched pass is run in any case: alone, or too short for a choice to pay.
+
+    XLA drops what nobody asks for, such as the gradient of a network's input, but not out of one
+    side of a condition: an epoch of the sparse MNIST mixture took 1.76 s with one, 1.55 s without.
+    """
+    return not plan.blocks or slots.filled.size <= ROWS
 
 
 def _worthwhile(slots: Slots) -> Array:
@@ -145,8 +154,10 @@ def _worthwhile(slots: Slots) -> Array:
 def _rest(plan: Plan, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
     """What the batched pass left, cut into whole blocks of each size but the last."""
     order, starts = choices
-    batched = jnp.where(_worthwhile(slots), slots.choice.shape[1], 0)
-    begin, end = starts[:-1] + batched.astype(starts.dtype), starts[1:]
+    batched = jnp.asarray(slots.choice.shape[1], starts.dtype)
+    if not _short(plan, slots):
+        batched = jnp.where(_worthwhile(slots), batched, 0)
+    begin, end = starts[:-1] + batched, starts[1:]
     for size in plan.blocks[:-1]:
         middle = begin + jnp.maximum(end - begin, 0) // size * size
         yield size, Rows(order, begin, middle)
