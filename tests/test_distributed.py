@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A batch of all images, so that an epoch is one step and its record that step's loss.
+# With some seeds an image comes so near a tie between two experts that rounding decides where it
+# goes, and the losses part by what no tolerance describes; with this one they keep within 1e-6.
 STEPS = ["--dataset", "digits", "--batch-size", "1437", "--hidden", "8", "--model", "sparse"]
+STEPS += ["--seed", "1"]
 MESH = ["--mesh", "data=2,expert=4"]
 
 
