@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 
-from moejax.blocks import Operands, differentiable, merge
+from moejax.blocks import Operands, Tree, differentiable, merge
 from moejax.dispatch import Slots, collect, gates_of_slots, sum_over_features
 from moejax.types import Array, Params
 
 Apply = Callable[[Params, Array, list[Array]], Array]  # (params, x, what it closes over) -> y
-Tree = Any
 
 ROWS = 1280  # of a chunk at most: with half or twice as many it took up to a sixth longer.
 
@@ -63,7 +61,8 @@ def cotangents(
         to_outputs *= cotangent[choice % len(x)]
 
         def outputs_of(some: Operands) -> Array:
-            return apply(*_arguments(merge(some, given)))
+            params, x, _, shared = merge(some, given)
+            return apply(params, x, shared)
 
         _, pullback = jax.vjp(outputs_of, differentiable(given))
         return pullback(to_outputs.astype(outputs.dtype))[0]
@@ -78,17 +77,13 @@ def cotangents(
     )
 
 
-def _arguments(operands: Operands) -> tuple[Params, Array, list[Array]]:
-    return operands.params, operands.tokens, operands.shared
-
-
 def _by_chunks(one: Callable[..., Tree], slots: Slots, args: Tree) -> Tree:
     """``one`` for every expert, leaves ``[E, ...]``."""
+    at_once = lambda args: jax.vmap(one)(*args)  # noqa: E731
     size = _chunk(*slots.choice.shape)
     if size == len(slots.choice):
-        return jax.vmap(one)(*args)
+        return at_once(args)
     chunked = partial(jax.lax.map, lambda args: one(*args), batch_size=size)
-    at_once = lambda args: jax.vmap(one)(*args)  # noqa: E731
     return jax.lax.platform_dependent(args, cpu=chunked, default=at_once)
 
 

@@ -123,11 +123,9 @@ def by_expert(routing: Routing, values: Array) -> Array:
     if values.shape[1] * num_experts <= 64:
         # A few comparisons are fused with what is around them, where a scatter is not: a step of
         # the toy mixture takes 33 instead of 39 microseconds.
-        numbers = jnp.arange(num_experts, dtype=routing.experts.dtype)
+        ids = jnp.arange(num_experts, dtype=routing.experts.dtype)
         choices = zip(routing.experts.T, values.T, strict=True)
-        return reduce(
-            jnp.add, [jnp.where(e[:, None] == numbers, v[:, None], 0) for e, v in choices]
-        )
+        return reduce(jnp.add, [jnp.where(e[:, None] == ids, v[:, None], 0) for e, v in choices])
 
     def of_token(experts: Array, values: Array) -> Array:
         return jnp.zeros(num_experts, values.dtype).at[experts].add(values, mode="drop")

@@ -10,6 +10,7 @@ from cases import DTYPES, EXPERTS, RULES, SCHEDULES, D, E, T
 from reference import loop
 
 import moejax
+from moejax.execution import gates_by_expert
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # bfloat16 has 8 bits: 2^-8 per operation
 
@@ -88,3 +89,16 @@ def test_an_expert_must_answer_for_every_token(schedule, expert):
     routing = moejax.top_k(jnp.zeros((T, E)), k=2)
     with pytest.raises(ValueError, match="one output per token"):
         SCHEDULES[schedule](expert, params, x, routing)
+
+
+@pytest.mark.parametrize("num_experts", [4, 40])
+def test_gates_by_expert_are_those_of_an_obvious_loop(num_experts):
+    experts = np.array([[3, 0], [1, 2], [num_experts, 3], [0, 1]])  # E is nowhere
+    weights = np.arange(1.0, 9.0, dtype=np.float32).reshape(experts.shape)
+    scores = jnp.zeros((len(experts), num_experts))
+    expected = np.zeros(scores.shape, np.float32)
+    for t, k in np.ndindex(experts.shape):
+        if experts[t, k] < num_experts:
+            expected[t, experts[t, k]] += weights[t, k]
+    routing = moejax.Routing(jnp.asarray(experts), jnp.asarray(weights), scores, scores)
+    np.testing.assert_array_equal(gates_by_expert(routing), expected)
