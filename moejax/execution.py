@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.products import side_by_side
 from moejax.types import Array, Expert, Params, Routing, accepts, by_expert
 
 
@@ -67,27 +68,6 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         (5, 2)
     """
     return mixture(expert, params, x, gates_by_expert(routing))
-
-
-@jax.custom_batching.custom_vmap
-def side_by_side(x: Array, kernel: Array) -> Array:
-    """A matrix product whose `vmap` over kernels alone is one product with all of them.
-
-    ``x [T, D]`` times ``[E, D, O]`` is ``x`` times ``[D, E O]``. Left to itself, `vmap` gives each
-    kernel's gradient transposed, and the optimizer then reads it against the grain.
-    """
-    return jnp.matmul(x, kernel)
-
-
-@side_by_side.def_vmap
-def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
-    if batched != [False, True]:
-        axes = [0 if one else None for one in batched]
-        return jax.vmap(jnp.matmul, in_axes=axes)(x, kernel), True
-    _, d_in, d_out = kernel.shape
-    row = jnp.moveaxis(kernel, 0, 1).reshape(d_in, size * d_out)  # [D, E O]
-    y = jnp.matmul(x, row).reshape(*x.shape[:-1], size, d_out)  # [T, E, O]
-    return jnp.moveaxis(y, -2, 0), True
 
 
 def gates_by_expert(routing: Routing) -> Array:

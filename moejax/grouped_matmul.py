@@ -12,6 +12,7 @@ from jax.custom_batching import sequential_vmap
 from moejax.dispatch import Sorted
 from moejax.dropless import mean_and_blocks
 from moejax.gated_sum import gated_sum
+from moejax.products import few_rows
 from moejax.types import Array
 
 
@@ -96,7 +97,7 @@ stock_outer.defvjp(lambda *operands: (stock_outer(*operands), operands), _outer_
 
 
 def _product(kernel: Array, x: Array) -> Array:
-    return x @ kernel
+    return few_rows(x, kernel)
 
 
 def _check(x: Array, kernel: Array, group_sizes: Array) -> None:
