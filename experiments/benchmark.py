@@ -4,7 +4,8 @@
     python experiments/benchmark.py --suite layer
 
 Every time is a median after a warm-up. Shares are of the rate of a 2048 x 2048 float32 product,
-measured in the same rounds, and count the operations of the active experts only.
+measured in the same rounds, and count the operations of the active experts only. On Linux,
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives large arrays large pages, which is faster.
 
 toy      one seed of the toy, alone and as one of 100
 mnist    an epoch of the MNIST experiment
@@ -17,15 +18,17 @@ load     what mnist.py does before its first epoch and after its last
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from benchmark_layers import Result, grouped_suite, layer_suite, scaling_suite
 from benchmark_report import draw, print_table
 from benchmark_runs import load_suite, mnist_suite, toy_suite
-from common import OneLineParser, output_folder, rounded, say, versions, write_json
+from common import OneLineParser, output_folder, processor, rounded, say, versions, write_json
 
 ROUNDS = 7
+SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]
 SUITES = {
     "toy": toy_suite,
     "mnist": mnist_suite,
@@ -47,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = output_folder(parser, options.out)
     results: list[Result] = []
+    settings = "".join(f", {name}={value}" for name, value in environment().items())
+    say(f"{os.cpu_count()} cores of {processor()}{settings}\n")
     for suite in [options.suite] if options.suite else SUITES:
         for result in SUITES[suite](2 if options.quick else ROUNDS, options.quick):
             print_table(result)
@@ -58,7 +63,16 @@ def main() -> None:
 
 def summary(results: list[Result]) -> dict[str, Any]:
     """All results, with six significant digits for what was measured."""
-    return {"versions": versions(), "results": [plain(result) for result in results]}
+    return {
+        "versions": versions(),
+        "environment": environment(),
+        "results": [plain(result) for result in results],
+    }
+
+
+def environment() -> dict[str, str]:
+    """The settings of the process that change how fast it is."""
+    return {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
 def plain(result: Result) -> dict[str, Any]:

@@ -91,7 +91,18 @@ def versions() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
         "cores": str(os.cpu_count()),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def compiled(

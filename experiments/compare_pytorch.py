@@ -9,7 +9,6 @@ done is written at once to summary.json and table.md, so a run that is stopped l
 from __future__ import annotations
 
 import argparse
-import platform
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -193,19 +192,8 @@ def machine() -> dict[str, str]:
     return {
         **versions(),
         "torch": metadata.version("torch"),
-        "processor": processor(),
         "compiler": pytorch_speed.compiler() or "none",
     }
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -57,7 +57,8 @@ def mean_and_blocks(num_choices: int, num_experts: int) -> Split:
     all choices are left to the loops. With fewer choices than experts there is no batched pass: it
     would read every expert for a few of them. (Gathering the chosen experts' parameters for one
     batched product was no faster than the loop at 2 choices, and 4 times slower at 32. Two blocks
-    side by side were 2% faster than one.)
+    side by side were 2% faster than one. Chunks in the order of their experts' loads, each of a
+    size that fits, needed no loops, and were from 10% slower to 10% faster.)
     """
     mean = -(-num_choices // num_experts)
     capacity = 0 if num_choices < num_experts else mean + math.isqrt(mean)

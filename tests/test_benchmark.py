@@ -9,7 +9,8 @@ from commands import refusal, run
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def test_the_grouped_product_is_timed(tmp_path, capsys):
+def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "grouped")
     summary = json.loads((tmp_path / "summary.json").read_text())
     [result] = summary["results"]
@@ -30,6 +31,8 @@ def test_the_grouped_product_is_timed(tmp_path, capsys):
             np.testing.assert_allclose(record["matmul_floor"], expected / rate, rtol=1e-4)
     printed = capsys.readouterr().out
     assert all(contender in printed for contender, _ in timed)
+    assert summary["environment"]["OMP_NUM_THREADS"] == "2"
+    assert f"cores of {summary['versions']['processor']}" in printed
 
 
 def test_an_unknown_suite_is_refused(capsys):
