@@ -5,9 +5,10 @@ from __future__ import annotations
 from moejax.dispatch import sort_by_expert
 from moejax.gated_sum import Split, gated_sum
 from moejax.routing import capacity_for
-from moejax.types import Array, Expert, Params, Routing
+from moejax.types import Array, Expert, Params, Routing, takes
 
 
+@takes(Routing)
 def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, factor: float) -> Array:
     """Gives every expert the same number of slots, and drops the choices that find none.
 

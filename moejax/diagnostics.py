@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from moejax.execution import gates_by_expert
 from moejax.losses import entropy, mean_over_tokens
-from moejax.types import Array, Routing
+from moejax.types import Array, Routing, takes
 
 
+@takes(Routing)
 def expert_load(routing: Routing) -> Array:
     """The share of all choices that goes to each expert, ``f_e = n_e / sum n``.
 
@@ -30,6 +31,7 @@ def expert_load(routing: Routing) -> Array:
     return counts / jnp.maximum(counts.sum(), 1)
 
 
+@takes(Routing)
 def dead_experts(routing: Routing) -> Array:
     """How many experts no token chose.
 
@@ -46,6 +48,7 @@ def dead_experts(routing: Routing) -> Array:
     return jnp.sum(routing.counts == 0)
 
 
+@takes(Routing)
 def share_dropped(before: Routing, after: Routing) -> Array:
     """The share of choices that found no slot, ``1 - n_after / n_before``.
 
@@ -66,6 +69,7 @@ def share_dropped(before: Routing, after: Routing) -> Array:
     return (chosen - served) / jnp.maximum(chosen, 1)
 
 
+@takes(Routing)
 def gate_entropy(routing: Routing) -> Array:
     """The mean entropy of a token's gates, ``mean_t H(g_t)``, g normalised to sum to one.
 
@@ -82,6 +86,7 @@ def gate_entropy(routing: Routing) -> Array:
     return mean_over_tokens(routing, entropy(_normalized_gates(routing)))
 
 
+@takes(Routing)
 def confidence(routing: Routing) -> Array:
     """The mean of a token's largest gate, ``mean_t max_e g_te``, g normalised to sum to one.
 
@@ -98,6 +103,7 @@ def confidence(routing: Routing) -> Array:
     return mean_over_tokens(routing, _normalized_gates(routing).max(axis=-1))
 
 
+@takes(Routing)
 def effective_experts(routing: Routing) -> Array:
     """How many experts share the work, ``exp H(mean_t g_t)``: the perplexity of the mean gate.
 
@@ -114,6 +120,7 @@ def effective_experts(routing: Routing) -> Array:
     return jnp.exp(entropy(mean_over_tokens(routing, _normalized_gates(routing))))
 
 
+@takes(Routing)
 def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
     """Which expert serves which class: the gate mass of every pair.
 

@@ -12,9 +12,10 @@ import math
 
 from moejax.dispatch import sort_by_expert
 from moejax.gated_sum import Split, gated_sum
-from moejax.types import Array, Expert, Params, Routing
+from moejax.types import Array, Expert, Params, Routing, takes
 
 
+@takes(Routing)
 def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """Runs every expert on the tokens that chose it, however many, and blends.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.products import side_by_side
-from moejax.types import Array, Expert, Params, Routing, accepts, by_expert
+from moejax.types import Array, Expert, Params, Routing, accepts, by_expert, takes
 
 
 def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
@@ -48,6 +48,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     return y.astype(output_dtype(x, outputs))
 
 
+@takes(Routing)
 def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """Runs every expert on every token and blends: exact for every rule, and never sparse.
 

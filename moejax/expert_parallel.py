@@ -13,7 +13,7 @@ from moejax.dropless import dropless
 from moejax.exchange import Exchange, exchange_for
 from moejax.gated_sum import output_like
 from moejax.rounds import make_plan, one_round, sum_of_rounds
-from moejax.types import Array, Expert, Params, Routing
+from moejax.types import Array, Expert, Params, Routing, takes
 
 Schedule = Callable[[Expert, Params, Array, Routing], Array]
 
@@ -71,6 +71,7 @@ def expert_parallel(
     exchange = exchange or exchange_for(mesh)
     spec_experts, spec_tokens = jax.P(axis), jax.P(mesh.axis_names)
 
+    @takes(Routing)
     def execute(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         check_tokens(mesh, len(x))
         _check_experts(mesh, axis, routing.num_experts)

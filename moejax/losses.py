@@ -10,9 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, ExpertChoice, Routing, SoftSlots, by_expert
+from moejax.types import Array, ExpertChoice, Routing, SoftSlots, by_expert, takes
 
 
+@takes(Routing)
 def load_balancing_loss(routing: Routing) -> Array:
     """How far the load is from uniform, ``E sum_e f_e P_e``.
 
@@ -40,6 +41,7 @@ def load_balancing_loss(routing: Routing) -> Array:
     return routing.num_experts * jnp.sum(share * mean_score)
 
 
+@takes(Routing)
 def importance_loss(routing: Routing) -> Array:
     """How unequally the gates are spread, ``Var(I) / (Mean(I)^2 + 1e-10)``.
 
@@ -63,6 +65,7 @@ def importance_loss(routing: Routing) -> Array:
     return _squared_variation(by_expert(routing, routing.weights).sum(axis=0))
 
 
+@takes(Routing)
 def load_loss(routing: Routing) -> Array:
     """How unequally the experts are chosen, smoothly: ``Var(L) / (Mean(L)^2 + 1e-10)``.
 
@@ -116,6 +119,7 @@ def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
     return mean_over_tokens(routing, jax.nn.logsumexp(routing.logits, axis=every) ** 2)
 
 
+@takes(Routing, ExpertChoice)
 def entropy_loss(routing: Routing) -> Array:
     """How undecided the router is, ``mean_t H(p_t)`` in nats: small when it is sure of a token.
 
@@ -132,6 +136,7 @@ def entropy_loss(routing: Routing) -> Array:
     return mean_over_tokens(routing, entropy(routing.scores))
 
 
+@takes(Routing, ExpertChoice)
 def mutual_information_loss(routing: Routing) -> Array:
     """Minus what the expert tells about the token, ``mean_t H(p_t) - H(mean_t p_t)`` in nats.
 
@@ -157,6 +162,7 @@ def mutual_information_loss(routing: Routing) -> Array:
     return entropy_loss(routing) - entropy(mean_score)
 
 
+@takes(Routing)
 def l1_loss(routing: Routing) -> Array:
     """The size of the gates, ``mean_t sum_e |g_te|``: what keeps `relu` routing sparse.
 

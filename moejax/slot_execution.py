@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.execution import output_dtype
-from moejax.types import Array, Expert, ExpertChoice, Params, SoftSlots
+from moejax.types import Array, Expert, ExpertChoice, Params, SoftSlots, takes
 
 
+@takes(ExpertChoice)
 def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoice) -> Array:
     """Runs every expert on the tokens it took, ``y_t = sum over slots (e, c) of t, w_ec E_e(x_t)``.
 
@@ -42,6 +43,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     return y.astype(output_dtype(x, outputs))
 
 
+@takes(SoftSlots)
 def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> Array:
     """Runs every expert on its slots, means of tokens, and gives each token a mean of the outputs.
 

@@ -7,11 +7,12 @@ O output width.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,37 @@ class SoftSlots(NamedTuple):
     def present(self) -> Array:
         """Which tokens are no padding, shape [T]."""
         return self.combine.any(axis=(1, 2))
+
+
+SCHEDULES = {
+    Routing: "`dense`, `dropless` or `capacity`",
+    ExpertChoice: "`gather_slots`",
+    SoftSlots: "`mix_slots`",
+}
+Function = TypeVar("Function", bound=Callable)
+
+
+def takes(*kinds: type) -> Callable[[Function], Function]:
+    """Refuses decisions of other kinds by name, before a missing attribute or wrong numbers do.
+
+    A decision of the caller's own type is let through: it may have what the function reads.
+    """
+    expected = " or ".join(kind.__name__ for kind in kinds)
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                if type(value) in SCHEDULES and type(value) not in kinds:
+                    raise ValueError(
+                        f"`{function.__name__}` takes a decision of type {expected}, got "
+                        f"{type(value).__name__}, which goes with {SCHEDULES[type(value)]}."
+                    )
+            return function(*args, **kwargs)
+
+        return cast(Function, checked)
+
+    return decorate
 
 
 def by_expert(routing: Routing, values: Array) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import check_k, checked_logits, mask_tokens
-from moejax.types import Array, Routing, check_mask
+from moejax.types import Array, Routing, check_mask, takes
 
 
 def sigmoid_top_k(
@@ -67,6 +67,7 @@ def sigmoid_top_k(
     return Routing(experts, scale * weights, jax.nn.softmax(log_affinity), logits)
 
 
+@takes(Routing)
 def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
     """Moves the bias of `sigmoid_top_k` towards balance, ``b_e + rate sign(mean(n) - n_e)``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, Routing, at_least_float32, check_mask, is_integer
+from moejax.types import Array, Routing, at_least_float32, check_mask, is_integer, takes
 
 
 def softmax(logits: Array) -> Routing:
@@ -101,6 +101,7 @@ def switch(logits: Array) -> Routing:
     return top_k(logits, k=1, renormalize=False)
 
 
+@takes(Routing)
 def mask_tokens(routing: Routing, mask: Array) -> Routing:
     """Sends masked tokens nowhere: expert id E, weight zero, scores zero.
 

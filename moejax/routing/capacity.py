@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from moejax.types import Array, Routing, is_integer
+from moejax.types import Array, Routing, is_integer, takes
 
 Priority = Callable[[Routing], Array]
 
 
+@takes(Routing)
 def by_choice(routing: Routing) -> Array:
     """All first choices before any second choice, then in the order of tokens.
 
@@ -36,6 +37,7 @@ def by_choice(routing: Routing) -> Array:
     return _choice_major(jnp.arange(num_tokens, dtype=jnp.int32), k)
 
 
+@takes(Routing)
 def by_token_weight(routing: Routing) -> Array:
     """As `by_choice`, but tokens with a larger top weight first: batch-prioritised routing.
 
@@ -60,6 +62,7 @@ def by_token_weight(routing: Routing) -> Array:
     return _choice_major(tokens, routing.experts.shape[1])
 
 
+@takes(Routing)
 def by_weight(routing: Routing) -> Array:
     """The choices with the largest weights first, ties as in `by_choice`.
 
@@ -80,6 +83,7 @@ def by_weight(routing: Routing) -> Array:
     return order[jnp.argsort(-routing.weights.ravel()[order], stable=True)]
 
 
+@takes(Routing)
 def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
     """The place of every choice in the queue of its expert, from 0.
 
@@ -107,6 +111,7 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
     return places.reshape(routing.experts.shape)
 
 
+@takes(Routing)
 def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_choice) -> Routing:
     """Drops the choices for which their expert has no slot left.
 
@@ -146,6 +151,7 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
     )
 
 
+@takes(Routing)
 def capacity_for(routing: Routing, *, factor: float) -> int:
     """Slots per expert for a multiple of the mean load, ``C = ceil(factor T K / E)``.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import checked_logits
-from moejax.types import Array, Routing
+from moejax.types import Array, Routing, takes
 
 
 def relu(logits: Array) -> Routing:
@@ -45,6 +45,7 @@ def relu(logits: Array) -> Routing:
     return Routing(jnp.where(inactive, num_experts, every), gates, gates, logits)
 
 
+@takes(Routing)
 def update_l1_coefficient(
     coefficient: Array, routing: Routing, *, k: int, factor: float = 1.2
 ) -> Array:
