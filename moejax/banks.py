@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dropless import dropless
-from moejax.execution import gates_by_expert
+from moejax.execution import gates_by_expert, output_dtype
 from moejax.experts import check_stacked, stack
 from moejax.layer import flatten_tokens, routed
-from moejax.types import Array, Layer, Params, Routing, at_least_float32
+from moejax.types import Array, Layer, Params, Routing, at_least_float32, takes
 
 
 class Bank(NamedTuple):
@@ -170,13 +170,15 @@ def moe_of(
         keys = jax.random.split(key, len(banks))
         return [bank.init(one) for bank, one in zip(banks, keys, strict=True)]
 
+    @takes(Routing)
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         outputs = [
             at_least_float32(bank.apply(own, x, _own_part(routing, start, bank.num_experts)))
             for bank, own, start in zip(banks, params, starts, strict=True)
         ]
         _check_one_shape(outputs)
-        return sum(outputs[1:], start=outputs[0]).astype(x.dtype)
+        y = sum(outputs[1:], start=outputs[0])
+        return y.astype(output_dtype(x, y))
 
     experts = Layer(init, apply)
     return routed(experts, router, num_experts=num_experts, route=route, feature_ndim=feature_ndim)

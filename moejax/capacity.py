@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moejax.dispatch import sort_by_expert
+from moejax.execution import check_problem
 from moejax.gated_sum import Split, gated_sum
 from moejax.routing import capacity_for
 from moejax.types import Array, Expert, Params, Routing, takes
@@ -45,5 +46,6 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
     slots = capacity_for(routing, factor=factor)
+    params, x = check_problem(params, x, routing.scores.shape)
     choices = sort_by_expert(routing.experts, routing.num_experts)
     return gated_sum(expert, params, x, routing.weights, choices, Split(slots, blocks=()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from moejax.dispatch import sort_by_expert
+from moejax.execution import check_problem
 from moejax.gated_sum import Split, gated_sum
 from moejax.types import Array, Expert, Params, Routing, takes
 
@@ -43,6 +44,7 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     References:
         Gale et al., `MegaBlocks <https://arxiv.org/abs/2211.15841>`_, 2022
     """
+    params, x = check_problem(params, x, routing.scores.shape)
     choices = sort_by_expert(routing.experts, routing.num_experts)
     split = mean_and_blocks(routing.experts.size, routing.num_experts)
     return gated_sum(expert, params, x, routing.weights, choices, split)

@@ -7,11 +7,13 @@ it in value and in gradient wherever nothing is dropped.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.experts import check_stacked
 from moejax.products import side_by_side
 from moejax.types import Array, Expert, Params, Routing, accepts, by_expert, takes
 
@@ -42,6 +44,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
         expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
     outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
+    check_array(outputs)
     check_outputs(outputs.shape[1:], len(x))
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
@@ -68,12 +71,36 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         >>> dense(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), routing).shape
         (5, 2)
     """
+    params, x = check_problem(params, x, routing.scores.shape)
     return mixture(expert, params, x, gates_by_expert(routing))
 
 
 def gates_by_expert(routing: Routing) -> Array:
     """The gates laid out by expert, [T, K] -> [T, E]; zero where an expert was not chosen."""
     return by_expert(routing, routing.weights)
+
+
+def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Params, Array]:
+    """Refuses what a decision ``[T, E]`` is not about: an index beyond the end reads the last.
+
+    Returns:
+        The parameters and tokens as JAX's arrays: NumPy's cannot be indexed by traced choices.
+    """
+    num_tokens, num_experts = shape
+    params, x = jax.tree.map(jnp.asarray, (params, x))
+    check_stacked(params, num_experts)
+    if len(x) != num_tokens:
+        raise ValueError(f"`x` must hold the {num_tokens} tokens that were routed, got {len(x)}.")
+    return params, x
+
+
+def check_array(output: Any) -> None:
+    """Refuses an expert that returns something besides its output, as a layer of `moe` does."""
+    if not hasattr(output, "shape"):
+        raise ValueError(
+            f"An expert must return one array, got a {type(output).__name__}: give it an apply "
+            "such as `lambda params, x: layer.apply(params, x)[0]`."
+        )
 
 
 def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:

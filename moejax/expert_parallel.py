@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moejax.dropless import dropless
 from moejax.exchange import Exchange, exchange_for
+from moejax.execution import check_problem
 from moejax.gated_sum import output_like
 from moejax.rounds import make_plan, one_round, sum_of_rounds
 from moejax.types import Array, Expert, Params, Routing, takes
@@ -73,6 +74,7 @@ def expert_parallel(
 
     @takes(Routing)
     def execute(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+        params, x = check_problem(params, x, routing.scores.shape)
         check_tokens(mesh, len(x))
         _check_experts(mesh, axis, routing.num_experts)
 

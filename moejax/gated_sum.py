@@ -13,7 +13,7 @@ import numpy as np
 from moejax.batched_pass import ROWS, Apply, cotangents, outputs_of_slots
 from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable
 from moejax.dispatch import Slots, Sorted, assign_slots, combine
-from moejax.execution import check_outputs, output_dtype
+from moejax.execution import check_array, check_outputs, output_dtype
 from moejax.products import few_rows
 from moejax.types import Array, Expert, Params, accepts
 
@@ -73,6 +73,7 @@ def gated_sum(
 def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a mixture."""
     output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
+    check_array(output)
     check_outputs(output.shape, len(x))
     return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
 

@@ -46,6 +46,7 @@ def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
         >>> grouped_matmul(x, kernel, jnp.array([1, 3]))[:, 0]
         Array([3., 3., 3., 3., 0.], dtype=float32)
     """
+    x, kernel, group_sizes = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(group_sizes)
     _check(x, kernel, group_sizes)
     if 0 in (x.size, kernel.size):
         return jnp.zeros((len(x), kernel.shape[2]), x.dtype)

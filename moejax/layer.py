@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -108,8 +109,9 @@ def routed(
     def apply(
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        tokens, leading = flatten_tokens(x, feature_ndim)
+        tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
         if mask is not None:
+            mask = jnp.asarray(mask)
             check_mask(mask, leading)
             mask = mask.reshape(-1)  # [T]
             tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
@@ -149,10 +151,24 @@ def _decide(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     _check_logits(outputs[0], len(tokens), num_experts)
     extras = {"key": route_key, "mask": mask}
-    decision = route(*outputs, **{k: v for k, v in extras.items() if accepts(route, k)})
+    given = {k: v for k, v in extras.items() if accepts(route, k) and not _keeps(route, k, v)}
+    try:
+        inspect.signature(route).bind(*outputs, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"The rule must take what the router returns, {len(outputs)} arrays, got: {error}. "
+            "`noisy` goes with `noisy_top_k`, any other router with a rule of the logits alone."
+        ) from error
+    decision = route(*outputs, **given)
     if mask is None or accepts(route, "mask"):
         return decision
     return mask_tokens(decision, mask)
+
+
+def _keeps(route: Callable[..., Any], name: str, value: Array | None) -> bool:
+    """Whether a rule has its own value for a missing one: a default, or bound by `partial`."""
+    default = inspect.signature(route).parameters[name].default
+    return value is None and default is not inspect.Parameter.empty
 
 
 def _router_input(tokens: Array) -> Array:

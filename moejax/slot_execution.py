@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.execution import output_dtype
+from moejax.execution import check_problem, output_dtype
 from moejax.types import Array, Expert, ExpertChoice, Params, SoftSlots, takes
 
 
@@ -32,6 +32,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
         >>> y.shape, decision.tokens.shape
         ((5, 2), (4, 2))
     """
+    params, x = check_problem(params, x, decision.scores.shape)
     taken = x.at[decision.tokens].get(mode="fill", fill_value=0)  # [E, C, D]
     outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
@@ -58,6 +59,9 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
     Returns:
         The outputs, shape [T, ...], in the dtype of x.
 
+    Raises:
+        ValueError: if x holds integers.
+
     Example:
         >>> model = moejax.moe(
         ...     moejax.linear(3, 2), moejax.slots(3, 4, 2), num_experts=4,
@@ -67,6 +71,9 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
         >>> y.shape, decision.dispatch.shape
         ((5, 2), (5, 4, 2))
     """
+    params, x = check_problem(params, x, decision.dispatch.shape[:2])
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"`mix_slots` takes floats, of which it makes means, got {x.dtype}.")
     dtype = np.promote_types(decision.dispatch.dtype, x.dtype)
     dispatch, combine = decision.dispatch.astype(dtype), decision.combine.astype(dtype)
     # Zero times not-a-number is not zero: a token in no slot must not be read.
