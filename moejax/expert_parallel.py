@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moejax.dropless import dropless
@@ -67,8 +69,8 @@ def expert_parallel(
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020
     """
     check_axis(mesh, axis)
-    if not factor > 0:
-        raise ValueError(f"`factor` must be positive, got {factor}.")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"`factor` must be a positive finite number, got {factor}.")
     exchange = exchange or exchange_for(mesh)
     spec_experts, spec_tokens = jax.P(axis), jax.P(mesh.axis_names)
 
@@ -79,10 +81,13 @@ def expert_parallel(
         _check_experts(mesh, axis, routing.num_experts)
 
         def on_device(params: Params, x: Array, routing: Routing) -> Array:
+            output = output_like(expert, params, x)
+            if routing.experts.size == 0:
+                return jnp.zeros(output.shape, output.dtype)
             plan = make_plan(routing, axis, factor)
             step = partial(one_round, partial(local, expert), exchange, axis, plan)
             y = sum_of_rounds(step, plan, mesh.axis_names, params, x, routing.weights)
-            return y.astype(output_like(expert, params, x).dtype)
+            return y.astype(output.dtype)
 
         on_mesh = jax.shard_map(
             on_device,

@@ -1,5 +1,6 @@
 """The mixture on a mesh of eight devices is the mixture on one, in every kind of mesh."""
 
+import math
 from functools import partial
 
 import jax
@@ -157,12 +158,22 @@ def test_sizes_that_do_not_divide(tokens, experts, message):
         layer.apply(layer.init(jax.random.key(0)), jnp.ones((tokens, D)))
 
 
+def test_no_tokens_give_no_outputs():
+    expert = moejax.linear(D, 2)
+    params = moejax.stack(expert, E).init(jax.random.key(0))
+    routing = moejax.top_k(jnp.zeros((0, E)), k=2)
+    y = expert_parallel(make_mesh())(expert.apply, params, jnp.zeros((0, D)), routing)
+    assert y.shape == (0, 2)
+
+
 def test_other_arguments_that_cannot_work():
     mesh = make_mesh()
     with pytest.raises(ValueError, match="'model'"):
         expert_parallel(mesh, axis="model")
-    with pytest.raises(ValueError, match="positive, got 0"):
+    with pytest.raises(ValueError, match="positive finite number, got 0"):
         expert_parallel(mesh, factor=0)
+    with pytest.raises(ValueError, match="positive finite number, got inf"):
+        expert_parallel(mesh, factor=math.inf)
     with pytest.raises(ValueError, match="'expert'"):
         shardings({}, jax.make_mesh((8,), ("data",)))
     with pytest.raises(ValueError, match=r"\['experts'\].*multiple of 4 experts.*\(6, 2\)"):
