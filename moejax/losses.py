@@ -19,8 +19,8 @@ def load_balancing_loss(routing: Routing) -> Array:
 
     f_e is the share of the T K choices that go to expert e, before any capacity drops them, and
     has no gradient; P_e is the mean score of e. It is 1 at perfect balance for every K, and E / K
-    at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of it.) Where every token
-    goes to all experts, as from `softmax`, it is 1 whatever the router does.
+    at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of it.) Where every
+    token goes to all experts, as from `softmax`, it is 1 whatever the router does.
 
     Args:
         routing: a decision of T tokens among E experts.
