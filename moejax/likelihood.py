@@ -21,7 +21,8 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
     Args:
         log_gates: log g, normalised, shape [T, E]: ``jax.nn.log_softmax(logits)``.
         log_likelihoods: log p_e(y | x) of every expert, shape [T, E].
-        mask: False for padding, booleans [T].
+        mask: False for padding, booleans [T]. Such a row may hold anything here, but what it was
+            computed from must be finite, or the gradient of the likelihood itself is not.
 
     Returns:
         A scalar in nats.
@@ -43,11 +44,13 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
             "`log_gates` and `log_likelihoods` must both be of shape [tokens, experts], got "
             f"{list(log_gates.shape)} and {list(log_likelihoods.shape)}."
         )
-    nll = -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
     if mask is None:
-        return nll.mean()
-    check_mask(mask, nll.shape)
-    return jnp.where(mask, nll, 0).sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
+        return _nll(log_gates, log_likelihoods).mean()
+    check_mask(mask, log_gates.shape[:1])
+    # Before the logarithm: zero times its gradient at a row that is not finite would be NaN.
+    rows = [jnp.where(mask[:, None], row, 0) for row in (log_gates, log_likelihoods)]
+    nll = jnp.where(mask, _nll(*rows), 0)
+    return nll.sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
 
 
 def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1.0) -> Array:
@@ -122,6 +125,10 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     _check_targets(logits[..., 0], labels)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
     return jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0].T
+
+
+def _nll(log_gates: Array, log_likelihoods: Array) -> Array:
+    return -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
 
 
 def _sum_features(log_p: Array) -> Array:

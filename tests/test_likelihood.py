@@ -1,5 +1,7 @@
 """The mixture likelihood against scipy, the posterior as its gradient, and competition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,33 @@ def test_padding_enters_neither_sum_nor_count():
         moejax.mixture_nll(log_gates[:5], log_p[:5]),
         rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize("row", [[-jnp.inf, -jnp.inf], [jnp.nan, 0.0], [jnp.inf, 0.0]])
+def test_padding_that_is_not_finite_changes_no_gradient(row):
+    """Not even where every expert gives it probability zero."""
+    mask, clean = jnp.array([True, False]), jnp.array([[-1.0, -2.0], [0.0, 0.0]])
+    loss = jax.grad(partial(moejax.mixture_nll, mask=mask), argnums=(0, 1))
+    expected = loss(clean, clean)
+    broken = clean.at[1].set(jnp.array(row))
+    for arguments in ((broken, clean), (clean, broken), (broken, broken)):
+        jax.tree.map(np.testing.assert_array_equal, loss(*arguments), expected)
+
+
+def test_padding_that_overflows_leaves_the_parameters_alone():
+    """A padded target so large that its likelihood is zero under every expert."""
+    x, y = jnp.ones((2, 1)), jnp.array([[1.0], [1e30]])
+    experts, router = moejax.stack(moejax.linear(1, 1), 2), moejax.linear(1, 2)
+    keys = jax.random.split(jax.random.key(0))
+    params = {"experts": experts.init(keys[0]), "router": router.init(keys[1])}
+
+    def loss(params, targets):
+        log_gates = jax.nn.log_softmax(router.apply(params["router"], x))
+        log_p = moejax.gaussian_log_likelihood(experts.apply(params["experts"], x), targets)
+        return moejax.mixture_nll(log_gates, log_p, mask=jnp.array([True, False]))
+
+    gradients, expected = jax.grad(loss)(params, y), jax.grad(loss)(params, y.at[1].set(0.0))
+    jax.tree.map(np.testing.assert_array_equal, gradients, expected)
 
 
 def test_stable_where_probabilities_underflow():
