@@ -175,6 +175,29 @@ def test_sinkhorn_balances():
     assert int(moejax.sinkhorn(logits).counts.max()) <= 16  # 8 each is perfect
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_sinkhorn_without_an_expert_is_that_of_the_others(k):
+    """The plan is the one of the columns that are left, and tokens that go nowhere do not count."""
+    left = jnp.array([0, 2, 3, 4, 5, 6, 7])
+    routing = moejax.sinkhorn(LOGITS.at[:, 1].set(-jnp.inf), k=k)
+    np.testing.assert_array_equal(
+        routing.experts, left[moejax.sinkhorn(LOGITS[:, left], k=k).experts]
+    )
+    assert bool(jnp.isfinite(routing.weights).all())
+    again = moejax.sinkhorn(LOGITS.at[:, 1].set(-jnp.inf).at[5].set(-jnp.inf), k=k)
+    others = jnp.arange(len(LOGITS)) != 5
+    alone = moejax.sinkhorn(LOGITS[others].at[:, 1].set(-jnp.inf), k=k)
+    np.testing.assert_array_equal(again.experts[others], alone.experts)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"hashed"}))
+def test_no_tokens_make_an_empty_decision(rule):
+    routing = RULES[rule](jnp.zeros((0, E)))
+    assert routing.scores.shape == (0, E)
+    assert routing.experts.shape == routing.weights.shape
+    np.testing.assert_array_equal(routing.counts, jnp.zeros(E, int))
+
+
 REFUSED = [
     (partial(moejax.top_k, k=1), "zero gradient"),
     (partial(moejax.top_k, k=9), "between 1 and"),

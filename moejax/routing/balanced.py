@@ -106,7 +106,8 @@ def sinkhorn(
     are the raw ``p = softmax(logits)``. It works on logarithms, so that no logit overflows.
 
     The assignment of a token depends on all others: in a causal decoder it leaks the future, and
-    evaluation mostly uses `top_k(k=k, renormalize=False)` instead.
+    evaluation mostly uses `top_k(k=k, renormalize=False)` instead. To switch an expert off, set its
+    logits to -inf: the plan makes up for any finite offset.
 
     Args:
         logits: router output, shape [T, E].
@@ -153,14 +154,17 @@ def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
         plan = jax.nn.log_softmax(logits - price)  # rows have mass 1
         plan = jnp.where(counted[:, None], plan, -jnp.inf)
         price = price + jax.nn.logsumexp(plan, axis=0)
-        return price - price.max()
+        price = price - price.max()
+        # An expert that no token can take has price -inf, and its logits minus that are NaN.
+        return jnp.where(price > -jnp.inf, price, 0)
 
-    return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros_like(logits[0]))
+    return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros(logits.shape[1], logits.dtype))
 
 
 def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Array:
     num_tokens, num_experts = ranked_by.shape
-    grouped = ranked_by.reshape(num_tokens, num_groups, -1)  # [T, E] -> [T, groups, E / groups]
+    # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
+    grouped = ranked_by.reshape(num_tokens, num_groups, num_experts // num_groups)
     best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)  # [T, groups]
     groups = jax.lax.top_k(best, kept_groups)[1]
     every = jnp.arange(num_groups, dtype=groups.dtype)
