@@ -152,6 +152,25 @@ def test_hash_looks_up():
     np.testing.assert_array_equal(routing.weights.ravel(), [1, 1, 1, 1, 0])
 
 
+@pytest.mark.parametrize("table", [[0, -1, 4, 300], [-(2**31), 0, 2**31 - 1, 0]])
+def test_hash_sends_what_is_outside_nowhere(table):
+    """Negative ids and entries included, which as an index would count from the end."""
+    ids = jnp.array([-1, -5, 0, 1, 2, 3, 4])
+    routing = moejax.hashed(jnp.zeros((7, 4)), token_ids=ids, table=jnp.array(table))
+    padded = [4, 4, *table, 4]
+    expected = [e if 0 <= e < 4 else 4 for e in padded]
+    np.testing.assert_array_equal(routing.experts.ravel(), expected)
+    np.testing.assert_array_equal(routing.weights.ravel(), np.less(expected, 4))
+    np.testing.assert_array_equal(routing.scores.sum(axis=-1), np.less(expected, 4))
+
+
+@pytest.mark.parametrize("num_experts", [4, 100])  # compared, and scattered
+def test_a_negative_expert_is_nowhere(num_experts):
+    scores = jnp.zeros((2, num_experts))
+    routing = moejax.Routing(jnp.array([[-1], [1]]), jnp.ones((2, 1)), scores, scores)
+    np.testing.assert_array_equal(routing.counts, np.eye(num_experts)[1])
+
+
 def sinkhorn_plan(logits, iterations):
     """The textbook loop: scale columns, scale rows, on the exponentials themselves."""
     plan = np.exp(np.asarray(logits, np.float64))
