@@ -109,7 +109,8 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
 
     Args:
         logits: the experts' outputs l, shape [E, T, classes], as from `stack`.
-        labels: y, integers [T].
+        labels: y, integers [T]. A label outside of [0, classes) gives NaN, which the ``mask`` of
+            `mixture_nll` leaves out.
 
     Returns:
         Log-likelihoods, shape [T, E].
@@ -124,7 +125,9 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     """
     _check_targets(logits[..., 0], labels)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
-    return jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0].T
+    log_p = jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0]  # [E, T]
+    # As an index, a negative label would count from the end; one too large is NaN already.
+    return jnp.where(labels < 0, jnp.nan, log_p).T
 
 
 def _nll(log_gates: Array, log_likelihoods: Array) -> Array:

@@ -125,6 +125,22 @@ def test_padding_that_overflows_leaves_the_parameters_alone():
     jax.tree.map(np.testing.assert_array_equal, gradients, expected)
 
 
+@pytest.mark.parametrize("label", [-1, -3, O])
+def test_a_label_of_no_class_shows_unless_it_is_masked(label):
+    labels = jnp.array([1, label])
+    mask = jnp.array([True, False])
+
+    def nll(logits, labels):
+        log_p = moejax.categorical_log_likelihood(logits, labels)
+        return moejax.mixture_nll(jnp.zeros_like(log_p), log_p, mask=mask)
+
+    logits = jnp.float32(OUTPUTS)[:, :2]
+    log_p = moejax.categorical_log_likelihood(logits, labels)
+    np.testing.assert_array_equal(jnp.isnan(log_p), [[False] * E, [True] * E])
+    expected = jax.value_and_grad(nll)(logits, jnp.array([1, 0]))
+    jax.tree.map(np.testing.assert_array_equal, jax.value_and_grad(nll)(logits, labels), expected)
+
+
 def test_stable_where_probabilities_underflow():
     log_gates = jnp.array([[-1e4, 0.0]])
     value, gradient = jax.value_and_grad(moejax.mixture_nll, argnums=1)(
