@@ -43,7 +43,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
             return router.apply(params, x)
         jitter_key, router_key = jax.random.split(key)
         u = jax.random.uniform(jitter_key, x.shape, x.dtype, 1 - epsilon, 1 + epsilon)
-        return router.apply(params, x * u, **_only_accepted(router, key=router_key))
+        return router.apply(params, x * u, **only_accepted(router, key=router_key))
 
     return Layer(router.init, apply)
 
@@ -99,7 +99,7 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
 
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
     def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
-        outputs = router.apply(params, x, **_only_accepted(router, key=key))
+        outputs = router.apply(params, x, **only_accepted(router, key=key))
         if isinstance(outputs, tuple):
             return (transform(outputs[0]), *outputs[1:])
         return transform(outputs)
@@ -107,5 +107,6 @@ def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
     return Layer(router.init, apply)
 
 
-def _only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
+def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
+    """The key as a keyword argument for a router that takes one, and nothing for another."""
     return {"key": key} if accepts(router.apply, "key") else {}

@@ -77,6 +77,20 @@ def test_every_wrapper_passes_the_key_on():
     assert bool(jnp.any(wrapped.apply({}, X, key=jax.random.key(0)) != plain))
 
 
+def test_a_noisy_router_passes_the_key_on_to_both():
+    jitter = moejax.jittered(IDENTITY, epsilon=0.5)
+    params = {"router": {}, "noise": {}}
+    plain = moejax.noisy(IDENTITY, IDENTITY).apply(params, X)
+    without_key = moejax.noisy(jitter, jitter).apply(params, X)
+    jax.tree.map(np.testing.assert_array_equal, without_key, plain)
+    for routers, moved in (
+        ((jitter, IDENTITY), (True, False)),
+        ((IDENTITY, jitter), (False, True)),
+    ):
+        outputs = moejax.noisy(*routers).apply(params, X, key=jax.random.key(0))
+        assert tuple(bool(jnp.any(a != b)) for a, b in zip(outputs, plain, strict=True)) == moved
+
+
 def test_a_wrapped_router_serves_any_rule():
     router = moejax.tempered(moejax.jittered(moejax.linear(4, 3), epsilon=0.1), temperature=2.0)
     for route in (moejax.softmax, partial(moejax.top_k, k=2), moejax.relu, moejax.sinkhorn):
