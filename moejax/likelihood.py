@@ -8,6 +8,7 @@ error, weighted by how well it explains the target compared with the others.
 from __future__ import annotations
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -53,19 +54,22 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
     return nll.sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
 
 
-def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1.0) -> Array:
+def gaussian_log_likelihood(
+    means: Array, targets: Array, *, variance: Array | float = 1.0
+) -> Array:
     """``log N(y; mu_e, variance I)`` of every expert.
 
     Args:
         means: the experts' outputs mu, shape [E, T, ...], as from `stack`.
         targets: y, shape [T, ...].
-        variance: of every output, positive.
+        variance: of every output, positive, a scalar or broadcastable to the means, so that
+            [E, 1, ...] is one per expert.
 
     Returns:
         Log-likelihoods, shape [T, E].
 
     Raises:
-        ValueError: if the shapes do not agree.
+        ValueError: if the shapes do not agree, or the variance is a number that is not positive.
 
     Example:
         >>> means = jnp.array([[[0.0]], [[1.0]]])  # two experts, one token
@@ -74,8 +78,10 @@ def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1
         '0.50'
     """
     _check_targets(means, targets)
-    error = at_least_float32(means) - at_least_float32(targets)
-    log_p = -0.5 * (error**2 / variance + math.log(2 * math.pi * variance))
+    means = at_least_float32(means)
+    variance = _checked_variance(variance, means)
+    error = means - targets.astype(means.dtype)
+    log_p = -0.5 * (error**2 / variance + jnp.log(variance) + math.log(2 * math.pi))
     return _sum_features(log_p)
 
 
@@ -136,6 +142,18 @@ def _nll(log_gates: Array, log_likelihoods: Array) -> Array:
 
 def _sum_features(log_p: Array) -> Array:
     return log_p.sum(axis=range(2, log_p.ndim)).T  # [E, T, ...] -> [T, E]
+
+
+def _checked_variance(variance: Array | float, means: Array) -> Array:
+    value = jnp.asarray(variance).astype(means.dtype)
+    sizes = zip(value.shape[::-1], means.shape[::-1], strict=False)
+    fits = value.ndim <= means.ndim and all(size in (1, whole) for size, whole in sizes)
+    if not fits or (isinstance(variance, numbers.Real) and not variance > 0):
+        raise ValueError(
+            f"`variance` must be positive and broadcast to the means {list(means.shape)}, got "
+            f"{variance if isinstance(variance, numbers.Real) else list(value.shape)}."
+        )
+    return value
 
 
 def _check_targets(outputs: Array, targets: Array) -> None:

@@ -53,6 +53,36 @@ def test_log_likelihoods_are_those_of_scipy(family, reference):
     np.testing.assert_allclose(family(jnp.float32(OUTPUTS)), expected, rtol=2e-5)
 
 
+def test_variance_may_be_learned_and_differ_between_experts(x64):
+    means, targets = jnp.asarray(OUTPUTS), jnp.asarray(TARGETS)
+    log_p = jax.jit(lambda v: moejax.gaussian_log_likelihood(means, targets, variance=v))
+    np.testing.assert_allclose(
+        log_p(jnp.float32(0.3)), moejax.gaussian_log_likelihood(means, targets, variance=0.3), 1e-6
+    )
+    each = jnp.arange(1.0, E + 1)
+    expected = [
+        moejax.gaussian_log_likelihood(means, targets, variance=e + 1.0)[:, e] for e in range(E)
+    ]
+    np.testing.assert_allclose(log_p(each[:, None, None]), np.transpose(expected), rtol=1e-12)
+    check_grads(log_p, (each[:, None, None],), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_integer_targets_are_read_in_the_dtype_of_the_means(dtype):
+    means, targets = jnp.zeros((2, 3, 1), dtype), jnp.arange(3)[:, None]
+    log_p = moejax.gaussian_log_likelihood(means, targets)
+    assert log_p.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        log_p, moejax.gaussian_log_likelihood(means, targets.astype(jnp.float32))
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), np.float32(0), jnp.ones((2, 1, 1, 1))])
+def test_variance_must_be_positive_and_fit_the_means(value):
+    with pytest.raises(ValueError, match="`variance` must be positive"):
+        moejax.gaussian_log_likelihood(jnp.zeros((2, 3, 1)), jnp.zeros((3, 1)), variance=value)
+
+
 @pytest.mark.parametrize("family", [gaussian, bernoulli, categorical])
 def test_gradients_in_float64(family, x64):
     @jax.jit
