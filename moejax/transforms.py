@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -48,30 +49,29 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     return Layer(router.init, apply)
 
 
-def tempered(router: Layer, *, temperature: float) -> Layer:
+def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is divided.
-        temperature: positive.
+        temperature: positive; a traced one may be annealed or learned.
 
     Returns:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the temperature is not positive.
+        ValueError: if the temperature is a number that is not positive.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
         >>> tempered(router, temperature=2.0).apply({}, jnp.array([[1.0, 3.0]]))
         Array([[0.5, 1.5]], dtype=float32)
     """
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
-    return _with_logits(router, lambda logits: logits / temperature)
+    _check_positive("temperature", temperature)
+    return _with_logits(router, lambda logits: logits / jnp.asarray(temperature, logits.dtype))
 
 
-def soft_capped(router: Layer, *, cap: float) -> Layer:
+def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
     """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
 
     Args:
@@ -82,7 +82,7 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the cap is not positive.
+        ValueError: if the cap is a number that is not positive.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -92,9 +92,19 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
     References:
         Gemma Team, `Gemma 2 <https://arxiv.org/abs/2408.00118>`_, 2024
     """
-    if not cap > 0:
-        raise ValueError(f"`cap` must be positive, got {cap}.")
-    return _with_logits(router, lambda logits: cap * jnp.tanh(logits / cap))
+    _check_positive("cap", cap)
+
+    def bounded(logits: Array) -> Array:
+        bound = jnp.asarray(cap, logits.dtype)
+        return bound * jnp.tanh(logits / bound)
+
+    return _with_logits(router, bounded)
+
+
+def _check_positive(name: str, value: Array | float) -> None:
+    # Numbers alone: what an array holds is not known while it is traced.
+    if isinstance(value, numbers.Real) and not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:

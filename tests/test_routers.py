@@ -105,9 +105,23 @@ def test_jitter_keeps_the_sign(value):
         moejax.jittered(IDENTITY, epsilon=value)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), np.float32(-1)])
 def test_bounds_must_be_positive(value):
     with pytest.raises(ValueError, match="positive"):
         moejax.tempered(IDENTITY, temperature=value)
     with pytest.raises(ValueError, match="positive"):
         moejax.soft_capped(IDENTITY, cap=value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bounds_may_be_traced(dtype):
+    def logits(value):
+        router = moejax.soft_capped(moejax.tempered(IDENTITY, temperature=value), cap=value)
+        return router.apply({}, X.astype(dtype))
+
+    traced = jax.jit(logits)(jnp.float32(0.5))
+    assert traced.dtype == dtype
+    expected = 0.5 * np.tanh(np.asarray(X, np.float64) / 0.25)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(traced.astype(jnp.float32), expected, rtol=9 * eps, atol=eps)
+    assert float(jax.grad(lambda value: jnp.abs(logits(value)).sum())(0.5)) > 0

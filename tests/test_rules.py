@@ -81,6 +81,12 @@ def test_second_choice_is_kept_as_often_as_its_weight_says():
     np.testing.assert_allclose(routing.weights[~left_out, 1], second, rtol=1e-6)
 
 
+def test_threshold_may_be_traced():
+    rule = partial(moejax.gshard_top_2, LOGITS, key=jax.random.key(0))
+    traced = jax.jit(lambda threshold: rule(threshold=threshold))(0.3)
+    np.testing.assert_array_equal(traced.experts, rule(threshold=0.3).experts)
+
+
 def test_likely_second_choice_is_always_kept():
     routing = moejax.gshard_top_2(jnp.zeros((500, 3)), key=jax.random.key(0))
     assert bool(routing.chosen.all())
@@ -229,6 +235,7 @@ REFUSED = [
     (partial(moejax.sigmoid_top_k, k=3, num_groups=4, kept_groups=1), "leave at least"),
     (partial(moejax.sigmoid_top_k, jnp.zeros((64, 8)), jnp.zeros(7), k=2), "one number per"),
     (partial(moejax.gshard_top_2, threshold=0.0), "positive"),
+    (partial(moejax.gshard_top_2, threshold=float("nan")), "positive"),
     (partial(moejax.sinkhorn, k=0), "between 1 and"),
     # A column would broadcast against the tokens.
     (partial(moejax.sinkhorn, mask=jnp.ones((64, 1), bool)), "`mask` must be"),
