@@ -112,6 +112,12 @@ def test_bias_update_is_that_of_deepseek():
     np.testing.assert_allclose(bias, [-0.01, 0, 0.01, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4, 8)])
+def test_bias_update_does_not_broadcast(shape):
+    with pytest.raises(ValueError, match="one number per expert"):
+        moejax.update_balance_bias(jnp.zeros(shape), moejax.switch(LOGITS), rate=0.1)
+
+
 def test_bias_balances_what_logits_do_not():
     logits = LOGITS + jnp.arange(8.0) / 2  # everybody wants the last experts
 
@@ -148,6 +154,14 @@ def test_sparsity_controller(k, expected):
     routing = moejax.relu(jnp.array([[1.0, 2.0, -1.0, -1.0], [3.0, 0.0, 2.0, -1.0]]))
     coefficient = moejax.update_l1_coefficient(jnp.float32(1.0), routing, k=k)
     np.testing.assert_allclose(coefficient, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [1e-8, 1, np.float32(1e-8)])
+def test_sparsity_controller_may_start_from_a_number(start):
+    update = partial(moejax.update_l1_coefficient, routing=moejax.relu(LOGITS), k=1)
+    np.testing.assert_array_equal(update(start), update(jnp.float32(start)))
+    assert update(start).dtype == jnp.float32
+    assert update(jnp.bfloat16(start)).dtype == jnp.bfloat16
 
 
 def test_hash_looks_up():

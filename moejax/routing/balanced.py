@@ -82,6 +82,9 @@ def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
     Returns:
         The bias of the next step, shape [E].
 
+    Raises:
+        ValueError: if the bias does not hold one number per expert.
+
     Example:
         >>> routing = moejax.switch(5.0 * jnp.eye(3)[jnp.array([0, 0, 1])])
         >>> update_balance_bias(jnp.zeros(3), routing, rate=0.5)
@@ -90,6 +93,7 @@ def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
     References:
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
+    _check_bias(bias, routing.num_experts)
     counts = routing.counts
     # Integers: a mean in floating point could miss exact balance.
     direction = jnp.sign(counts.sum(dtype=counts.dtype) - counts.size * counts)
@@ -183,10 +187,8 @@ def _check_sigmoid(
 ) -> None:
     check_k(k, logits)
     num_experts = logits.shape[-1]
-    if bias is not None and bias.shape != (num_experts,):
-        raise ValueError(
-            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
-        )
+    if bias is not None:
+        _check_bias(bias, num_experts)
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(
             f"`num_groups` must divide the number of experts ({num_experts}), got {num_groups}."
@@ -200,4 +202,11 @@ def _check_sigmoid(
         raise ValueError(
             "`sigmoid_top_k(k=1, renormalize=True)` gives every token a constant weight, so the "
             "router gets exactly zero gradient: pass renormalize=False."
+        )
+
+
+def _check_bias(bias: Array, num_experts: int) -> None:
+    if bias.shape != (num_experts,):
+        raise ValueError(
+            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
         )
