@@ -244,6 +244,7 @@ REFUSED = [
     (partial(moejax.noisy_top_k, noise_scale=1.0, k=1), "zero gradient"),
     (partial(moejax.noisy_top_k, noise_scale=jnp.ones((1, 64, 8)), k=2), "`noise_scale` must be"),
     (partial(moejax.noisy_top_k, noise_scale=-1.0, k=2), "`noise_scale` must be"),
+    (partial(moejax.noisy_top_k, noise_scale=np.float32(-1), k=2), "`noise_scale` must be"),
     (partial(moejax.sigmoid_top_k, k=1), "zero gradient"),
     (partial(moejax.sigmoid_top_k, k=2, num_groups=3), "divide"),
     (partial(moejax.sigmoid_top_k, k=3, num_groups=4, kept_groups=1), "leave at least"),

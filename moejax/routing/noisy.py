@@ -122,7 +122,7 @@ def _checked_scale(noise_scale: Array | float, clean: Array) -> Array:
     scale = jnp.asarray(noise_scale).astype(clean.dtype)
     sizes = zip(scale.shape[::-1], clean.shape[::-1], strict=False)
     fits = scale.ndim <= clean.ndim and all(size in (1, whole) for size, whole in sizes)
-    if not fits or (isinstance(noise_scale, int | float) and not noise_scale > 0):
+    if not fits or (isinstance(noise_scale, numbers.Real) and not noise_scale > 0):
         raise ValueError(
             f"`noise_scale` must be positive and broadcast to the logits {list(clean.shape)}, got "
             f"{list(scale.shape) if isinstance(noise_scale, Array) else noise_scale}."
