@@ -129,7 +129,8 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
 
     Args:
         routing: a decision of T tokens among E experts.
-        labels: the class of every token, integers [T].
+        labels: the class of every token, integers [T]. A token whose label is outside of
+            [0, classes), such as -1 for unknown, is left out.
         num_classes: how many classes there are.
 
     Returns:
@@ -150,6 +151,8 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
             f"{labels.dtype}{list(labels.shape)}."
         )
     table = jnp.zeros((num_classes, routing.num_experts), gates.dtype)
+    # As an index, a negative label would count from the end.
+    gates = jnp.where((labels >= 0)[:, None], gates, 0)
     return table.at[labels].add(gates, mode="drop").T
 
 

@@ -8,6 +8,7 @@ error, weighted by how well it explains the target compared with the others.
 from __future__ import annotations
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
     Args:
         log_gates: log g, normalised, shape [T, E]: ``jax.nn.log_softmax(logits)``.
         log_likelihoods: log p_e(y | x) of every expert, shape [T, E].
-        mask: False for padding, booleans [T].
+        mask: False for padding, booleans [T]. Such a row may hold anything here, but what it was
+            computed from must be finite, or the gradient of the likelihood itself is not.
 
     Returns:
         A scalar in nats.
@@ -43,26 +45,31 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
             "`log_gates` and `log_likelihoods` must both be of shape [tokens, experts], got "
             f"{list(log_gates.shape)} and {list(log_likelihoods.shape)}."
         )
-    nll = -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
     if mask is None:
-        return nll.mean()
-    check_mask(mask, nll.shape)
-    return jnp.where(mask, nll, 0).sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
+        return _nll(log_gates, log_likelihoods).mean()
+    check_mask(mask, log_gates.shape[:1])
+    # Before the logarithm: zero times its gradient at a row that is not finite would be NaN.
+    rows = [jnp.where(mask[:, None], row, 0) for row in (log_gates, log_likelihoods)]
+    nll = jnp.where(mask, _nll(*rows), 0)
+    return nll.sum() / jnp.maximum(mask.sum(), 1).astype(nll.dtype)
 
 
-def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1.0) -> Array:
+def gaussian_log_likelihood(
+    means: Array, targets: Array, *, variance: Array | float = 1.0
+) -> Array:
     """``log N(y; mu_e, variance I)`` of every expert.
 
     Args:
         means: the experts' outputs mu, shape [E, T, ...], as from `stack`.
         targets: y, shape [T, ...].
-        variance: of every output, positive.
+        variance: of every output, positive, a scalar or broadcastable to the means, so that
+            [E, 1, ...] is one per expert.
 
     Returns:
         Log-likelihoods, shape [T, E].
 
     Raises:
-        ValueError: if the shapes do not agree.
+        ValueError: if the shapes do not agree, or the variance is a number that is not positive.
 
     Example:
         >>> means = jnp.array([[[0.0]], [[1.0]]])  # two experts, one token
@@ -71,8 +78,10 @@ def gaussian_log_likelihood(means: Array, targets: Array, *, variance: float = 1
         '0.50'
     """
     _check_targets(means, targets)
-    error = at_least_float32(means) - at_least_float32(targets)
-    log_p = -0.5 * (error**2 / variance + math.log(2 * math.pi * variance))
+    means = at_least_float32(means)
+    variance = _checked_variance(variance, means)
+    error = means - targets.astype(means.dtype)
+    log_p = -0.5 * (error**2 / variance + jnp.log(variance) + math.log(2 * math.pi))
     return _sum_features(log_p)
 
 
@@ -106,7 +115,8 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
 
     Args:
         logits: the experts' outputs l, shape [E, T, classes], as from `stack`.
-        labels: y, integers [T].
+        labels: y, integers [T]. A label outside of [0, classes) gives NaN, which the ``mask`` of
+            `mixture_nll` leaves out.
 
     Returns:
         Log-likelihoods, shape [T, E].
@@ -121,11 +131,29 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     """
     _check_targets(logits[..., 0], labels)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
-    return jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0].T
+    log_p = jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0]  # [E, T]
+    # As an index, a negative label would count from the end; one too large is NaN already.
+    return jnp.where(labels < 0, jnp.nan, log_p).T
+
+
+def _nll(log_gates: Array, log_likelihoods: Array) -> Array:
+    return -jax.nn.logsumexp(log_gates + log_likelihoods, axis=-1)  # [T]
 
 
 def _sum_features(log_p: Array) -> Array:
     return log_p.sum(axis=range(2, log_p.ndim)).T  # [E, T, ...] -> [T, E]
+
+
+def _checked_variance(variance: Array | float, means: Array) -> Array:
+    value = jnp.asarray(variance).astype(means.dtype)
+    sizes = zip(value.shape[::-1], means.shape[::-1], strict=False)
+    fits = value.ndim <= means.ndim and all(size in (1, whole) for size, whole in sizes)
+    if not fits or (isinstance(variance, numbers.Real) and not variance > 0):
+        raise ValueError(
+            f"`variance` must be positive and broadcast to the means {list(means.shape)}, got "
+            f"{variance if isinstance(variance, numbers.Real) else list(value.shape)}."
+        )
+    return value
 
 
 def _check_targets(outputs: Array, targets: Array) -> None:

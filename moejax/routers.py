@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.experts import linear
+from moejax.transforms import only_accepted
 from moejax.types import Array, Layer, Params, at_least_float32
 
 
@@ -22,7 +23,9 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
         noise_router: ``x [T, D] -> [T, E]``, before the softplus.
 
     Returns:
-        A layer with params ``{"router", "noise"}`` whose apply gives ``(logits, noise_scale)``.
+        A layer with params ``{"router", "noise"}`` and ``apply(params, x, *, key=None)``, which
+        gives ``(logits, noise_scale)``. The key goes to the two routers, if they take one; the
+        noise itself is drawn by `noisy_top_k`.
 
     Example:
         >>> router = moejax.noisy(moejax.linear(4, 3), moejax.linear(4, 3))
@@ -40,9 +43,11 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
         router_key, noise_key = jax.random.split(key)
         return {"router": router.init(router_key), "noise": noise_router.init(noise_key)}
 
-    def apply(params: Params, x: Array) -> tuple[Array, Array]:
-        raw = at_least_float32(noise_router.apply(params["noise"], x))
-        return router.apply(params["router"], x), jax.nn.softplus(raw) + 1e-2
+    def apply(params: Params, x: Array, *, key: Array | None = None) -> tuple[Array, Array]:
+        router_key, noise_key = (None, None) if key is None else jax.random.split(key)
+        logits = router.apply(params["router"], x, **only_accepted(router, key=router_key))
+        raw = noise_router.apply(params["noise"], x, **only_accepted(noise_router, key=noise_key))
+        return logits, jax.nn.softplus(at_least_float32(raw)) + 1e-2
 
     return Layer(init, apply)
 

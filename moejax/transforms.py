@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -43,35 +44,34 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
             return router.apply(params, x)
         jitter_key, router_key = jax.random.split(key)
         u = jax.random.uniform(jitter_key, x.shape, x.dtype, 1 - epsilon, 1 + epsilon)
-        return router.apply(params, x * u, **_only_accepted(router, key=router_key))
+        return router.apply(params, x * u, **only_accepted(router, key=router_key))
 
     return Layer(router.init, apply)
 
 
-def tempered(router: Layer, *, temperature: float) -> Layer:
+def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is divided.
-        temperature: positive.
+        temperature: positive; a traced one may be annealed or learned.
 
     Returns:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the temperature is not positive.
+        ValueError: if the temperature is a number that is not positive.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
         >>> tempered(router, temperature=2.0).apply({}, jnp.array([[1.0, 3.0]]))
         Array([[0.5, 1.5]], dtype=float32)
     """
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
-    return _with_logits(router, lambda logits: logits / temperature)
+    _check_positive("temperature", temperature)
+    return _with_logits(router, lambda logits: logits / jnp.asarray(temperature, logits.dtype))
 
 
-def soft_capped(router: Layer, *, cap: float) -> Layer:
+def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
     """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
 
     Args:
@@ -82,7 +82,7 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the cap is not positive.
+        ValueError: if the cap is a number that is not positive.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -92,14 +92,24 @@ def soft_capped(router: Layer, *, cap: float) -> Layer:
     References:
         Gemma Team, `Gemma 2 <https://arxiv.org/abs/2408.00118>`_, 2024
     """
-    if not cap > 0:
-        raise ValueError(f"`cap` must be positive, got {cap}.")
-    return _with_logits(router, lambda logits: cap * jnp.tanh(logits / cap))
+    _check_positive("cap", cap)
+
+    def bounded(logits: Array) -> Array:
+        bound = jnp.asarray(cap, logits.dtype)
+        return bound * jnp.tanh(logits / bound)
+
+    return _with_logits(router, bounded)
+
+
+def _check_positive(name: str, value: Array | float) -> None:
+    # Numbers alone: what an array holds is not known while it is traced.
+    if isinstance(value, numbers.Real) and not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
     def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
-        outputs = router.apply(params, x, **_only_accepted(router, key=key))
+        outputs = router.apply(params, x, **only_accepted(router, key=key))
         if isinstance(outputs, tuple):
             return (transform(outputs[0]), *outputs[1:])
         return transform(outputs)
@@ -107,5 +117,6 @@ def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
     return Layer(router.init, apply)
 
 
-def _only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
+def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
+    """The key as a keyword argument for a router that takes one, and nothing for another."""
     return {"key": key} if accepts(router.apply, "key") else {}

@@ -163,6 +163,8 @@ def by_expert(routing: Routing, values: Array) -> Array:
         return reduce(jnp.add, [jnp.where(e[:, None] == ids, v[:, None], 0) for e, v in choices])
 
     def of_token(experts: Array, values: Array) -> Array:
+        # As an index, a negative id would count from the end; above it is nowhere.
+        experts = jnp.where(experts < 0, num_experts, experts)
         return jnp.zeros(num_experts, values.dtype).at[experts].add(values, mode="drop")
 
     # Token by token, so that tokens spread over a mesh stay where they are.

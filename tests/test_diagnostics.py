@@ -61,6 +61,12 @@ def test_class_table_and_its_information():
     np.testing.assert_allclose(moejax.mutual_information(table), expected, rtol=1e-5)
 
 
+def test_labels_of_no_class_are_left_out():
+    routing = moejax.switch(3 * jnp.eye(3))
+    table = moejax.expert_by_class(routing, jnp.array([1, -1, 2]), 2)
+    np.testing.assert_array_equal(table, [[0, 1], [0, 0], [0, 0]])
+
+
 def test_information_of_independent_and_of_identical():
     np.testing.assert_allclose(moejax.mutual_information(jnp.ones((3, 4))), 0, atol=1e-6)
     np.testing.assert_allclose(moejax.mutual_information(jnp.eye(4)), np.log(4), rtol=1e-6)

@@ -1,5 +1,7 @@
 """The mixture likelihood against scipy, the posterior as its gradient, and competition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,36 @@ def test_log_likelihoods_are_those_of_scipy(family, reference):
     np.testing.assert_allclose(family(jnp.float32(OUTPUTS)), expected, rtol=2e-5)
 
 
+def test_variance_may_be_learned_and_differ_between_experts(x64):
+    means, targets = jnp.asarray(OUTPUTS), jnp.asarray(TARGETS)
+    log_p = jax.jit(lambda v: moejax.gaussian_log_likelihood(means, targets, variance=v))
+    np.testing.assert_allclose(
+        log_p(jnp.float32(0.3)), moejax.gaussian_log_likelihood(means, targets, variance=0.3), 1e-6
+    )
+    each = jnp.arange(1.0, E + 1)
+    expected = [
+        moejax.gaussian_log_likelihood(means, targets, variance=e + 1.0)[:, e] for e in range(E)
+    ]
+    np.testing.assert_allclose(log_p(each[:, None, None]), np.transpose(expected), rtol=1e-12)
+    check_grads(log_p, (each[:, None, None],), 1, ["rev"], 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_integer_targets_are_read_in_the_dtype_of_the_means(dtype):
+    means, targets = jnp.zeros((2, 3, 1), dtype), jnp.arange(3)[:, None]
+    log_p = moejax.gaussian_log_likelihood(means, targets)
+    assert log_p.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        log_p, moejax.gaussian_log_likelihood(means, targets.astype(jnp.float32))
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), np.float32(0), jnp.ones((2, 1, 1, 1))])
+def test_variance_must_be_positive_and_fit_the_means(value):
+    with pytest.raises(ValueError, match="`variance` must be positive"):
+        moejax.gaussian_log_likelihood(jnp.zeros((2, 3, 1)), jnp.zeros((3, 1)), variance=value)
+
+
 @pytest.mark.parametrize("family", [gaussian, bernoulli, categorical])
 def test_gradients_in_float64(family, x64):
     @jax.jit
@@ -94,6 +126,49 @@ def test_padding_enters_neither_sum_nor_count():
         moejax.mixture_nll(log_gates[:5], log_p[:5]),
         rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize("row", [[-jnp.inf, -jnp.inf], [jnp.nan, 0.0], [jnp.inf, 0.0]])
+def test_padding_that_is_not_finite_changes_no_gradient(row):
+    """Not even where every expert gives it probability zero."""
+    mask, clean = jnp.array([True, False]), jnp.array([[-1.0, -2.0], [0.0, 0.0]])
+    loss = jax.grad(partial(moejax.mixture_nll, mask=mask), argnums=(0, 1))
+    expected = loss(clean, clean)
+    broken = clean.at[1].set(jnp.array(row))
+    for arguments in ((broken, clean), (clean, broken), (broken, broken)):
+        jax.tree.map(np.testing.assert_array_equal, loss(*arguments), expected)
+
+
+def test_padding_that_overflows_leaves_the_parameters_alone():
+    """A padded target so large that its likelihood is zero under every expert."""
+    x, y = jnp.ones((2, 1)), jnp.array([[1.0], [1e30]])
+    experts, router = moejax.stack(moejax.linear(1, 1), 2), moejax.linear(1, 2)
+    keys = jax.random.split(jax.random.key(0))
+    params = {"experts": experts.init(keys[0]), "router": router.init(keys[1])}
+
+    def loss(params, targets):
+        log_gates = jax.nn.log_softmax(router.apply(params["router"], x))
+        log_p = moejax.gaussian_log_likelihood(experts.apply(params["experts"], x), targets)
+        return moejax.mixture_nll(log_gates, log_p, mask=jnp.array([True, False]))
+
+    gradients, expected = jax.grad(loss)(params, y), jax.grad(loss)(params, y.at[1].set(0.0))
+    jax.tree.map(np.testing.assert_array_equal, gradients, expected)
+
+
+@pytest.mark.parametrize("label", [-1, -3, O])
+def test_a_label_of_no_class_shows_unless_it_is_masked(label):
+    labels = jnp.array([1, label])
+    mask = jnp.array([True, False])
+
+    def nll(logits, labels):
+        log_p = moejax.categorical_log_likelihood(logits, labels)
+        return moejax.mixture_nll(jnp.zeros_like(log_p), log_p, mask=mask)
+
+    logits = jnp.float32(OUTPUTS)[:, :2]
+    log_p = moejax.categorical_log_likelihood(logits, labels)
+    np.testing.assert_array_equal(jnp.isnan(log_p), [[False] * E, [True] * E])
+    expected = jax.value_and_grad(nll)(logits, jnp.array([1, 0]))
+    jax.tree.map(np.testing.assert_array_equal, jax.value_and_grad(nll)(logits, labels), expected)
 
 
 def test_stable_where_probabilities_underflow():

@@ -77,6 +77,20 @@ def test_every_wrapper_passes_the_key_on():
     assert bool(jnp.any(wrapped.apply({}, X, key=jax.random.key(0)) != plain))
 
 
+def test_a_noisy_router_passes_the_key_on_to_both():
+    jitter = moejax.jittered(IDENTITY, epsilon=0.5)
+    params = {"router": {}, "noise": {}}
+    plain = moejax.noisy(IDENTITY, IDENTITY).apply(params, X)
+    without_key = moejax.noisy(jitter, jitter).apply(params, X)
+    jax.tree.map(np.testing.assert_array_equal, without_key, plain)
+    for routers, moved in (
+        ((jitter, IDENTITY), (True, False)),
+        ((IDENTITY, jitter), (False, True)),
+    ):
+        outputs = moejax.noisy(*routers).apply(params, X, key=jax.random.key(0))
+        assert tuple(bool(jnp.any(a != b)) for a, b in zip(outputs, plain, strict=True)) == moved
+
+
 def test_a_wrapped_router_serves_any_rule():
     router = moejax.tempered(moejax.jittered(moejax.linear(4, 3), epsilon=0.1), temperature=2.0)
     for route in (moejax.softmax, partial(moejax.top_k, k=2), moejax.relu, moejax.sinkhorn):
@@ -91,9 +105,23 @@ def test_jitter_keeps_the_sign(value):
         moejax.jittered(IDENTITY, epsilon=value)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), np.float32(-1)])
 def test_bounds_must_be_positive(value):
     with pytest.raises(ValueError, match="positive"):
         moejax.tempered(IDENTITY, temperature=value)
     with pytest.raises(ValueError, match="positive"):
         moejax.soft_capped(IDENTITY, cap=value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bounds_may_be_traced(dtype):
+    def logits(value):
+        router = moejax.soft_capped(moejax.tempered(IDENTITY, temperature=value), cap=value)
+        return router.apply({}, X.astype(dtype))
+
+    traced = jax.jit(logits)(jnp.float32(0.5))
+    assert traced.dtype == dtype
+    expected = 0.5 * np.tanh(np.asarray(X, np.float64) / 0.25)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(traced.astype(jnp.float32), expected, rtol=9 * eps, atol=eps)
+    assert float(jax.grad(lambda value: jnp.abs(logits(value)).sum())(0.5)) > 0

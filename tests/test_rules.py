@@ -81,6 +81,12 @@ def test_second_choice_is_kept_as_often_as_its_weight_says():
     np.testing.assert_allclose(routing.weights[~left_out, 1], second, rtol=1e-6)
 
 
+def test_threshold_may_be_traced():
+    rule = partial(moejax.gshard_top_2, LOGITS, key=jax.random.key(0))
+    traced = jax.jit(lambda threshold: rule(threshold=threshold))(0.3)
+    np.testing.assert_array_equal(traced.experts, rule(threshold=0.3).experts)
+
+
 def test_likely_second_choice_is_always_kept():
     routing = moejax.gshard_top_2(jnp.zeros((500, 3)), key=jax.random.key(0))
     assert bool(routing.chosen.all())
@@ -104,6 +110,12 @@ def test_bias_update_is_that_of_deepseek():
     routing = moejax.Routing(experts, jnp.ones((16, 1)), scores, scores)
     bias = moejax.update_balance_bias(jnp.zeros(4), routing, rate=0.01)
     np.testing.assert_allclose(bias, [-0.01, 0, 0.01, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 8)])
+def test_bias_update_does_not_broadcast(shape):
+    with pytest.raises(ValueError, match="one number per expert"):
+        moejax.update_balance_bias(jnp.zeros(shape), moejax.switch(LOGITS), rate=0.1)
 
 
 def test_bias_balances_what_logits_do_not():
@@ -144,12 +156,39 @@ def test_sparsity_controller(k, expected):
     np.testing.assert_allclose(coefficient, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("start", [1e-8, 1, np.float32(1e-8)])
+def test_sparsity_controller_may_start_from_a_number(start):
+    update = partial(moejax.update_l1_coefficient, routing=moejax.relu(LOGITS), k=1)
+    np.testing.assert_array_equal(update(start), update(jnp.float32(start)))
+    assert update(start).dtype == jnp.float32
+    assert update(jnp.bfloat16(start)).dtype == jnp.bfloat16
+
+
 def test_hash_looks_up():
     table = jnp.array([3, 1, 0, 2])
     ids = jnp.array([0, 0, 3, 2, 9])
     routing = moejax.hashed(jnp.zeros((5, 4)), token_ids=ids, table=table)
     np.testing.assert_array_equal(routing.experts.ravel(), [3, 3, 2, 0, 4])  # 9 is unknown
     np.testing.assert_array_equal(routing.weights.ravel(), [1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("table", [[0, -1, 4, 300], [-(2**31), 0, 2**31 - 1, 0]])
+def test_hash_sends_what_is_outside_nowhere(table):
+    """Negative ids and entries included, which as an index would count from the end."""
+    ids = jnp.array([-1, -5, 0, 1, 2, 3, 4])
+    routing = moejax.hashed(jnp.zeros((7, 4)), token_ids=ids, table=jnp.array(table))
+    padded = [4, 4, *table, 4]
+    expected = [e if 0 <= e < 4 else 4 for e in padded]
+    np.testing.assert_array_equal(routing.experts.ravel(), expected)
+    np.testing.assert_array_equal(routing.weights.ravel(), np.less(expected, 4))
+    np.testing.assert_array_equal(routing.scores.sum(axis=-1), np.less(expected, 4))
+
+
+@pytest.mark.parametrize("num_experts", [4, 100])  # compared, and scattered
+def test_a_negative_expert_is_nowhere(num_experts):
+    scores = jnp.zeros((2, num_experts))
+    routing = moejax.Routing(jnp.array([[-1], [1]]), jnp.ones((2, 1)), scores, scores)
+    np.testing.assert_array_equal(routing.counts, np.eye(num_experts)[1])
 
 
 def sinkhorn_plan(logits, iterations):
@@ -175,6 +214,29 @@ def test_sinkhorn_balances():
     assert int(moejax.sinkhorn(logits).counts.max()) <= 16  # 8 each is perfect
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_sinkhorn_without_an_expert_is_that_of_the_others(k):
+    """The plan is the one of the columns that are left, and tokens that go nowhere do not count."""
+    left = jnp.array([0, 2, 3, 4, 5, 6, 7])
+    routing = moejax.sinkhorn(LOGITS.at[:, 1].set(-jnp.inf), k=k)
+    np.testing.assert_array_equal(
+        routing.experts, left[moejax.sinkhorn(LOGITS[:, left], k=k).experts]
+    )
+    assert bool(jnp.isfinite(routing.weights).all())
+    again = moejax.sinkhorn(LOGITS.at[:, 1].set(-jnp.inf).at[5].set(-jnp.inf), k=k)
+    others = jnp.arange(len(LOGITS)) != 5
+    alone = moejax.sinkhorn(LOGITS[others].at[:, 1].set(-jnp.inf), k=k)
+    np.testing.assert_array_equal(again.experts[others], alone.experts)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"hashed"}))
+def test_no_tokens_make_an_empty_decision(rule):
+    routing = RULES[rule](jnp.zeros((0, E)))
+    assert routing.scores.shape == (0, E)
+    assert routing.experts.shape == routing.weights.shape
+    np.testing.assert_array_equal(routing.counts, jnp.zeros(E, int))
+
+
 REFUSED = [
     (partial(moejax.top_k, k=1), "zero gradient"),
     (partial(moejax.top_k, k=9), "between 1 and"),
@@ -182,11 +244,13 @@ REFUSED = [
     (partial(moejax.noisy_top_k, noise_scale=1.0, k=1), "zero gradient"),
     (partial(moejax.noisy_top_k, noise_scale=jnp.ones((1, 64, 8)), k=2), "`noise_scale` must be"),
     (partial(moejax.noisy_top_k, noise_scale=-1.0, k=2), "`noise_scale` must be"),
+    (partial(moejax.noisy_top_k, noise_scale=np.float32(-1), k=2), "`noise_scale` must be"),
     (partial(moejax.sigmoid_top_k, k=1), "zero gradient"),
     (partial(moejax.sigmoid_top_k, k=2, num_groups=3), "divide"),
     (partial(moejax.sigmoid_top_k, k=3, num_groups=4, kept_groups=1), "leave at least"),
     (partial(moejax.sigmoid_top_k, jnp.zeros((64, 8)), jnp.zeros(7), k=2), "one number per"),
     (partial(moejax.gshard_top_2, threshold=0.0), "positive"),
+    (partial(moejax.gshard_top_2, threshold=float("nan")), "positive"),
     (partial(moejax.sinkhorn, k=0), "between 1 and"),
     # A column would broadcast against the tokens.
     (partial(moejax.sinkhorn, mask=jnp.ones((64, 1), bool)), "`mask` must be"),

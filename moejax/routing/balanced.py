@@ -82,6 +82,9 @@ def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
     Returns:
         The bias of the next step, shape [E].
 
+    Raises:
+        ValueError: if the bias does not hold one number per expert.
+
     Example:
         >>> routing = moejax.switch(5.0 * jnp.eye(3)[jnp.array([0, 0, 1])])
         >>> update_balance_bias(jnp.zeros(3), routing, rate=0.5)
@@ -90,6 +93,7 @@ def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
     References:
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
+    _check_bias(bias, routing.num_experts)
     counts = routing.counts
     # Integers: a mean in floating point could miss exact balance.
     direction = jnp.sign(counts.sum(dtype=counts.dtype) - counts.size * counts)
@@ -106,7 +110,8 @@ def sinkhorn(
     are the raw ``p = softmax(logits)``. It works on logarithms, so that no logit overflows.
 
     The assignment of a token depends on all others: in a causal decoder it leaks the future, and
-    evaluation mostly uses `top_k(k=k, renormalize=False)` instead.
+    evaluation mostly uses `top_k(k=k, renormalize=False)` instead. To switch an expert off, set its
+    logits to -inf: the plan makes up for any finite offset.
 
     Args:
         logits: router output, shape [T, E].
@@ -153,14 +158,17 @@ def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
         plan = jax.nn.log_softmax(logits - price)  # rows have mass 1
         plan = jnp.where(counted[:, None], plan, -jnp.inf)
         price = price + jax.nn.logsumexp(plan, axis=0)
-        return price - price.max()
+        price = price - price.max()
+        # An expert that no token can take has price -inf, and its logits minus that are NaN.
+        return jnp.where(price > -jnp.inf, price, 0)
 
-    return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros_like(logits[0]))
+    return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros(logits.shape[1], logits.dtype))
 
 
 def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Array:
     num_tokens, num_experts = ranked_by.shape
-    grouped = ranked_by.reshape(num_tokens, num_groups, -1)  # [T, E] -> [T, groups, E / groups]
+    # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
+    grouped = ranked_by.reshape(num_tokens, num_groups, num_experts // num_groups)
     best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)  # [T, groups]
     groups = jax.lax.top_k(best, kept_groups)[1]
     every = jnp.arange(num_groups, dtype=groups.dtype)
@@ -179,10 +187,8 @@ def _check_sigmoid(
 ) -> None:
     check_k(k, logits)
     num_experts = logits.shape[-1]
-    if bias is not None and bias.shape != (num_experts,):
-        raise ValueError(
-            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
-        )
+    if bias is not None:
+        _check_bias(bias, num_experts)
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(
             f"`num_groups` must divide the number of experts ({num_experts}), got {num_groups}."
@@ -196,4 +202,11 @@ def _check_sigmoid(
         raise ValueError(
             "`sigmoid_top_k(k=1, renormalize=True)` gives every token a constant weight, so the "
             "router gets exactly zero gradient: pass renormalize=False."
+        )
+
+
+def _check_bias(bias: Array, num_experts: int) -> None:
+    if bias.shape != (num_experts,):
+        raise ValueError(
+            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
         )

@@ -19,7 +19,8 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
         logits: router output, shape [T, E].
         token_ids: vocabulary ids of the tokens, integers [T].
         table: the expert of every id, integers [V], such as
-            ``jax.random.permutation(key, V) % E``. An id outside of it goes nowhere.
+            ``jax.random.permutation(key, V) % E``. An id outside of [0, V) goes nowhere, and so
+            does one whose entry is outside of [0, E).
 
     Returns:
         A decision with K = 1; scores are one at the expert and zero elsewhere.
@@ -46,7 +47,9 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
             f"[vocabulary], got {token_ids.dtype}{list(token_ids.shape)} and "
             f"{table.dtype}{list(table.shape)}."
         )
-    experts = table.at[token_ids].get(mode="fill", fill_value=num_experts)
-    experts = experts.astype(jnp.int32)[:, None]  # [T, 1]
+    experts = table.astype(jnp.int32).at[token_ids].get(mode="fill", fill_value=num_experts)
+    # Checked here: as an index, a negative number would count from the end.
+    inside = (token_ids >= 0) & (experts >= 0) & (experts < num_experts)
+    experts = jnp.where(inside, experts, num_experts)[:, None]  # [T, 1]
     scores = jax.nn.one_hot(experts[:, 0], num_experts, dtype=logits.dtype)
     return Routing(experts, (experts < num_experts).astype(logits.dtype), scores, logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -68,7 +70,9 @@ def choose_noisy(clean: Array, noisy: Array, noise_scale: Array, *, k: int) -> R
     return decision._replace(chances=jax.scipy.stats.norm.cdf((clean - threshold) / noise_scale))
 
 
-def gshard_top_2(logits: Array, *, threshold: float = 0.2, key: Array | None = None) -> Routing:
+def gshard_top_2(
+    logits: Array, *, threshold: Array | float = 0.2, key: Array | None = None
+) -> Routing:
     """Sends every token to its best expert, and to its second at random.
 
     The two weights are ``p_1`` and ``p_2`` divided by their sum. The second choice is kept with
@@ -85,7 +89,7 @@ def gshard_top_2(logits: Array, *, threshold: float = 0.2, key: Array | None = N
 
     Raises:
         ValueError: if logits is not a float array [T, E] with two experts at least, or if the
-            threshold is not positive.
+            threshold is a number that is not positive.
 
     Example:
         >>> gshard_top_2(jnp.array([[3.0, 1.0, 2.0]])).experts
@@ -96,7 +100,7 @@ def gshard_top_2(logits: Array, *, threshold: float = 0.2, key: Array | None = N
     References:
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020
     """
-    if threshold <= 0:
+    if isinstance(threshold, numbers.Real) and not threshold > 0:
         raise ValueError(
             f"`threshold` must be positive, got {threshold}: use `top_k(k=2)` to keep every "
             "second choice."
@@ -105,7 +109,8 @@ def gshard_top_2(logits: Array, *, threshold: float = 0.2, key: Array | None = N
     if key is None:
         return decision
     second = decision.weights[:, 1]
-    kept = jax.random.uniform(key, second.shape, second.dtype) < second / threshold
+    chance = second / jnp.asarray(threshold, second.dtype)
+    kept = jax.random.uniform(key, second.shape, second.dtype) < chance
     kept = jnp.stack([jnp.ones_like(kept), kept], axis=-1)  # [T, 2]
     return decision._replace(
         experts=jnp.where(kept, decision.experts, decision.num_experts),
@@ -117,7 +122,7 @@ def _checked_scale(noise_scale: Array | float, clean: Array) -> Array:
     scale = jnp.asarray(noise_scale).astype(clean.dtype)
     sizes = zip(scale.shape[::-1], clean.shape[::-1], strict=False)
     fits = scale.ndim <= clean.ndim and all(size in (1, whole) for size, whole in sizes)
-    if not fits or (isinstance(noise_scale, int | float) and not noise_scale > 0):
+    if not fits or (isinstance(noise_scale, numbers.Real) and not noise_scale > 0):
         raise ValueError(
             f"`noise_scale` must be positive and broadcast to the logits {list(clean.shape)}, got "
             f"{list(scale.shape) if isinstance(noise_scale, Array) else noise_scale}."

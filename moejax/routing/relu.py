@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -47,12 +49,12 @@ def relu(logits: Array) -> Routing:
 
 @takes(Routing)
 def update_l1_coefficient(
-    coefficient: Array, routing: Routing, *, k: int, factor: float = 1.2
+    coefficient: Array | float, routing: Routing, *, k: int, factor: float = 1.2
 ) -> Array:
     """Steers `relu` towards k active experts per token, ``c factor^sign(active - k)``.
 
     Args:
-        coefficient: c, a scalar; the paper starts at 1e-8.
+        coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32.
         routing: the decision of this step.
         k: active experts per token to hold on average: a sparsity of ``1 - k / E``.
         factor: by how much c changes in a step.
@@ -68,8 +70,8 @@ def update_l1_coefficient(
     References:
         Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
     """
+    is_number = isinstance(coefficient, numbers.Real)
+    c = jnp.asarray(coefficient, jnp.float32 if is_number else None)
     active = jnp.sum(routing.chosen & (routing.weights > 0))
     direction = jnp.sign(active - k * routing.present.sum())
-    return coefficient * jnp.asarray(factor, coefficient.dtype) ** direction.astype(
-        coefficient.dtype
-    )
+    return c * jnp.asarray(factor, c.dtype) ** direction.astype(c.dtype)
