@@ -158,3 +158,9 @@ def test_numpy_data_trains_outside_of_jit(run):
     expected, expected_metrics = run(data)
     np.testing.assert_array_equal(state.params["w"], expected.params["w"])
     np.testing.assert_array_equal(metrics["loss"], expected_metrics["loss"])
+
+
+def test_no_metric_replaces_the_loss():
+    named_loss = lambda params, batch, key: (jnp.sum(params["w"]), {"loss": jnp.ones(())})  # noqa: E731
+    with pytest.raises(ValueError, match='called "loss"'):
+        jax.eval_shape(train_step(named_loss, OPTIMIZER), start(), X)
