@@ -239,11 +239,10 @@ def _examples(data: Any) -> tuple[Any, int]:
     # JAX arrays, also of NumPy's, which no tracer can index; and how many examples they hold.
     data = jax.tree.map(jnp.asarray, data)
     shapes = [leaf.shape for leaf in jax.tree.leaves(data)]
-    lengths = {shape[0] if shape else None for shape in shapes}
     # A gather clamps the indices: with a shorter array it would give wrong pairs of rows.
-    if len(lengths) != 1 or None in lengths:
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(
             "The data must be a pytree of arrays [N, ...] with one N, the number of examples, got "
             f"shapes {[list(shape) for shape in shapes]}."
         )
-    return data, lengths.pop()
+    return data, shapes[0][0]
