@@ -12,6 +12,7 @@ import inspect
 import numbers
 from collections.abc import Callable
 from functools import reduce
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -118,11 +119,13 @@ class SoftSlots(NamedTuple):
         return self.combine.any(axis=(1, 2))
 
 
-SCHEDULES = {
-    Routing: "`dense`, `dropless` or `capacity`",
-    ExpertChoice: "`gather_slots`",
-    SoftSlots: "`mix_slots`",
-}
+SCHEDULES = MappingProxyType(
+    {
+        Routing: "`dense`, `dropless` or `capacity`",
+        ExpertChoice: "`gather_slots`",
+        SoftSlots: "`mix_slots`",
+    }
+)
 Function = TypeVar("Function", bound=Callable)
 
 
