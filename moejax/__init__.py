@@ -1,4 +1,11 @@
-"""Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum."""
+"""Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum.
+
+`adapters`, `checkpoint`, `conversion`, `datasets`, `plot`, `sharding`, `training` and `weights` are
+modules that are imported at their first use, such as ``moejax.adapters.from_linen``.
+"""
+
+from importlib import import_module
+from types import ModuleType
 
 from moejax.banks import (
     Bank,
@@ -68,6 +75,17 @@ from moejax.transforms import jittered, soft_capped, tempered
 from moejax.types import ExpertChoice, Layer, Routing, SoftSlots
 
 __version__ = "0.1.0"
+
+_MODULES = (
+    "adapters",
+    "checkpoint",
+    "conversion",
+    "datasets",
+    "plot",
+    "sharding",
+    "training",
+    "weights",
+)
 
 __all__ = [
     "Bank",
@@ -140,3 +158,13 @@ __all__ = [
     "with_shared",
     "zero_experts",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _MODULES:
+        return import_module(f"moejax.{name}")
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moejax.dropless import dropless
 from moejax.execution import gates_by_expert, output_dtype
-from moejax.experts import check_stacked, stack
+from moejax.experts import check_num_experts, check_stacked, check_widths, stack
 from moejax.layer import flatten_tokens, routed
 from moejax.types import Array, Layer, Params, Routing, at_least_float32, takes
 
@@ -47,6 +47,9 @@ def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] =
     Returns:
         A bank whose params are those of ``stack(expert, num_experts)``.
 
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
     Example:
         >>> networks(moejax.glu(4, 8), 6).num_experts
         6
@@ -68,6 +71,9 @@ def zero_experts(num_experts: int) -> Bank:
     Returns:
         A bank without params.
 
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
     Example:
         >>> zero_experts(1).num_experts
         1
@@ -75,6 +81,7 @@ def zero_experts(num_experts: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
+    check_num_experts(num_experts)
     return Bank(num_experts, lambda key: {}, lambda params, x, routing: jnp.zeros((), x.dtype))
 
 
@@ -87,6 +94,9 @@ def copy_experts(num_experts: int) -> Bank:
     Returns:
         A bank without params; the layer's output is then as wide as its input.
 
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
     Example:
         >>> copy_experts(1).num_experts
         1
@@ -94,6 +104,7 @@ def copy_experts(num_experts: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
+    check_num_experts(num_experts)
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         weights = jnp.where(routing.chosen, routing.weights, 0).sum(axis=-1)  # [T]
@@ -112,6 +123,9 @@ def constant_experts(num_experts: int, width: int) -> Bank:
     Returns:
         A bank with params ``{"vectors": [E, O]}``, zero at first.
 
+    Raises:
+        ValueError: if a number is not a positive integer.
+
     Example:
         >>> constant_experts(2, 4).init(jax.random.key(0))["vectors"].shape
         (2, 4)
@@ -119,6 +133,8 @@ def constant_experts(num_experts: int, width: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
+    check_num_experts(num_experts)
+    check_widths("constant_experts", width)
 
     def init(key: Array) -> Params:
         return {"vectors": jnp.zeros((num_experts, width), jnp.float32)}

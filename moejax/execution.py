@@ -31,7 +31,8 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
 
     Raises:
-        ValueError: if an expert does not return one output per token.
+        ValueError: if the gates are not one for each token and expert, or an expert does not
+            return one output per token.
 
     Example:
         >>> experts = moejax.stack(moejax.linear(3, 2), 4)
@@ -40,10 +41,12 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
         (5, 2)
     """
+    _check_gates(gates, params, len(x))
     if accepts(expert, "matmul"):
         # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
         expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
-    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, T, O]
+    over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
+    outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)
     check_outputs(outputs.shape[1:], len(x))
     gates, blended = _promote(gates, outputs)
@@ -115,6 +118,16 @@ def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
     """The dtype of a mixture: that of x, or of the outputs if x holds integers."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype
+
+
+def _check_gates(gates: Array, params: Params, num_tokens: int) -> None:
+    # One gate for all experts would broadcast; params may be empty, and then have no axis E.
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(gates.shape) != 2 or len(gates) != num_tokens or leading - {gates.shape[1:]}:
+        raise ValueError(
+            f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
+            f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."
+        )
 
 
 def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:

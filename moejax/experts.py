@@ -74,7 +74,7 @@ def linear(
         >>> layer.apply(params, jnp.ones((5, 3))).shape
         (5, 2)
     """
-    _check_widths("linear", d_in, d_out)
+    check_widths("linear", d_in, d_out)
     kernel_init = kernel_init or fan_in_uniform(d_in)
     bias_init = bias_init or fan_in_uniform(d_in)
 
@@ -125,7 +125,7 @@ def mlp(
             f"`mlp` needs at least an input and an output width, got {widths}: "
             "write mlp(784, 50, 10)."
         )
-    _check_widths("mlp", *widths)
+    check_widths("mlp", *widths)
     layers = [layer(d_in, d_out) for d_in, d_out in pairwise(widths)]
 
     def init(key: Array) -> Params:
@@ -175,7 +175,7 @@ def glu(
     References:
         Shazeer, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_, 2020
     """
-    _check_widths("glu", d_model, d_hidden)
+    check_widths("glu", d_model, d_hidden)
     up, down = layer(d_model, d_hidden), layer(d_hidden, d_model)
 
     def init(key: Array) -> Params:
@@ -211,8 +211,7 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         >>> params["kernel"].shape, experts.apply(params, jnp.ones((5, 3))).shape
         ((4, 3, 2), (4, 5, 2))
     """
-    if not (is_integer(num_experts) and num_experts >= 1):
-        raise ValueError(f"`num_experts` must be an integer, at least 1, got {num_experts}.")
+    check_num_experts(num_experts)
 
     def init(key: Array) -> Params:
         return jax.vmap(layer.init)(jax.random.split(key, num_experts))
@@ -221,6 +220,12 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         return jax.vmap(layer.apply, in_axes=(0, None))(params, x)  # [E, T, O]
 
     return Layer(init, apply)
+
+
+def check_num_experts(num_experts: int) -> None:
+    """Refuses a number of experts that is no positive integer."""
+    if not (is_integer(num_experts) and num_experts >= 1):
+        raise ValueError(f"`num_experts` must be an integer, at least 1, got {num_experts}.")
 
 
 def check_stacked(params: Params, num_experts: int) -> None:
@@ -234,6 +239,12 @@ def check_stacked(params: Params, num_experts: int) -> None:
             )
 
 
+def check_widths(name: str, *widths: int) -> None:
+    """Refuses widths that are no positive integers."""
+    if not all(is_integer(width) and width > 0 for width in widths):
+        raise ValueError(f"The widths of `{name}` must be positive integers, got {widths}.")
+
+
 def _check_input(x: Array, kernel: Array) -> None:
     d_in, d_out = kernel.shape[-2:]
     if x.shape[-1:] != (d_in,):
@@ -243,8 +254,3 @@ def _check_input(x: Array, kernel: Array) -> None:
     # The kernel is cast to the dtype of x: to integers, it would be zeros.
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
-
-
-def _check_widths(name: str, *widths: int) -> None:
-    if not all(is_integer(width) and width > 0 for width in widths):
-        raise ValueError(f"The widths of `{name}` must be positive integers, got {widths}.")

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 CHECKSUM = "sha256"
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64", "bfloat16")
 
 
 def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
@@ -25,9 +27,11 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 
     Args:
         path: where; what stood there before is replaced only once the new file is complete.
-        arrays: by name.
+        arrays: by name; booleans, integers, or floats of 16 to 64 bits.
 
     Raises:
+        ValueError: if a name is not a string, or an array has a dtype that `load` cannot read;
+            names them. Nothing is written then.
         ImportError: without safetensors; names the command that installs it.
 
     Example:
@@ -38,7 +42,8 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
         (2, 3)
     """
     # safetensors writes the buffer of a transposed array as it lies in memory: make it C order.
-    contiguous = {name: np.array(array, order="C") for name, array in arrays.items()}
+    contiguous = {name: _native(np.array(array, order="C")) for name, array in arrays.items()}
+    _check(contiguous)
     metadata = {CHECKSUM: _digest(contiguous)}
     partial = Path(path).with_name(Path(path).name + ".partial")
     partial.write_bytes(_safetensors().numpy.save(contiguous, metadata=metadata))
@@ -74,6 +79,26 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if expected != _digest(arrays):
         raise ValueError(f"{path} is damaged: its content does not have its checksum.")
     return arrays
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    # The checksum is of bytes, and what is read back is in the byte order of the machine.
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _check(arrays: Mapping[str, np.ndarray]) -> None:
+    unnamed = [name for name in arrays if not isinstance(name, str) or name == "__metadata__"]
+    if unnamed:
+        raise ValueError(
+            f'The names of arrays must be strings, and not "__metadata__", got {unnamed}: make a '
+            "flat dict of the arrays."
+        )
+    unknown = {name: a.dtype.name for name, a in arrays.items() if a.dtype.name not in DTYPES}
+    if unknown:
+        raise ValueError(
+            f"The dtypes of arrays must be of {', '.join(DTYPES)}, got {unknown}: cast the arrays, "
+            "and flatten nested dicts."
+        )
 
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:

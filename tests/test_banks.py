@@ -121,6 +121,27 @@ def test_a_mixture_needs_a_bank():
         moejax.moe_of(router=moejax.linear(D, 1), route=moejax.switch)
 
 
+BANKS = {
+    "networks": partial(moejax.networks, moejax.linear(D, D)),
+    "zero_experts": moejax.zero_experts,
+    "copy_experts": moejax.copy_experts,
+    "constant_experts": partial(moejax.constant_experts, width=D),
+}
+
+
+@pytest.mark.parametrize("kind", BANKS)
+@pytest.mark.parametrize("number", [-1, 0, 1.5, None])
+def test_a_bank_has_a_positive_number_of_experts(kind, number):
+    with pytest.raises(ValueError, match=f"`num_experts` must be an integer, .* got {number}"):
+        BANKS[kind](num_experts=number)
+
+
+@pytest.mark.parametrize("width", [0, 1.5])
+def test_constants_have_a_positive_width(width):
+    with pytest.raises(ValueError, match=r"`constant_experts` must be positive integers"):
+        moejax.constant_experts(2, width)
+
+
 @pytest.mark.parametrize("constant_width", [1, 3])
 def test_banks_must_agree_on_the_output(constant_width, key):
     banks = moejax.networks(moejax.glu(4, 8), 3), moejax.constant_experts(1, constant_width)

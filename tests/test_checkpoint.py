@@ -262,6 +262,20 @@ def test_misfits_name_the_leaf(two, name):
         checkpoint.restore(folder, change(states[20]))
 
 
+@pytest.mark.parametrize("step", [-1, 3.0, np.float32(3), jnp.ones(()), jnp.arange(2), "3", None])
+def test_a_checkpoint_that_could_not_be_found_is_not_written(tmp_path, step):
+    with pytest.raises(ValueError, match=re.escape(f"integer of at least 0, got {step!r}.")):
+        checkpoint.save(tmp_path, {"w": jnp.ones(3)}, step=step)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [np.int64(7), jnp.array(7, jnp.int32), np.array(7, np.uint8)])
+def test_the_step_may_be_a_scalar_array(tmp_path, step):
+    checkpoint.save(tmp_path, {"w": jnp.ones(3)}, step=step)
+    assert checkpoint.latest(tmp_path) == 7
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(3)}).step == 7
+
+
 def test_what_cannot_be_saved(tmp_path):
     with checkpoint.writer(tmp_path) as save:
         with pytest.raises(ValueError, match="`rate` is a <class 'float'>"):

@@ -1,5 +1,6 @@
 """Every rule x schedule x dtype, in value and in gradient, against the obvious loop."""
 
+import re
 from functools import partial
 
 import jax
@@ -89,6 +90,23 @@ def test_an_expert_must_answer_for_every_token(schedule, expert):
     routing = moejax.top_k(jnp.zeros((T, E)), k=2)
     with pytest.raises(ValueError, match="one output per token"):
         SCHEDULES[schedule](expert, params, x, routing)
+
+
+@pytest.mark.parametrize("shape", [(T, 1), (1, E), (E,), (T, E, 1), (T, E + 1), (T + 1, E)])
+def test_gates_that_would_broadcast_are_refused(shape):
+    expert = moejax.linear(D, 2)
+    params, x, _ = problem(expert)
+    with pytest.raises(ValueError, match=re.escape(f"got {list(shape)} and leaves [[{E}]]")):
+        moejax.mixture(expert.apply, params, x, jnp.ones(shape))
+
+
+def test_experts_may_have_no_parameters():
+    expert = lambda params, x: jnp.sin(x)  # noqa: E731
+    _, x, logits = problem(moejax.linear(D, 2))
+    routing = moejax.top_k(logits, k=2)
+    y = moejax.dense(expert, {}, x, routing)
+    np.testing.assert_allclose(y, jnp.sin(x), rtol=1e-6)  # the gates sum to one
+    np.testing.assert_allclose(y, moejax.dropless(expert, {}, x, routing), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_experts", [4, 40])

@@ -25,6 +25,31 @@ def test_import_is_light_and_starts_no_backend():
     assert result.returncode == 0, result.stderr
 
 
+def test_modules_are_attributes_without_an_import_of_their_own():
+    code = (
+        "import moejax\n"
+        "moejax.adapters.from_linen, moejax.checkpoint.save, moejax.conversion.to_torch\n"
+        "moejax.datasets.toy, moejax.plot, moejax.sharding.shardings\n"
+        "moejax.training.train_step, moejax.weights.load\n"
+        "assert not hasattr(moejax, 'layers')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_naming_the_modules_imports_none():
+    code = (
+        "import sys, moejax\n"
+        "named = {'adapters', 'checkpoint', 'conversion', 'datasets'}\n"
+        "named |= {'plot', 'sharding', 'training', 'weights'}\n"
+        "assert named <= {*dir(moejax)}\n"
+        "loaded = [name for name in named if f'moejax.{name}' in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def imports(module):
     """Which other modules of the package a module, or a folder of them, imports."""
     path = PACKAGE / module

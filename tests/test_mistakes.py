@@ -1,6 +1,7 @@
 """Mistakes that mixtures of experts are known for, each with the test that it is not made here."""
 
-import types
+import importlib
+import pkgutil
 from functools import partial
 
 import jax
@@ -91,14 +92,15 @@ def test_nothing_is_kept_between_calls():
     first = [loss(routing) for loss in (moejax.load_balancing_loss, moejax.importance_loss)]
     second = [loss(routing) for loss in (moejax.load_balancing_loss, moejax.importance_loss)]
     assert first == second
-    for module in vars(moejax).values():
-        if isinstance(module, types.ModuleType) and module.__name__.startswith("moejax."):
-            kept = {
-                name
-                for name, value in vars(module).items()
-                if isinstance(value, list | dict | set) and not name.startswith("__")
-            }
-            assert not kept, f"{module.__name__} keeps {kept}"
+    names = [module.name for module in pkgutil.walk_packages(moejax.__path__, prefix="moejax.")]
+    assert {"moejax.capacity", "moejax.routing.basic"} <= {*names}
+    for module in [moejax, *map(importlib.import_module, names)]:
+        kept = {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, list | dict | set) and not name.startswith("__")
+        }
+        assert not kept, f"{module.__name__} keeps {kept}"
 
 
 def test_positions_are_counted_in_integers():

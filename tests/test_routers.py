@@ -125,3 +125,18 @@ def test_bounds_may_be_traced(dtype):
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(traced.astype(jnp.float32), expected, rtol=9 * eps, atol=eps)
     assert float(jax.grad(lambda value: jnp.abs(logits(value)).sum())(0.5)) > 0
+
+
+@pytest.mark.parametrize("value", [-4, 0, 1.5])
+def test_sizes_of_routers_are_positive_integers(value):
+    for router in (moejax.cosine, moejax.slots):
+        with pytest.raises(ValueError, match=r"widths of .* must be positive integers"):
+            router(value, 4, 2)
+    with pytest.raises(ValueError, match=r"widths of .* must be positive integers"):
+        moejax.cosine(3, value, 2)
+    with pytest.raises(ValueError, match=f"`num_experts` .* got {value}"):
+        moejax.cosine(3, 4, value)
+    with pytest.raises(ValueError, match=f"`num_experts` .* got {value}"):
+        moejax.slots(3, value, 2)
+    with pytest.raises(ValueError, match=f"`slots_per_expert` .* got {value}"):
+        moejax.slots(3, 4, value)

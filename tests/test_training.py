@@ -1,5 +1,7 @@
 """Training: the step, the order of examples, the scan, and the look inside."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 
 from moejax.training import (
     batch_sizes,
+    empty_metrics,
     epoch_order,
     init_state,
     inspect_step,
     scan_batches,
     train_epoch,
     train_step,
+    train_until,
 )
 
 # Optax's Adam raises a float to the power of an integer count, which strict promotion refuses.
@@ -102,3 +106,61 @@ def test_an_epoch_compiles_once():
     state, _ = run(start())
     with jax.no_tracing():
         run(state)
+
+
+def pair_loss(params, batch, key):
+    x, y = batch
+    return jnp.mean((x @ params["w"] - y) ** 2), {}
+
+
+PAIR_STEP = train_step(pair_loss, OPTIMIZER)
+
+
+def by_indices(data):
+    return scan_batches(PAIR_STEP, start(), data, np.arange(8).reshape(2, 4))
+
+
+def by_epoch(data):
+    return train_epoch(PAIR_STEP, start(), data, batch_size=4)
+
+
+def by_pieces(data):
+    metrics = {"loss": jnp.zeros(3)}
+    order = np.asarray(epoch_order(start(), 0, 10))
+    return train_until(PAIR_STEP, start(), metrics, data, order, 3, batch_size=4)
+
+
+def by_shapes(data):
+    return empty_metrics(PAIR_STEP, start(), data, batch_size=4)
+
+
+@pytest.mark.parametrize("run", [by_indices, by_epoch, by_pieces, by_shapes])
+@pytest.mark.parametrize("data", [(X, X[:7, 0]), (X[:7], X[:, 0]), (X, X[0, 0]), ()])
+def test_arrays_of_other_lengths_are_refused(run, data):
+    shapes = [list(leaf.shape) for leaf in data]
+    with pytest.raises(
+        ValueError, match=re.escape(f"with one N, the number of examples, got shapes {shapes}")
+    ):
+        run(data)
+
+
+@pytest.mark.parametrize("length", [9, 11])
+def test_the_order_must_be_that_of_the_data(length):
+    order = epoch_order(start(), 0, length)
+    with pytest.raises(ValueError, match=rf"each of the 10 examples, got \[{length}\]"):
+        train_until(STEP, start(), {"loss": jnp.zeros(3)}, X, order, 3, batch_size=4)
+
+
+@pytest.mark.parametrize("run", [by_indices, by_epoch, by_pieces])
+def test_numpy_data_trains_outside_of_jit(run):
+    data = X, X[:, 0]
+    state, metrics = run(jax.tree.map(np.asarray, data))
+    expected, expected_metrics = run(data)
+    np.testing.assert_array_equal(state.params["w"], expected.params["w"])
+    np.testing.assert_array_equal(metrics["loss"], expected_metrics["loss"])
+
+
+def test_no_metric_replaces_the_loss():
+    named_loss = lambda params, batch, key: (jnp.sum(params["w"]), {"loss": jnp.ones(())})  # noqa: E731
+    with pytest.raises(ValueError, match='called "loss"'):
+        jax.eval_shape(train_step(named_loss, OPTIMIZER), start(), X)

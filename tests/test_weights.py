@@ -1,5 +1,7 @@
 """Weights on disk: exact, and never silently wrong."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ def path(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_round_trip_is_exact(path, dtype):
     array = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
     weights.save(path, {"array": array, "transposed": array.T, "scalar": array[0, 1]})
@@ -65,6 +67,40 @@ def test_a_file_from_elsewhere_is_refused(path):
 
 def test_a_failed_save_leaves_the_old_file(path):
     weights.save(path, {"weight": np.ones(3)})
-    with pytest.raises(Exception, match="Unknown dtype"):
+    with pytest.raises(ValueError, match="dtypes"):
         weights.save(path, {"weight": np.ones(3, dtype=object)})
     np.testing.assert_array_equal(weights.load(path)["weight"], np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i8", ">f2"])
+def test_the_other_byte_order_is_read_back_as_the_same_numbers(path, dtype):
+    array = np.arange(6, dtype=dtype).reshape(2, 3)
+    weights.save(path, {"array": array})
+    loaded = weights.load(path)["array"]
+    assert loaded.dtype == array.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(loaded, array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        jnp.ones(2, jnp.float8_e4m3fn),
+        jnp.ones(2, jnp.float8_e5m2),
+        jnp.ones(2, jnp.int4),
+        np.ones(2, np.complex64),
+        np.array(["a"]),
+        {"nested": np.ones(2)},
+        None,
+    ],
+)
+def test_what_could_not_be_read_is_not_written(path, array):
+    with pytest.raises(ValueError, match=f"got {{'odd': '{np.array(array).dtype.name}'}}"):
+        weights.save(path, {"odd": array, "weight": np.ones(3)})
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", [1, ("a", "b"), "__metadata__"])
+def test_names_are_strings(path, name):
+    with pytest.raises(ValueError, match=re.escape(f"got [{name!r}]")):
+        weights.save(path, {name: np.ones(3)})
+    assert not list(path.parent.iterdir())

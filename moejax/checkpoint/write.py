@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 
@@ -20,7 +21,7 @@ def save(
     folder: str | Path,
     state: Any,
     *,
-    step: int,
+    step: SupportsIndex,
     config: dict[str, Any] | None = None,
     keep: int | None = 3,
 ) -> None:
@@ -29,13 +30,14 @@ def save(
     Args:
         folder: where the checkpoints of a run are; made if missing.
         state: any pytree of arrays: parameters, optimizer state, router state, PRNG keys.
-        step: its number, larger than that of every checkpoint in the folder.
+        step: its number, an integer of at least zero and larger than that of every checkpoint in
+            the folder; a scalar array, such as ``state.step``, will do.
         config: anything that JSON can hold.
         keep: how many to keep; older ones are deleted. None keeps all.
 
     Raises:
-        ValueError: if a leaf is not an array, the configuration is not JSON, or the folder holds
-            a later checkpoint.
+        ValueError: if a leaf is not an array, the configuration is not JSON, the step is not a
+            number of a checkpoint, or the folder holds a later one.
         OSError: if it cannot be written. The checkpoints before it are untouched.
 
     Example:
@@ -111,11 +113,12 @@ def _save(
     keep: int | None,
     state: Any,
     *,
-    step: int,
+    step: SupportsIndex,
     config: dict[str, Any] | None = None,
 ) -> None:
     from orbax.checkpoint import args
 
+    step = _number(step)
     leaves = named_leaves(state)
     manifest = describe(leaves, step, config or {})
     arrays = {name: stored(leaf) for name, leaf in leaves.items() if leaf.size}
@@ -130,6 +133,17 @@ def _save(
     items = args.Composite(state=args.PyTreeSave(arrays), manifest=args.JsonSave(manifest))
     with _write_errors(folder):
         apart(background.save, folder / str(step), args=items)
+
+
+def _number(step: Any) -> int:
+    # Only folders whose names are digits are checkpoints: any other could not be found again.
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
+    return number
 
 
 @contextmanager

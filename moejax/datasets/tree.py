@@ -22,10 +22,10 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 EXACT_MODES = ("L", "1", "P", "RGB")  # those that Pillow turns into 8-bit grey without loss
 
 # SHA-256 of MNIST's (label, pixels) records in sorted order, so that file names do not matter.
-MNIST_SHA256 = [
+MNIST_SHA256 = (
     "da6370735bf1d490f086dde49c15f2ed0480ad05dc7c70abf5d36bf471d5e312",
     "0c7bc63f656fb2440dc2b5bea4ff3ac8632e305b73ec1dc88141a32d36204fac",
-]
+)
 
 # Per digit folder, train 0-9 and then test 0-9: (name, bytes, modification time, change time) of
 # every image. Writing a file moves its change time, which no program can set back.
@@ -62,7 +62,7 @@ def read_tree(folder: Path) -> tuple[Split, Split, bool]:
     if scan(folder) != files:
         raise ValueError(f"{folder} must not change while it is read, but did; load it again.")
     train, test = _splits(images, files)
-    is_mnist = [fingerprint(train), fingerprint(test)] == MNIST_SHA256
+    is_mnist = (fingerprint(train), fingerprint(test)) == MNIST_SHA256
     line = json.dumps({"key": key, "is_mnist": is_mnist}).encode() + b"\n"
     store_checked(cached, line + images.tobytes())
     return train, test, is_mnist

@@ -47,6 +47,9 @@ def scan_batches(
     Returns:
         The state after S steps, and each metric of every step, shape [S, ...].
 
+    Raises:
+        ValueError: if the arrays of the data do not share axis 0.
+
     Example:
         >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
@@ -56,6 +59,7 @@ def scan_batches(
         >>> metrics["loss"].shape, int(state.step)
         ((2,), 2)
     """
+    data, _ = _examples(data)
 
     def body(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
         return step(state, jax.tree.map(lambda leaf: leaf[rows], data))
@@ -81,7 +85,8 @@ def train_epoch(
         The state after the epoch, and each metric of every step; weigh them with `batch_sizes`.
 
     Raises:
-        ValueError: if the batch size is not between 1 and N.
+        ValueError: if the batch size is not between 1 and N, or the arrays of the data do not
+            share axis 0.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -91,7 +96,7 @@ def train_epoch(
         >>> metrics["loss"].shape
         (3,)
     """
-    num_examples = len(jax.tree.leaves(data)[0])
+    data, num_examples = _examples(data)
     sizes = batch_sizes(num_examples, batch_size)
     order = epoch_order(state, state.step // len(sizes), num_examples)
     whole = num_examples - num_examples % batch_size
@@ -130,6 +135,10 @@ def train_until(
     Returns:
         The state after the steps, and the metrics.
 
+    Raises:
+        ValueError: if the batch size is not between 1 and N, or the arrays of the data and the
+            order do not share axis 0.
+
     Example:
         >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
@@ -140,7 +149,13 @@ def train_until(
         >>> int(state.step), (metrics["loss"] > 0).tolist()
         (2, [True, True, False])
     """
-    num_examples = len(order)
+    data, num_examples = _examples(data)
+    order = jnp.asarray(order)
+    if order.shape != (num_examples,):
+        raise ValueError(
+            f"`order` must have one index for each of the {num_examples} examples, got "
+            f"{list(order.shape)}: make it with `epoch_order`."
+        )
     sizes = batch_sizes(num_examples, batch_size)
     first = state.step // len(sizes) * len(sizes)  # step of the epoch
     whole = num_examples // batch_size
@@ -176,6 +191,10 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
     Returns:
         Zeros [S, ...] for each metric, where S is the number of steps.
 
+    Raises:
+        ValueError: if the batch size is not between 1 and N, or the arrays of the data do not
+            share axis 0.
+
     Example:
         >>> from moejax.training import init_state, train_step
         >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
@@ -183,7 +202,8 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
         >>> empty_metrics(step, state, jnp.ones((5, 1)), batch_size=2)
         {'loss': Array([0., 0., 0.], dtype=float32)}
     """
-    steps = len(batch_sizes(len(jax.tree.leaves(data)[0]), batch_size))
+    data, num_examples = _examples(data)
+    steps = len(batch_sizes(num_examples, batch_size))
     batch = jax.tree.map(lambda leaf: leaf[:batch_size], data)
     _, one = jax.eval_shape(step, state, batch)
     return jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), one)
@@ -213,3 +233,16 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
         )
     rest = num_examples % batch_size
     return (batch_size,) * (num_examples // batch_size) + ((rest,) if rest else ())
+
+
+def _examples(data: Any) -> tuple[Any, int]:
+    # JAX arrays, also of NumPy's, which no tracer can index; and how many examples they hold.
+    data = jax.tree.map(jnp.asarray, data)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(data)]
+    # A gather clamps the indices: with a shorter array it would give wrong pairs of rows.
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(
+            "The data must be a pytree of arrays [N, ...] with one N, the number of examples, got "
+            f"shapes {[list(shape) for shape in shapes]}."
+        )
+    return data, shapes[0][0]

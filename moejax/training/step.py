@@ -62,6 +62,9 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
     Returns:
         The step. Its metrics are the loss's, taken before the update, and ``"loss"`` itself.
 
+    Raises:
+        ValueError: in the step, if a metric of the loss is called ``"loss"``.
+
     Example:
         >>> loss = lambda params, x, key: (jnp.sum((params - x) ** 2), {})
         >>> step = jax.jit(train_step(loss, optax.sgd(0.5)))
@@ -75,6 +78,11 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, batch, step_key(state)
         )
+        if "loss" in metrics:
+            raise ValueError(
+                'No metric may be called "loss", the name of what is minimised, got '
+                f"{sorted(metrics)}: rename it."
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(params, opt_state, state.step + 1, state.key)
