@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -93,10 +94,12 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]
     calls = [_calls_per_turn(one) for one in everyone]
     before = processor_seconds()
     seconds: list[list[float]] = [[] for _ in everyone]
+    orders = random.Random(0)
     for _ in range(rounds):
-        for one, count, times in zip(everyone, calls, seconds, strict=True):
-            if sum(times) < PATIENCE:
-                times.append(_turn(one, count))
+        # In another order each time: who follows a contender that fills the cache is slower.
+        for index in orders.sample(range(len(everyone)), len(everyone)):
+            if sum(seconds[index]) < PATIENCE:
+                seconds[index].append(_turn(everyone[index], calls[index]))
     others = busy_elsewhere(before, processor_seconds())
     medians = [statistics.median(times) for times in seconds]
     flop_rate = everyone[0].flops / medians[0]
