@@ -14,6 +14,7 @@ from moejax.dropless import dropless
 from moejax.execution import dense
 from moejax.experts import check_stacked, stack
 from moejax.routing import mask_tokens, softmax
+from moejax.transforms import only_accepted
 from moejax.types import Array, Layer, Params, Routing, accepts, at_least_float32, check_mask
 
 
@@ -146,12 +147,22 @@ def _decide(
     mask: Array | None,
 ) -> Any:
     router_key, route_key = (None, None) if key is None else jax.random.split(key)
-    takes_key = {"key": router_key} if accepts(router.apply, "key") else {}
-    outputs = router.apply(params, _router_input(tokens), **takes_key)
+    keyed = only_accepted(router, key=router_key)
+    outputs = router.apply(params, _router_input(tokens), **keyed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     _check_logits(outputs[0], len(tokens), num_experts)
     extras = {"key": route_key, "mask": mask}
     given = {k: v for k, v in extras.items() if accepts(route, k) and not _keeps(route, k, v)}
+    _check_rule(route, outputs, given)
+    decision = route(*outputs, **given)
+    if mask is None or accepts(route, "mask"):
+        return decision
+    return mask_tokens(decision, mask)
+
+
+def _check_rule(
+    route: Callable[..., Any], outputs: tuple[Array, ...], given: dict[str, Any]
+) -> None:
     try:
         inspect.signature(route).bind(*outputs, **given)
     except TypeError as error:
@@ -159,10 +170,6 @@ def _decide(
             f"The rule must take what the router returns, {len(outputs)} arrays, got: {error}. "
             "`noisy` goes with `noisy_top_k`, any other router with a rule of the logits alone."
         ) from error
-    decision = route(*outputs, **given)
-    if mask is None or accepts(route, "mask"):
-        return decision
-    return mask_tokens(decision, mask)
 
 
 def _keeps(route: Callable[..., Any], name: str, value: Array | None) -> bool:
