@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moejax.dropless import dropless
 from moejax.execution import gates_by_expert, output_dtype
-from moejax.experts import check_num_experts, check_stacked, check_widths, stack
+from moejax.experts import check_count, check_stacked, check_widths, stack
 from moejax.layer import flatten_tokens, routed
 from moejax.types import Array, Layer, Params, Routing, at_least_float32, takes
 
@@ -81,7 +81,7 @@ def zero_experts(num_experts: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
     return Bank(num_experts, lambda key: {}, lambda params, x, routing: jnp.zeros((), x.dtype))
 
 
@@ -104,7 +104,7 @@ def copy_experts(num_experts: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         weights = jnp.where(routing.chosen, routing.weights, 0).sum(axis=-1)  # [T]
@@ -133,7 +133,7 @@ def constant_experts(num_experts: int, width: int) -> Bank:
     References:
         Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
     """
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
     check_widths("constant_experts", width)
 
     def init(key: Array) -> Params:

@@ -6,7 +6,6 @@ it in value and in gradient wherever nothing is dropped.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.experts import check_stacked
-from moejax.products import side_by_side
-from moejax.types import Array, Expert, Params, Routing, accepts, by_expert, takes
+from moejax.products import side_by_side, with_product
+from moejax.types import Array, Expert, Params, Routing, by_expert, takes
 
 
 def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
@@ -42,9 +41,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         (5, 2)
     """
     _check_gates(gates, params, len(x))
-    if accepts(expert, "matmul"):
-        # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
-        expert = partial(expert, matmul=jax.tree_util.Partial(side_by_side))
+    expert = with_product(expert, side_by_side)
     over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
     outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)

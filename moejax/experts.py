@@ -211,7 +211,7 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         >>> params["kernel"].shape, experts.apply(params, jnp.ones((5, 3))).shape
         ((4, 3, 2), (4, 5, 2))
     """
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
 
     def init(key: Array) -> Params:
         return jax.vmap(layer.init)(jax.random.split(key, num_experts))
@@ -222,10 +222,10 @@ def stack(layer: Layer, num_experts: int) -> Layer:
     return Layer(init, apply)
 
 
-def check_num_experts(num_experts: int) -> None:
-    """Refuses a number of experts that is no positive integer."""
-    if not (is_integer(num_experts) and num_experts >= 1):
-        raise ValueError(f"`num_experts` must be an integer, at least 1, got {num_experts}.")
+def check_count(name: str, count: int) -> None:
+    """Refuses a number of things that is no positive integer."""
+    if not (is_integer(count) and count >= 1):
+        raise ValueError(f"`{name}` must be an integer, at least 1, got {count}.")
 
 
 def check_stacked(params: Params, num_experts: int) -> None:

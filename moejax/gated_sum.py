@@ -14,8 +14,8 @@ from moejax.batched_pass import ROWS, Apply, cotangents, outputs_of_slots
 from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable
 from moejax.dispatch import Slots, Sorted, assign_slots, combine
 from moejax.execution import check_array, check_outputs, output_dtype
-from moejax.products import few_rows
-from moejax.types import Array, Expert, Params, accepts
+from moejax.products import few_rows, with_product
+from moejax.types import Array, Expert, Params
 
 
 class Split(NamedTuple):
@@ -88,8 +88,7 @@ def _closed(
     expert: Expert, params: Params, x: Array, sizes: tuple[int, ...]
 ) -> tuple[Apply, list[Array]]:
     """Makes arguments of the traced arrays that an expert closes over: they may have gradients."""
-    if accepts(expert, "matmul"):
-        expert = partial(expert, matmul=jax.tree_util.Partial(few_rows))
+    expert = with_product(expert, few_rows)
     converted = {}
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params)
     for size in sizes:

@@ -8,12 +8,11 @@ error, weighted by how well it explains the target compared with the others.
 from __future__ import annotations
 
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, at_least_float32, check_mask
+from moejax.types import Array, at_least_float32, check_mask, positive_like
 
 
 def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None = None) -> Array:
@@ -79,7 +78,7 @@ def gaussian_log_likelihood(
     """
     _check_targets(means, targets)
     means = at_least_float32(means)
-    variance = _checked_variance(variance, means)
+    variance = positive_like("variance", variance, "means", means)
     error = means - targets.astype(means.dtype)
     log_p = -0.5 * (error**2 / variance + jnp.log(variance) + math.log(2 * math.pi))
     return _sum_features(log_p)
@@ -142,18 +141,6 @@ def _nll(log_gates: Array, log_likelihoods: Array) -> Array:
 
 def _sum_features(log_p: Array) -> Array:
     return log_p.sum(axis=range(2, log_p.ndim)).T  # [E, T, ...] -> [T, E]
-
-
-def _checked_variance(variance: Array | float, means: Array) -> Array:
-    value = jnp.asarray(variance).astype(means.dtype)
-    sizes = zip(value.shape[::-1], means.shape[::-1], strict=False)
-    fits = value.ndim <= means.ndim and all(size in (1, whole) for size, whole in sizes)
-    if not fits or (isinstance(variance, numbers.Real) and not variance > 0):
-        raise ValueError(
-            f"`variance` must be positive and broadcast to the means {list(means.shape)}, got "
-            f"{variance if isinstance(variance, numbers.Real) else list(value.shape)}."
-        )
-    return value
 
 
 def _check_targets(outputs: Array, targets: Array) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array
+from moejax.types import Array, Expert, Matmul, accepts
+
+
+def with_product(expert: Expert, product: Matmul) -> Expert:
+    """The expert with this ``matmul``, if it takes one."""
+    if not accepts(expert, "matmul"):
+        return expert
+    # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
+    return partial(expert, matmul=jax.tree_util.Partial(product))
 
 
 @jax.custom_batching.custom_vmap

@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moejax.experts import check_num_experts, check_widths, linear
+from moejax.experts import check_count, check_widths, linear
 from moejax.transforms import only_accepted
-from moejax.types import Array, Layer, Params, at_least_float32, is_integer
+from moejax.types import Array, Layer, Params, at_least_float32
 
 
 def noisy(router: Layer, noise_router: Layer) -> Layer:
@@ -80,7 +80,7 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
         Chi et al., `On the Representation Collapse of Sparse Mixture of Experts
         <https://arxiv.org/abs/2204.09179>`_, 2022
     """
-    check_num_experts(num_experts)
+    check_count("num_experts", num_experts)
     projection = linear(d_model, d_projected)
     directions_init = jax.nn.initializers.lecun_normal()
 
@@ -127,11 +127,8 @@ def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
         <https://arxiv.org/abs/2308.00951>`_, 2023
     """
     check_widths("slots", d_model)
-    check_num_experts(num_experts)
-    if not (is_integer(slots_per_expert) and slots_per_expert >= 1):
-        raise ValueError(
-            f"`slots_per_expert` must be an integer, at least 1, got {slots_per_expert}."
-        )
+    check_count("num_experts", num_experts)
+    check_count("slots_per_expert", slots_per_expert)
     slots_init = jax.nn.initializers.normal(1 / math.sqrt(d_model))
 
     def init(key: Array) -> Params:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, Layer, Params, accepts
+from moejax.types import Array, Layer, Params, accepts, is_number
 
 
 def jittered(router: Layer, *, epsilon: float) -> Layer:
@@ -103,7 +102,7 @@ def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
 
 def _check_positive(name: str, value: Array | float) -> None:
     # Numbers alone: what an array holds is not known while it is traced.
-    if isinstance(value, numbers.Real) and not value > 0:
+    if is_number(value) and not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.")
 
 

@@ -184,6 +184,24 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of Python or NumPy, and no array, which may be traced."""
+    return isinstance(value, numbers.Real)
+
+
+def positive_like(name: str, value: Array | float, of: str, array: Array) -> Array:
+    """The value in the dtype of an array to which it broadcasts; a number must be positive."""
+    converted = jnp.asarray(value).astype(array.dtype)
+    sizes = zip(converted.shape[::-1], array.shape[::-1], strict=False)
+    fits = converted.ndim <= array.ndim and all(size in (1, whole) for size, whole in sizes)
+    if not fits or (is_number(value) and not value > 0):
+        raise ValueError(
+            f"`{name}` must be positive and broadcast to the {of} {list(array.shape)}, got "
+            f"{value if is_number(value) else list(converted.shape)}."
+        )
+    return converted
+
+
 def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
     """Refuses a mask that would broadcast, or whose numbers could mean anything."""
     if mask.shape != shape or mask.dtype != bool:

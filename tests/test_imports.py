@@ -13,6 +13,12 @@ ORDER = ["types", "experts", "routing", "losses", "execution"]
 ORDER += ["dispatch", "blocks", "capacity", "dropless", "grouped_matmul", "layer"]
 
 
+def run_afresh(code):
+    """Runs a program in an interpreter that has imported nothing yet."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_import_is_light_and_starts_no_backend():
     code = (
         "import sys, moejax\n"
@@ -21,8 +27,7 @@ def test_import_is_light_and_starts_no_backend():
         "assert not loaded, loaded\n"
         "assert not xla_bridge.backends_are_initialized()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_afresh(code)
 
 
 def test_modules_are_attributes_without_an_import_of_their_own():
@@ -33,8 +38,7 @@ def test_modules_are_attributes_without_an_import_of_their_own():
         "moejax.training.train_step, moejax.weights.load\n"
         "assert not hasattr(moejax, 'layers')\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_afresh(code)
 
 
 def test_naming_the_modules_imports_none():
@@ -46,8 +50,7 @@ def test_naming_the_modules_imports_none():
         "loaded = [name for name in named if f'moejax.{name}' in sys.modules]\n"
         "assert not loaded, loaded\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_afresh(code)
 
 
 def imports(module):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import checked_logits, top_k
-from moejax.types import Array, Routing
+from moejax.types import Array, Routing, is_number, positive_like
 
 
 def noisy_top_k(
@@ -48,7 +46,7 @@ def noisy_top_k(
         Mixture-of-Experts Layer <https://arxiv.org/abs/1701.06538>`_, 2017
     """
     clean = checked_logits(logits)
-    noise_scale = _checked_scale(noise_scale, clean)
+    noise_scale = positive_like("noise_scale", noise_scale, "logits", clean)
     if key is None:
         return choose_noisy(clean, clean, noise_scale, k=k)
     noise = jax.random.normal(key, clean.shape, clean.dtype)
@@ -100,7 +98,7 @@ def gshard_top_2(
     References:
         Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020
     """
-    if isinstance(threshold, numbers.Real) and not threshold > 0:
+    if is_number(threshold) and not threshold > 0:
         raise ValueError(
             f"`threshold` must be positive, got {threshold}: use `top_k(k=2)` to keep every "
             "second choice."
@@ -116,15 +114,3 @@ def gshard_top_2(
         experts=jnp.where(kept, decision.experts, decision.num_experts),
         weights=jnp.where(kept, decision.weights, 0),
     )
-
-
-def _checked_scale(noise_scale: Array | float, clean: Array) -> Array:
-    scale = jnp.asarray(noise_scale).astype(clean.dtype)
-    sizes = zip(scale.shape[::-1], clean.shape[::-1], strict=False)
-    fits = scale.ndim <= clean.ndim and all(size in (1, whole) for size, whole in sizes)
-    if not fits or (isinstance(noise_scale, numbers.Real) and not noise_scale > 0):
-        raise ValueError(
-            f"`noise_scale` must be positive and broadcast to the logits {list(clean.shape)}, got "
-            f"{list(scale.shape) if isinstance(noise_scale, Array) else noise_scale}."
-        )
-    return scale

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 
 from moejax.routing.basic import checked_logits
-from moejax.types import Array, Routing, takes
+from moejax.types import Array, Routing, is_number, takes
 
 
 def relu(logits: Array) -> Routing:
@@ -70,8 +68,7 @@ def update_l1_coefficient(
     References:
         Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
     """
-    is_number = isinstance(coefficient, numbers.Real)
-    c = jnp.asarray(coefficient, jnp.float32 if is_number else None)
+    c = jnp.asarray(coefficient, jnp.float32 if is_number(coefficient) else None)
     active = jnp.sum(routing.chosen & (routing.weights > 0))
     direction = jnp.sign(active - k * routing.present.sum())
     return c * jnp.asarray(factor, c.dtype) ** direction.astype(c.dtype)
