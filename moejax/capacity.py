@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moejax.dispatch import sort_by_expert
+from moejax.dispatch import Group, sort_by_expert
 from moejax.execution import check_problem
 from moejax.gated_sum import Split, gated_sum
 from moejax.routing import capacity_for
@@ -48,4 +48,5 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     slots = capacity_for(routing, factor=factor)
     params, x = check_problem(params, x, routing.scores.shape)
     choices = sort_by_expert(routing.experts, routing.num_experts)
-    return gated_sum(expert, params, x, routing.weights, choices, Split(slots, blocks=()))
+    split = Split((Group(routing.num_experts, slots),), blocks=())
+    return gated_sum(expert, params, x, routing.weights, choices, split)

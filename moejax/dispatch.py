@@ -2,16 +2,18 @@
 
 A *choice* is one (choice, token) pair, numbered ``j = k * T + t``: all first choices come before
 any second choice, and within those the tokens keep their order. That order is the priority with
-which ``capacity`` fills its slots. A *slot* is one row of an expert's batch, numbered
-``s = e * C + c``.
+which ``capacity`` fills its slots. A *slot* is one row of an expert's batch. Slots are numbered
+expert by expert; which expert comes first, and how many slots it has, may depend on the platform.
 """
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.types import Array
 
@@ -28,15 +30,31 @@ class Sorted(NamedTuple):
     starts: Array
 
 
+class Group(NamedTuple):
+    """Experts with equally many slots each.
+
+    Attributes:
+        size: number of experts.
+        capacity: slots per expert, C.
+    """
+
+    size: int
+    capacity: int
+
+
 class Slots(NamedTuple):
     """Which choice stands in which slot.
 
     Attributes:
-        choice: the choice in every slot; empty slots repeat a choice that is there, shape [E, C].
-        filled: whether a slot is not empty, shape [E, C].
-        slot: the slot of every choice, E * C for a choice without one, shape [K, T].
+        expert: the experts in the order of their slots, shape [E].
+        capacity: slots of every expert, by expert, shape [E].
+        choice: choice in every slot; empty slots repeat a choice that is there, shape [S].
+        filled: whether a slot is not empty, shape [S].
+        slot: the slot of every choice, S for a choice without one, shape [K, T].
     """
 
+    expert: Array
+    capacity: Array
     choice: Array
     filled: Array
     slot: Array
@@ -64,62 +82,86 @@ def sort_by_expert(experts: Array, num_experts: int) -> Sorted:
     return Sorted(order, jnp.searchsorted(keys, bounds).astype(jnp.int32))
 
 
-def assign_slots(sorted_choices: Sorted, num_tokens: int, capacity: int) -> Slots:
-    """Gives the first ``capacity`` choices of every expert a slot each.
+def assign_slots(sorted_choices: Sorted, num_tokens: int, groups: tuple[Group, ...]) -> Slots:
+    """Gives the first choices of every expert a slot each.
 
     Args:
         sorted_choices: the choices sorted by expert.
         num_tokens: T.
-        capacity: slots per expert, C.
+        groups: how many slots the experts have, those with most choices first. This is for CPU:
+            elsewhere all experts have the mean, and keep their order.
     """
     order, starts = sorted_choices
     num_experts, size = starts.size - 1, order.size
-    # Position c of expert e stands at starts[e] + c of the order.
-    position = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)  # [E, C]
-    filled = position < starts[1:, None]
+    expert, capacity = jax.lax.platform_dependent(
+        jnp.diff(starts),
+        cpu=partial(_by_load, groups),
+        default=partial(_by_load, (one_group(groups),)),
+    )
+    num_slots = sum(size * capacity for size, capacity in groups)
+    rank = jnp.repeat(np.arange(num_experts), capacity, total_repeat_length=num_slots)  # [S]
+
+    # Slot c of expert e holds what stands at starts[e] + c of the order.
+    before = jnp.cumsum(capacity, dtype=jnp.int32) - capacity  # [E]
+    number = jnp.arange(num_slots, dtype=jnp.int32)
+    position = starts[expert[rank]] + number - before[rank]  # [S]
+    filled = position < starts[expert[rank] + 1]
     choice = order[jnp.minimum(position, jnp.maximum(starts[-1] - 1, 0))]
-    numbers = jnp.arange(num_experts * capacity, dtype=jnp.int32).reshape(position.shape)
-    empty = jnp.full((size,), num_experts * capacity, jnp.int32)
-    slot = empty.at[jnp.where(filled, choice, size)].set(numbers, mode="drop")
-    return Slots(choice, filled, slot.reshape(-1, num_tokens))
+    empty = jnp.full((size,), num_slots, jnp.int32)
+    slot = empty.at[jnp.where(filled, choice, size)].set(number, mode="drop")
+    by_expert = jnp.zeros_like(capacity).at[expert].set(capacity)
+    return Slots(expert, by_expert, choice, filled, slot.reshape(-1, num_tokens))
+
+
+def one_group(groups: tuple[Group, ...]) -> Group:
+    """All experts with the mean of the slots, which must be a whole number."""
+    size = sum(group.size for group in groups)
+    return Group(size, sum(n * capacity for n, capacity in groups) // size)
+
+
+def _by_load(groups: tuple[Group, ...], load: Array) -> tuple[Array, Array]:
+    """The experts in the order of their slots, and how many each has, both ``[E]``."""
+    sizes, capacities = np.array(groups, np.int32).T
+    expert = jnp.argsort(-load) if len(groups) > 1 else jnp.arange(load.size)
+    return expert.astype(jnp.int32), jnp.asarray(np.repeat(capacities, sizes))
 
 
 def collect(rows: Array, slots: Slots) -> Array:
-    """The sum over every token's slots, ``[E, C, ...] -> [T, ...]``: gathers, no scatter."""
+    """The sum over every token's slots, ``[S, ...] -> [T, ...]``: gathers, no scatter."""
     return reduce(jnp.add, [_rows_at(rows, slot) for slot in slots.slot])
 
 
 def combine(rows: Array, weights: Array, slots: Slots) -> Array:
-    """The gated sum over every token's slots, ``[E, C, ...] -> [T, ...]``.
+    """The gated sum over every token's slots, ``[S, ...] -> [T, ...]``.
 
     ``y_t = sum_k w_kt rows_slot(k, t)``, in the dtype of the weights. The weights multiply
     rows as they are gathered, so that no weighted copy of the rows is made.
 
     Args:
-        rows: one row per slot, shape [E, C, ...].
+        rows: one row per slot, shape [S, ...].
         weights: gates of the choices, shape [K * T]; those without a slot do not matter.
         slots: who stands where.
     """
     # Not an einsum: XLA would gather [T, K, ...] first, and run one small product per token.
     weighted = [
-        w.reshape(w.shape + (1,) * (rows.ndim - 2)) * _rows_at(rows, slot).astype(w.dtype)
+        w.reshape(w.shape + (1,) * (rows.ndim - 1)) * _rows_at(rows, slot).astype(w.dtype)
         for w, slot in zip(weights.reshape(slots.slot.shape), slots.slot, strict=True)
     ]
     return reduce(jnp.add, weighted)
 
 
 def gates_of_slots(weights: Array, slots: Slots) -> Array:
-    """The gate of the choice in every slot, ``[K * T] -> [E, C]``; zero in an empty slot."""
+    """The gate of the choice in every slot, ``[K * T] -> [S]``; zero in an empty slot."""
     return jnp.where(slots.filled, weights[slots.choice], jnp.zeros((), weights.dtype))
 
 
 def sum_over_features(x: Array, rows: Array, slots: Slots) -> Array:
-    """``sum_d x_td rows_slot(k, t)d``, ``[T, ...], [E, C, ...] -> [K, T]``, in the dtype of x."""
+    """``sum_d x_td rows_slot(k, t)d``, ``[T, ...], [S, ...] -> [K, T]``, in the dtype of x."""
     axes = tuple(range(1, x.ndim))
     sums = [jnp.sum(x * _rows_at(rows, slot).astype(x.dtype), axes) for slot in slots.slot]
     return jnp.stack(sums)
 
 
 def _rows_at(rows: Array, slot: Array) -> Array:
-    """The rows in these slots, ``[E, C, ...], [T] -> [T, ...]``, zero where there is no slot."""
-    return rows.reshape(-1, *rows.shape[2:]).at[slot].get(mode="fill", fill_value=0)
+    """The rows in these slots, ``[S, ...], [T] -> [T, ...]``, zero where there is no slot."""
+    return rows.at[slot].get(mode="fill", fill_value=0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.batched_pass import ROWS, Apply, cotangents, outputs_of_slots
 from moejax.blocks import Operands, Rows, add_cotangents, block_loop, differentiable
-from moejax.dispatch import Slots, Sorted, assign_slots, combine
+from moejax.dispatch import Group, Slots, Sorted, assign_slots, combine, one_group
 from moejax.execution import check_array, check_outputs, output_dtype
 from moejax.products import few_rows, with_product
 from moejax.types import Array, Expert, Params
@@ -22,11 +22,11 @@ class Split(NamedTuple):
     """How choices are divided between the batched pass and the loops.
 
     Attributes:
-        capacity: rows per expert in the batched pass, C; zero for no such pass.
+        groups: the experts by their slots in the batched pass; no slots for no such pass.
         blocks: rows per block of each loop; without loops, what does not fit is dropped.
     """
 
-    capacity: int
+    groups: tuple[Group, ...]
     blocks: tuple[int, ...]
 
 
@@ -35,12 +35,12 @@ class Plan(NamedTuple):
 
     Attributes:
         apply: the expert, for one expert's parameters and any of the row counts in use.
-        blocks: rows per block of each loop.
+        split: how choices are divided.
         shape: shape of the result, [T, ...].
     """
 
     apply: Apply
-    blocks: tuple[int, ...]
+    split: Split
     shape: tuple[int, ...]
 
 
@@ -63,10 +63,12 @@ def gated_sum(
     output = output_like(expert, params, x)
     if weights.size == 0:
         return jnp.zeros(output.shape, output.dtype)
-    apply, shared = _closed(expert, params, x, (split.capacity, *split.blocks))
+    groups = (*split.groups, one_group(split.groups))
+    sizes = (*(group.capacity for group in groups), *split.blocks)
+    apply, shared = _closed(expert, params, x, sizes)
     operands = Operands(params, x, _gates(weights, output), shared)
-    slots = assign_slots(choices, len(weights), split.capacity)
-    plan = Plan(apply, split.blocks, output.shape)
+    slots = assign_slots(choices, len(weights), split.groups)
+    plan = Plan(apply, split, output.shape)
     return _gated_sum(plan, operands, slots, choices).astype(output.dtype)
 
 
@@ -91,7 +93,7 @@ def _closed(
     expert = with_product(expert, few_rows)
     converted = {}
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params)
-    for size in sizes:
+    for size in set(sizes):
         rows = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
         converted[size], shared = jax.closure_convert(expert, one, rows)
     return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
@@ -104,7 +106,9 @@ def _gated_sum(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) ->
 
 def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> tuple[Array, Any]:
     if slots.choice.size:
-        outputs = _batched(plan, partial(outputs_of_slots, plan.apply), slots, operands)
+        outputs = _batched(
+            plan, partial(outputs_of_slots, plan.apply, plan.split.groups), slots, operands
+        )
         y = combine(outputs, operands.choices, slots)
     else:
         outputs = None
@@ -118,7 +122,7 @@ def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> t
 def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
     outputs, operands, slots, choices = saved
     if slots.choice.size:
-        run = partial(cotangents, plan.apply)
+        run = partial(cotangents, plan.apply, plan.split.groups)
         total = _batched(plan, run, slots, operands, outputs, cotangent)
     else:
         total = jax.tree.map(jnp.zeros_like, differentiable(operands))
@@ -146,7 +150,7 @@ def _short(plan: Plan, slots: Slots) -> bool:
     XLA drops what nobody asks for, such as the gradient of a network's input, but not out of one
     side of a condition: an epoch of the sparse MNIST mixture took 1.76 s with one, 1.55 s without.
     """
-    return not plan.blocks or slots.filled.size <= ROWS
+    return not plan.split.blocks or slots.filled.size <= ROWS
 
 
 def _worthwhile(slots: Slots) -> Array:
@@ -161,15 +165,15 @@ def _worthwhile(slots: Slots) -> Array:
 def _rest(plan: Plan, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
     """What the batched pass left, cut into whole blocks of each size but the last."""
     order, starts = choices
-    batched = jnp.asarray(slots.choice.shape[1], starts.dtype)
+    batched = slots.capacity
     if not _short(plan, slots):
         batched = jnp.where(_worthwhile(slots), batched, 0)
     begin, end = starts[:-1] + batched, starts[1:]
-    for size in plan.blocks[:-1]:
+    for size in plan.split.blocks[:-1]:
         middle = begin + jnp.maximum(end - begin, 0) // size * size
         yield size, Rows(order, begin, middle)
         begin = middle
-    for size in plan.blocks[-1:]:
+    for size in plan.split.blocks[-1:]:
         yield size, Rows(order, begin, end)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import moejax
 from moejax.capacity import capacity
-from moejax.dispatch import assign_slots, sort_by_expert
+from moejax.dispatch import Group, assign_slots, sort_by_expert
 from moejax.dropless import dropless
 from moejax.types import Routing
 
@@ -46,6 +46,11 @@ def random_choices(tokens, k, num_experts, nowhere=0):
     return choices.at[:nowhere].set(num_experts)
 
 
+def uneven_choices(tokens, num_experts):
+    """One choice per token: expert e for a share of tokens that falls with e."""
+    return (num_experts * jax.random.uniform(jax.random.key(3), (tokens, 1)) ** 2).astype(int)
+
+
 CASES = {
     "spread": (random_choices(40, 2, 4), 4),
     "masked tokens": (random_choices(40, 2, 4, nowhere=7), 4),
@@ -56,6 +61,8 @@ CASES = {
     "every expert": (random_choices(12, 4, 4), 4),
     "all nowhere": (jnp.full((5, 2), 4), 4),
     "several chunks": (random_choices(1500, 2, 6), 6),
+    "by load": (random_choices(700, 2, 16, nowhere=20), 16),
+    "by uneven load": (uneven_choices(1500, 16), 16),
     "collapsed onto large blocks": (jnp.tile(jnp.array([[2, 0]]), (1500, 1)), 6),
 }
 
@@ -87,10 +94,20 @@ def test_equals_the_definition(schedule, case, x64):
     close(result, expected, 1e-10)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_definition_with_all_experts_at_once(case, monkeypatch, x64):
+    """What accelerators run: every expert has as many slots, in the experts' own order."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    test_equals_the_definition(dropless, case, x64)
+
+
+@pytest.mark.parametrize("case", ["masked tokens", "by uneven load"])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_gradient_of_a_gradient(schedule, x64):
-    routing = double(decision(*CASES["masked tokens"]))
-    params, x = double((glu_params(4), jax.random.normal(jax.random.key(4), (40, D))))
+def test_gradient_of_a_gradient(schedule, case, x64):
+    experts, num_experts = CASES[case]
+    routing = double(decision(experts, num_experts))
+    x = jax.random.normal(jax.random.key(4), (len(experts), D))
+    params, x = double((glu_params(num_experts), x))
 
     def second(schedule, params, x, weights):
         _, gradients = value_and_gradients(schedule, glu, routing)(params, x, weights)
@@ -150,12 +167,20 @@ def test_tokens_and_outputs_of_any_shape(schedule):
     close(result, expected, 1e-3)
 
 
+BATCHES = {
+    "small": ([CASES["spread"][0], CASES["collapsed"][0]], 4),
+    "by load": ([CASES["by uneven load"][0], 15 - CASES["by uneven load"][0]], 16),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_vmap_over_parameters_tokens_and_routing(schedule):
-    routings = [decision(*CASES[name]) for name in ("spread", "collapsed")]
+def test_vmap_over_parameters_tokens_and_routing(schedule, batch):
+    choices, num_experts = batch
+    routings = [decision(experts, num_experts) for experts in choices]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
-    params = jax.tree.map(lambda a: jnp.stack([a, -a]), glu_params(4))
-    x = jax.random.normal(jax.random.key(4), (2, 40, D))
+    params = jax.tree.map(lambda a: jnp.stack([a, -a]), glu_params(num_experts))
+    x = jax.random.normal(jax.random.key(4), (2, len(choices[0]), D))
 
     def gradients(schedule, params, x, routing):
         return value_and_gradients(schedule, glu, routing)(params, x, routing.weights)
@@ -186,11 +211,21 @@ def test_empty_slots_hold_no_values_that_are_not_in_the_data(schedule):
 
 def test_capacity_drops_second_choices_before_first_and_late_tokens_before_early():
     experts = jnp.array([[1, 0], [0, 1], [0, 1], [4, 4], [0, 2]])
-    slots = assign_slots(sort_by_expert(experts, 4), len(experts), 2)
+    slots = assign_slots(sort_by_expert(experts, 4), len(experts), (Group(4, 2),))
     # Expert 0: tokens 1 and 2 by first choice, then token 4 is dropped, and token 0's second.
     # Expert 1: token 0 by first choice, token 1 by second; token 2's second is dropped.
     assert slots.slot.T.tolist() == [[2, 8], [0, 3], [1, 8], [8, 8], [8, 4]]
-    assert slots.filled.tolist() == [[True, True], [True, True], [True, False], [False, False]]
+    assert slots.filled.tolist() == [True, True, True, True, True, False, False, False]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order by load is for CPU")
+def test_experts_with_most_choices_have_most_slots():
+    experts = jnp.array([[1], [3], [1], [0], [3], [1], [1]])  # loads 1, 4, 0, 2
+    slots = assign_slots(sort_by_expert(experts, 4), len(experts), (Group(2, 3), Group(2, 1)))
+    assert slots.expert.tolist() == [1, 3, 0, 2]
+    assert slots.capacity.tolist() == [1, 3, 1, 3]
+    assert slots.filled.tolist() == [*[True] * 5, False, True, False]
+    assert slots.slot[0].tolist() == [0, 3, 1, 6, 4, 2, 8]  # expert 1's fourth token has none
 
 
 def test_capacity_keeps_the_other_weights():
