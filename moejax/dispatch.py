@@ -92,25 +92,20 @@ def assign_slots(sorted_choices: Sorted, num_tokens: int, groups: tuple[Group, .
             elsewhere all experts have the mean, and keep their order.
     """
     order, starts = sorted_choices
-    num_experts, size = starts.size - 1, order.size
-    expert, capacity = jax.lax.platform_dependent(
+    size, num_slots = order.size, sum(size * capacity for size, capacity in groups)
+    expert, capacity, owner, nth = jax.lax.platform_dependent(
         jnp.diff(starts),
         cpu=partial(_by_load, groups),
         default=partial(_by_load, (one_group(groups),)),
     )
-    num_slots = sum(size * capacity for size, capacity in groups)
-    rank = jnp.repeat(np.arange(num_experts), capacity, total_repeat_length=num_slots)  # [S]
-
     # Slot c of expert e holds what stands at starts[e] + c of the order.
-    before = jnp.cumsum(capacity, dtype=jnp.int32) - capacity  # [E]
-    number = jnp.arange(num_slots, dtype=jnp.int32)
-    position = starts[expert[rank]] + number - before[rank]  # [S]
-    filled = position < starts[expert[rank] + 1]
+    position = starts[owner] + nth  # [S]
+    filled = position < starts[owner + 1]
     choice = order[jnp.minimum(position, jnp.maximum(starts[-1] - 1, 0))]
     empty = jnp.full((size,), num_slots, jnp.int32)
-    slot = empty.at[jnp.where(filled, choice, size)].set(number, mode="drop")
-    by_expert = jnp.zeros_like(capacity).at[expert].set(capacity)
-    return Slots(expert, by_expert, choice, filled, slot.reshape(-1, num_tokens))
+    numbers = jnp.arange(num_slots, dtype=jnp.int32)
+    slot = empty.at[jnp.where(filled, choice, size)].set(numbers, mode="drop")
+    return Slots(expert, capacity, choice, filled, slot.reshape(-1, num_tokens))
 
 
 def one_group(groups: tuple[Group, ...]) -> Group:
@@ -119,11 +114,20 @@ def one_group(groups: tuple[Group, ...]) -> Group:
     return Group(size, sum(n * capacity for n, capacity in groups) // size)
 
 
-def _by_load(groups: tuple[Group, ...], load: Array) -> tuple[Array, Array]:
-    """The experts in the order of their slots, and how many each has, both ``[E]``."""
-    sizes, capacities = np.array(groups, np.int32).T
+def _by_load(groups: tuple[Group, ...], load: Array) -> tuple[Array, Array, Array, Array]:
+    """The experts in the order of their slots and the slots of each expert, both ``[E]``.
+
+    Then for every slot its expert, and which of the expert's slots it is, both ``[S]``.
+    """
     expert = jnp.argsort(-load) if len(groups) > 1 else jnp.arange(load.size)
-    return expert.astype(jnp.int32), jnp.asarray(np.repeat(capacities, sizes))
+    expert = expert.astype(jnp.int32)
+    sizes, capacities = np.array(groups, np.int32).T
+    capacity = jnp.zeros(load.shape, jnp.int32).at[expert].set(np.repeat(capacities, sizes))
+
+    members = jnp.split(expert, np.cumsum(sizes[:-1]))
+    owner = [jnp.repeat(some, group.capacity) for some, group in zip(members, groups, strict=True)]
+    nth = [jax.lax.broadcasted_iota(jnp.int32, group, 1).reshape(-1) for group in groups]
+    return expert, capacity, jnp.concatenate(owner), jnp.concatenate(nth)
 
 
 def collect(rows: Array, slots: Slots) -> Array:

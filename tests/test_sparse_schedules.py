@@ -10,7 +10,7 @@ import pytest
 import moejax
 from moejax.capacity import capacity
 from moejax.dispatch import Group, assign_slots, sort_by_expert
-from moejax.dropless import dropless
+from moejax.dropless import dropless, mean_and_blocks
 from moejax.types import Routing
 
 D, F = 4, 5
@@ -216,6 +216,16 @@ def test_capacity_drops_second_choices_before_first_and_late_tokens_before_early
     # Expert 1: token 0 by first choice, token 1 by second; token 2's second is dropped.
     assert slots.slot.T.tolist() == [[2, 8], [0, 3], [1, 8], [8, 8], [8, 4]]
     assert slots.filled.tolist() == [True, True, True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 16, 18, 64, 256])
+@pytest.mark.parametrize("num_choices", [1, 20, 1023, 1500, 8192, 65_537])
+def test_groups_hold_every_choice_and_have_a_whole_mean(num_choices, num_experts):
+    groups = mean_and_blocks(num_choices, num_experts).groups
+    slots = sum(group.size * group.capacity for group in groups)
+    assert sum(group.size for group in groups) == num_experts
+    assert slots % num_experts == 0
+    assert slots >= num_choices or num_choices < num_experts
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order by load is for CPU")
