@@ -5,7 +5,7 @@
 
 Every time is a median after a warm-up. Shares are of the rate of a 2048 x 2048 float32 product,
 measured in the same rounds, and count the operations of the active experts only. On Linux,
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives large arrays large pages, which is faster.
+settings of glibc that docs/speed.md names make large layers faster.
 
 toy      one seed of the toy, alone and as one of 100
 mnist    an epoch of the MNIST experiment
