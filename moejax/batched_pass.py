@@ -114,14 +114,12 @@ def _every_expert(
     """``one(params [...], *by_slot [C, ...])`` for every expert."""
     at_once = partial(_at_once, one, one_group(groups))
     if slots.filled.size <= ROWS and len(groups) == 1:
-        return at_once(slots.expert, params, *by_slot)
-    chunked = partial(_by_chunks, one, groups)
-    return jax.lax.platform_dependent(slots.expert, params, *by_slot, cpu=chunked, default=at_once)
+        return at_once(params, *by_slot)
+    chunked = partial(_by_chunks, one, groups, slots.expert)
+    return jax.lax.platform_dependent(params, *by_slot, cpu=chunked, default=at_once)
 
 
-def _at_once(
-    one: Callable[..., Each], group: Group, expert: Array, params: Params, *by_slot: Array
-) -> Each:
+def _at_once(one: Callable[..., Each], group: Group, params: Params, *by_slot: Array) -> Each:
     """All experts in one batch; all have the same number of slots, in their own order."""
     shaped = [a.reshape(*group, *a.shape[1:]) for a in by_slot]  # [E, C, ...]
     results = jax.vmap(one)(params, *shaped)
@@ -146,10 +144,8 @@ def _by_chunks(
         )
         return jax.tree.map(put, total, results.by_expert), results.by_slot
 
-    total = jax.tree.map(
-        lambda a: jnp.zeros((expert.size, *a.shape), a.dtype),
-        _shapes(one, groups[0].capacity, params, by_slot).by_expert,
-    )
+    shapes = jax.eval_shape(partial(_at_once, one, one_group(groups)), params, *by_slot)
+    total = jax.tree.map(jnp.zeros_like, shapes.by_expert)
     rows = []
     for chunks in _chunks(groups, expert, by_slot):
         total, some_rows = jax.lax.scan(step, total, chunks)
@@ -169,17 +165,6 @@ def _chunks(
         slots = (a[begin:end].reshape(*shape, capacity, *a.shape[1:]) for a in by_slot)
         yield expert[first : first + size].reshape(shape), *slots
         first, begin = first + size, end
-
-
-def _shapes(
-    one: Callable[..., Each], capacity: int, params: Params, by_slot: tuple[Array, ...]
-) -> Each:
-    """Shapes and dtypes of what is made of one expert."""
-
-    def first(params: Params, *by_slot: Array) -> Each:
-        return one(jax.tree.map(lambda a: a[0], params), *(a[:capacity] for a in by_slot))
-
-    return jax.eval_shape(first, params, *by_slot)
 
 
 def _flat(a: Array) -> Array:

@@ -140,7 +140,7 @@ def _batched(plan: Plan, run: Callable[..., Any], slots: Slots, *args: Any) -> A
     if _short(plan, slots):
         return run(slots, *args)
     shapes = jax.eval_shape(run, slots, *args)
-    zeros = lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
+    zeros = lambda *_: jax.tree.map(jnp.zeros_like, shapes)  # noqa: E731
     return jax.lax.cond(_worthwhile(slots), run, zeros, slots, *args)
 
 
