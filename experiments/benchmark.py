@@ -22,10 +22,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmark_layers import Result, grouped_suite, layer_suite, scaling_suite
-from benchmark_report import draw, print_table
-from benchmark_runs import load_suite, mnist_suite, toy_suite
-from common import OneLineParser, output_folder, processor, rounded, say, versions, write_json
+from benchmarks.layers import Result, grouped_suite, layer_suite, scaling_suite
+from benchmarks.report import draw, print_table
+from benchmarks.runs import load_suite, mnist_suite, toy_suite
+from parts.command_line import (
+    OneLineParser,
+    output_folder,
+    processor,
+    rounded,
+    say,
+    versions,
+    write_json,
+)
 
 ROUNDS = 7
 SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]

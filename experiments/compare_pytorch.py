@@ -23,18 +23,19 @@ except ImportError as error:
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytorch_figures as figures
-import pytorch_speed
-import twins
-from common import OneLineParser, output_folder, rounded, say, versions, write_json
-from pytorch_table import table
-from pytorch_training import STUDIES, Study, initial_state, run_torch, with_weights
-from toy import mixture
-from twins import Problem, Twin, differences, largest, objective, run_moejax
 
-from moejax import conversion, datasets
-from moejax.progress import progress
+import data as datasets
+import pytorch.figures as figures
+import pytorch.speed as pytorch_speed
+import pytorch.twins as twins
+from moejax.interop import torch as conversion
 from moejax.training import init_state, train_step
+from parts.command_line import OneLineParser, output_folder, rounded, say, versions, write_json
+from parts.progress import progress
+from pytorch.table import table
+from pytorch.training import STUDIES, Study, initial_state, run_torch, with_weights
+from pytorch.twins import Problem, Twin, differences, largest, objective, run_moejax
+from toy import mixture
 
 BATCH_SIZE = 128
 TWINS = {

@@ -24,24 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import resumable
-from common import (
-    OneLineParser,
-    at_least,
-    compile_in_background,
-    output_folder,
-    positive_float,
-    say,
-    write_json,
-)
-from devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from jax.sharding import Mesh
-from mnist_report import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
-from models import DIGITS, EXPERTS, MODELS, Model, by_rule
-from resumable import Progress, metrics_log, pauses
-from routes import ROUTES
 
-from moejax import datasets
+import data as datasets
+import parts.resume as resumable
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -63,6 +49,20 @@ from moejax.training import (
     train_step,
     train_until,
 )
+from parts.command_line import (
+    OneLineParser,
+    at_least,
+    compile_in_background,
+    output_folder,
+    positive_float,
+    say,
+    write_json,
+)
+from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
+from parts.models import DIGITS, EXPERTS, MODELS, Model, by_rule
+from parts.reports import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
+from parts.resume import Progress, metrics_log, pauses
+from parts.routes import ROUTES
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 # For what runs once: compiling the initialisation took 3.9 s of processor time at the usual level,

@@ -23,7 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import (
+from matplotlib.figure import Figure
+
+import data as datasets
+import moejax
+from moejax import plot
+from moejax.training import TrainState, init_state, train_step
+from parts.command_line import (
     OneLineParser,
     at_least,
     compiled,
@@ -33,12 +39,7 @@ from common import (
     versions,
     write_json,
 )
-from matplotlib.figure import Figure
-
-import moejax
-from moejax import datasets, plot
-from moejax.progress import progress
-from moejax.training import TrainState, init_state, train_step
+from parts.progress import progress
 
 LEARNING_RATE = 0.01
 FRAMES = 32  # of the animation

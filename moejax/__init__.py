@@ -1,22 +1,14 @@
 """Mixtures of experts in JAX: ``y = sum_e g_e(x) E_e(x)``, and faster schedules of the same sum.
 
-`adapters`, `checkpoint`, `conversion`, `datasets`, `plot`, `sharding`, `training` and `weights` are
-modules that are imported at their first use, such as ``moejax.adapters.from_linen``.
+The modules `checkpoint`, `interop`, `plot`, `sharding` and `training` are imported at their first
+use, such as ``moejax.training.train_step``. So are `adapters` (`interop.flax`), `conversion`
+(`interop.torch`) and `weights` (`interop.safetensors`), the shorter names of three bridges.
 """
 
 from importlib import import_module
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
-from moejax.banks import (
-    Bank,
-    constant_experts,
-    copy_experts,
-    moe_of,
-    networks,
-    with_shared,
-    zero_experts,
-)
-from moejax.capacity import capacity
+from moejax.base import ExpertChoice, Layer, Routing, SoftSlots
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -27,11 +19,7 @@ from moejax.diagnostics import (
     mutual_information,
     share_dropped,
 )
-from moejax.dropless import dropless
-from moejax.execution import dense, mixture
-from moejax.experts import fan_in_uniform, glu, linear, mlp, stack
-from moejax.grouped_matmul import grouped_matmul
-from moejax.layer import moe
+from moejax.layers import fan_in_uniform, glu, linear, mlp, stack
 from moejax.likelihood import (
     bernoulli_log_likelihood,
     categorical_log_likelihood,
@@ -47,8 +35,10 @@ from moejax.losses import (
     mutual_information_loss,
     router_z_loss,
 )
-from moejax.routers import cosine, noisy, slots
-from moejax.routing import (
+from moejax.mixed import Bank, constant_experts, copy_experts, moe_of, networks, zero_experts
+from moejax.moe_layer import moe, with_shared
+from moejax.routers import cosine, jittered, noisy, slots, soft_capped, tempered
+from moejax.rules import (
     by_choice,
     by_token_weight,
     by_weight,
@@ -57,9 +47,7 @@ from moejax.routing import (
     gshard_top_2,
     hashed,
     limit_capacity,
-    mask_tokens,
     noisy_top_k,
-    positions,
     relu,
     sigmoid_top_k,
     sinkhorn,
@@ -70,21 +58,27 @@ from moejax.routing import (
     update_balance_bias,
     update_l1_coefficient,
 )
-from moejax.slot_execution import gather_slots, mix_slots
-from moejax.transforms import jittered, soft_capped, tempered
-from moejax.types import ExpertChoice, Layer, Routing, SoftSlots
+from moejax.rules.limit import mask_tokens, positions
+from moejax.schedules.capacity import capacity
+from moejax.schedules.dense import dense, mixture
+from moejax.schedules.dropless import dropless
+from moejax.schedules.grouped_matmul import grouped_matmul
+from moejax.schedules.slots import gather_slots, mix_slots
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "adapters",
-    "checkpoint",
-    "conversion",
-    "datasets",
-    "plot",
-    "sharding",
-    "training",
-    "weights",
+# Imported at their first use: `import moejax` must stay light.
+_MODULES = MappingProxyType(
+    {
+        "adapters": "moejax.interop.flax",
+        "checkpoint": "moejax.checkpoint",
+        "conversion": "moejax.interop.torch",
+        "interop": "moejax.interop",
+        "plot": "moejax.plot",
+        "sharding": "moejax.sharding",
+        "training": "moejax.training",
+        "weights": "moejax.interop.safetensors",
+    }
 )
 
 __all__ = [
@@ -162,7 +156,7 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     if name in _MODULES:
-        return import_module(f"moejax.{name}")
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'moejax' has no attribute {name!r}")
 
 

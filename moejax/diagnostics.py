@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from moejax.execution import gates_by_expert
+from moejax._checks import takes
+from moejax.base import Array, Routing
 from moejax.losses import entropy, mean_over_tokens
-from moejax.types import Array, Routing, takes
 
 
 @takes(Routing)
@@ -175,5 +175,5 @@ def mutual_information(table: Array) -> Array:
 
 
 def _normalized_gates(routing: Routing) -> Array:
-    gates = gates_by_expert(routing)  # [T, E]
+    gates = routing.gates  # [T, E]
     return gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), jnp.finfo(gates.dtype).tiny)

@@ -12,7 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, at_least_float32, check_mask, positive_like
+from moejax._arrays import at_least_float32
+from moejax._checks import check_mask, positive_like
+from moejax.base import Array
 
 
 def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None = None) -> Array:

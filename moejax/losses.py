@@ -10,7 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax.types import Array, ExpertChoice, Routing, SoftSlots, by_expert, takes
+from moejax._checks import takes
+from moejax.base import Array, ExpertChoice, Routing, SoftSlots
 
 
 @takes(Routing)
@@ -63,7 +64,7 @@ def importance_loss(routing: Routing) -> Array:
         Shazeer et al., `Outrageously Large Neural Networks
         <https://arxiv.org/abs/1701.06538>`_, 2017
     """
-    return _squared_variation(by_expert(routing, routing.weights).sum(axis=0))
+    return _squared_variation(routing.gates.sum(axis=0))
 
 
 @takes(Routing)

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.expert_parallel import check_axis, check_tokens, expert_parallel, placed
-from moejax.types import Array, Params
+from moejax.base import Array, Params
+from moejax.schedules.expert_parallel import check_axis, check_tokens, expert_parallel, placed
 
 __all__ = ["expert_parallel", "shardings", "token_sharding", "tokenwise"]
 

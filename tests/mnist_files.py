@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.datasets import Split, idx
+from data import Split, idx
 
 
 class SmallMnist(NamedTuple):

@@ -1,7 +1,8 @@
 """Small twins, and the data on which PyTorch and moejax are compared."""
 
 import numpy as np
-import twins
+
+import pytorch.twins as twins
 
 WIDTHS = (5, 4, 3)
 TWINS = {

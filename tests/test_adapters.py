@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import D, E, O, T
 from flax import linen, nnx
 
 import moejax
-from moejax.adapters import from_linen, from_nnx
+from cases import D, E, O, T
+from moejax.interop.flax import from_linen, from_nnx
 
 
 class LinenExpert(linen.Module):

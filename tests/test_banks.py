@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES
 
 import moejax
+from cases import DTYPES
 
 D, T = 4, 9
 NETWORK = moejax.glu(D, 5)

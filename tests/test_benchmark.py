@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from commands import refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

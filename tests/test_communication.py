@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 import moejax
-from moejax.communication import bytes_sent, collectives
+from benchmarks.collectives import bytes_sent, collectives
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 
 TOP_2 = partial(moejax.top_k, k=2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax import conversion
+from moejax.interop import torch as conversion
 
 LAYERS = {
     "linear": (moejax.linear(3, 2), conversion.linear(3, 2)),
@@ -130,5 +130,8 @@ def test_names_must_name_every_layer():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, moejax.conversion, moejax.weights; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, moejax.interop.torch, moejax.interop.safetensors; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import datasets
-from moejax.datasets import loaders
+import data as datasets
+from commands import EXPERIMENTS
+from data import loaders
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +174,10 @@ def test_scikit_learn_missing_is_named_with_its_command(monkeypatch):
 
 def test_importing_loads_nothing_optional():
     code = (
-        "import sys, moejax.datasets, moejax.progress; "
+        "import sys, data, parts.progress; "
         "print([m for m in ('PIL', 'sklearn', 'tensorflow_datasets', 'tqdm') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXPERIMENTS
+    )
     assert out.stdout.strip() == "[]"

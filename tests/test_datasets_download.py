@@ -6,10 +6,10 @@ import threading
 
 import numpy as np
 import pytest
-from mnist_files import write_small_mnist
 
-from moejax import datasets
-from moejax.datasets import download, idx
+import data as datasets
+from data import download, idx
+from mnist_files import write_small_mnist
 
 BRING = """
 import sys, shutil

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mnist_files import idx_bytes, random_split, write_small_mnist
 
-from moejax import datasets
-from moejax.datasets import cache, idx, tree
+import data as datasets
+from data import cache, idx, tree
+from mnist_files import idx_bytes, random_split, write_small_mnist
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = idx.NAMES
 

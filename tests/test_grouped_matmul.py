@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moejax.grouped_matmul import batched_and_blocked, grouped_matmul, stock
+from moejax.schedules.grouped_matmul import batched_and_blocked, grouped_matmul, stock
 
 M, D, O, E = 40, 3, 5, 4  # noqa: E741
 SIZES = {

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EXPERTS, RULES, SCHEDULES, D, E, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import moejax
-from moejax.execution import gates_by_expert
+from cases import EXPERTS, RULES, SCHEDULES, D, E, T
 
 # Noise is drawn, and ids are given, by position.
 BY_POSITION = {"noisy_top_2", "gshard_top_2", "hashed"}
@@ -38,7 +37,7 @@ def decide(rule):
         route = RULES[rule]
         routing = route(logits, mask=mask) if rule in OVER_ALL_TOKENS else route(logits)
         routing = moejax.mask_tokens(routing, mask)
-        return routing, gates_by_expert(routing)
+        return routing, routing.gates
 
     return jax.jit(decision)
 
@@ -195,7 +194,7 @@ def test_gradients_in_float64(rule, x64):
     @jax.jit
     def evidence(logits):
         routing = RULES[rule](logits)
-        return gates_by_expert(routing), routing.scores
+        return routing.gates, routing.scores
 
     check_grads(evidence, (logits,), 1, ["rev"], 1e-6, 1e-6, 1e-6)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EXPERTS, RULES, D, E, O, T
 
 import moejax
+from cases import EXPERTS, RULES, D, E, O, T
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from reference import golden
 
 import moejax
-from moejax.routing.noisy import choose_noisy
+from moejax.rules.noisy import choose_noisy
+from reference import golden
 
 GATES = jnp.array([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
 

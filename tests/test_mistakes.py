@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SCHEDULES
 
 import moejax
+from cases import SCHEDULES
 
 D, E, T = 3, 4, 8
 X = jax.random.normal(jax.random.key(0), (T, D))
@@ -93,7 +93,7 @@ def test_nothing_is_kept_between_calls():
     second = [loss(routing) for loss in (moejax.load_balancing_loss, moejax.importance_loss)]
     assert first == second
     names = [module.name for module in pkgutil.walk_packages(moejax.__path__, prefix="moejax.")]
-    assert {"moejax.capacity", "moejax.routing.basic"} <= {*names}
+    assert {"moejax.schedules.capacity", "moejax.rules.softmax"} <= {*names}
     for module in [moejax, *map(importlib.import_module, names)]:
         kept = {
             name

@@ -7,9 +7,9 @@ import os
 import jax
 import numpy as np
 import pytest
-from commands import EXPERIMENTS, refusal, run
 
 import moejax
+from commands import EXPERIMENTS, refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -88,7 +88,7 @@ def test_any_rule_trains(route, tmp_path):
 
 def test_every_rule_decides_and_balances(monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS)
-    routes = importlib.import_module("routes").ROUTES
+    routes = importlib.import_module("parts.routes").ROUTES
     x = jax.random.normal(jax.random.key(0), (6, 4))
     for name, route in routes.items():
         router = route.router(moejax.linear(4, 3))

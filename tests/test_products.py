@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moejax.products import few_rows
+from moejax.schedules._sorted.products import few_rows
 
 EXPERTS, ROWS, D_IN, D_OUT = 2, 5, 3, 4
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from moejax import progress as module
-from moejax.progress import progress
+from parts import progress as module
+from parts.progress import progress
 
 
 class Terminal(io.StringIO):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import twins
-from pytorch_cases import TWINS, problem
 
 import moejax
-from moejax import conversion
+import pytorch.twins as twins
+from moejax.interop import torch as conversion
+from pytorch_cases import TWINS, problem
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"outputs": 1e-14, "gradients": 1e-14, "losses": 1e-13, "parameters": 1e-12}
@@ -114,7 +114,7 @@ def test_a_module_takes_the_weights_and_gives_them_back(torch, key):
 
 
 def test_noise_is_on_in_training_only(torch):
-    import pytorch_baseline
+    import pytorch.baseline as pytorch_baseline
 
     torch.manual_seed(0)
     module, x = pytorch_baseline.sparse(4, (5, 4, 3)), torch.randn(8, 5)
@@ -124,7 +124,7 @@ def test_noise_is_on_in_training_only(torch):
 
 
 def test_an_expert_sees_only_its_own_rows(torch):
-    import pytorch_baseline
+    import pytorch.baseline as pytorch_baseline
 
     torch.manual_seed(0)
     module, seen = pytorch_baseline.hard(4, (5, 4, 3)), []

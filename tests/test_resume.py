@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import refusal, run
-from mnist_files import write_small_mnist
 
 import moejax
+from commands import refusal, run
+from mnist_files import write_small_mnist
 from moejax import checkpoint
 from moejax.training import (
     batch_sizes,

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import EXPERTS
 from jax.sharding import AxisType
 
 import moejax
-from moejax.exchange import ragged_exchange
+from cases import EXPERTS
+from moejax.schedules._mesh.exchange import ragged_exchange
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 from moejax.training import init_state, train_step
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, EXPERTS, D, E, O, T
 from jax.test_util import check_grads
-from reference import golden
 
 import moejax
+from cases import DTYPES, EXPERTS, D, E, O, T
+from reference import golden
 
 C = 3
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.capacity import capacity
-from moejax.dispatch import Group, assign_slots, sort_by_expert
-from moejax.dropless import dropless, mean_and_blocks
-from moejax.types import Routing
+from moejax._sorting import sort_by_expert
+from moejax.base import Routing
+from moejax.schedules._sorted.slots import Group, assign_slots
+from moejax.schedules.capacity import capacity
+from moejax.schedules.dropless import dropless, mean_and_blocks
 
 D, F = 4, 5
 ample = partial(capacity, factor=8.0)  # at least E / K in every case

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from commands import refusal, run
 from PIL import Image
+
+from commands import refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

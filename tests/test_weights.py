@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax import conversion, weights
+from moejax.interop import safetensors as weights
+from moejax.interop import torch as conversion
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.base import Array
 from moejax.training.step import Metrics, Step, TrainState
-from moejax.types import Array
 
 
 def epoch_order(state: TrainState, epoch: Array | int, num_examples: int) -> Array:

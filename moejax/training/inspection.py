@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from moejax.base import Array
 from moejax.training.step import Loss, TrainState, step_key
-from moejax.types import Array
 
 
 class ParameterStep(NamedTuple):

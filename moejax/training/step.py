@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax.types import Array, Params
+from moejax.base import Array, Params
 
 Metrics = dict[str, Array]
 Loss = Callable[[Params, Any, Array | None], tuple[Array, Metrics]]

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytorch_baseline as baseline
 import torch
+
+import pytorch.baseline as baseline
+from pytorch.training import STUDIES, initial_state, run_torch
 from pytorch_cases import WIDTHS, problem
-from pytorch_training import STUDIES, initial_state, run_torch
 
 PATH = Path(__file__).parent / "pytorch.json"
 SMALL = {

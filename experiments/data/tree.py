@@ -1,0 +1,170 @@
+"""Image folders: one folder per digit under ``train`` and ``test``, PNG or JPEG."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from data.cache import cache_dir, read_checked, store_checked
+from data.dataset import Split
+from parts.progress import progress
+
+SPLITS = (("train", "training"), ("test", "testing"))
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+EXACT_MODES = ("L", "1", "P", "RGB")  # those that Pillow turns into 8-bit grey without loss
+
+# SHA-256 of MNIST's (label, pixels) records in sorted order, so that file names do not matter.
+MNIST_SHA256 = (
+    "da6370735bf1d490f086dde49c15f2ed0480ad05dc7c70abf5d36bf471d5e312",
+    "0c7bc63f656fb2440dc2b5bea4ff3ac8632e305b73ec1dc88141a32d36204fac",
+)
+
+# Per digit folder, train 0-9 and then test 0-9: (name, bytes, modification time, change time) of
+# every image. Writing a file moves its change time, which no program can set back.
+Scan = dict[Path, list[tuple[str, int, int, int]]]
+
+
+def is_tree(folder: Path) -> bool:
+    """Whether the folder has a training folder in it."""
+    return any((folder / name).is_dir() for name in SPLITS[0])
+
+
+def read_tree(folder: Path) -> tuple[Split, Split, bool]:
+    """Decodes every image of the folder, or reads what was decoded of the very same files before.
+
+    The decoded images are cached, one file per folder, and belong to the path, size, modification
+    and change time of every image. Examples are ordered by digit, then by file name.
+
+    Returns:
+        The training set, the test set, and whether they are MNIST (by SHA-256, in any order).
+
+    Raises:
+        ValueError: naming the folder or image that is missing, damaged or of the wrong shape.
+        ImportError: if Pillow is not installed.
+    """
+    folder = folder.resolve()
+    files = scan(folder)
+    key = hashlib.sha256(repr(list(files.items())).encode()).hexdigest()
+    cached = cache_dir() / "images" / hashlib.sha256(str(folder).encode()).hexdigest()
+    if (content := read_checked(cached)) is not None:
+        header, pixels = _split_header(content)
+        if header["key"] == key:
+            return *_splits(pixels, files), header["is_mnist"]
+    images = np.stack(list(_decode_all(files)))
+    if scan(folder) != files:
+        raise ValueError(f"{folder} must not change while it is read, but did; load it again.")
+    train, test = _splits(images, files)
+    is_mnist = (fingerprint(train), fingerprint(test)) == MNIST_SHA256
+    line = json.dumps({"key": key, "is_mnist": is_mnist}).encode() + b"\n"
+    store_checked(cached, line + images.tobytes())
+    return train, test, is_mnist
+
+
+def scan(folder: Path) -> Scan:
+    """Lists the images of every digit of both splits, ordered by name."""
+    return {
+        directory: _scan_digit(directory)
+        for names in SPLITS
+        for directory in _digit_folders(_split_folder(folder, names))
+    }
+
+
+def decode(path: Path) -> np.ndarray:
+    """Reads one image as uint8 [28, 28], checksums included where the format has them."""
+    image_module = _pillow()
+    try:
+        content = path.read_bytes()
+        with image_module.open(io.BytesIO(content)) as image:
+            image.verify()  # decoding alone overlooks some damage that the checksums of PNG show
+        with image_module.open(io.BytesIO(content)) as image:
+            mode, pixels = image.mode, np.asarray(image.convert("L"))
+    except Exception as error:  # a damaged file may raise anything from within a decoder
+        raise ValueError(
+            f"{path} must be a readable PNG or JPEG image, got {type(error).__name__}; "
+            "copy it again."
+        ) from error
+    if pixels.shape != (28, 28) or mode not in EXACT_MODES:
+        raise ValueError(
+            f"{path} must be a grey image of 28x28 pixels, got mode {mode!r} and shape "
+            f"{pixels.shape}; convert it to 8-bit grey."
+        )
+    return pixels
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 of the (label, pixels) records in sorted order."""
+    labels = split.labels.astype(np.uint8)[:, None]
+    records = np.concatenate([labels, split.images.reshape(len(labels), -1)], axis=1)  # [N, 785]
+    ordered = np.sort(records.view("V785").ravel())
+    return hashlib.sha256(ordered.tobytes()).hexdigest()
+
+
+def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
+    found = [folder / name for name in names if (folder / name).is_dir()]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder} must hold exactly one folder named {' or '.join(names)}, got {len(found)}; "
+            "keep one folder of images per split."
+        )
+    return found[0]
+
+
+def _digit_folders(folder: Path) -> list[Path]:
+    found = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
+    expected = {str(digit) for digit in range(10)}
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise ValueError(
+            f"{folder} must hold one folder per digit, 0 to 9, got {missing} missing and "
+            f"{extra} besides; put each image under its digit."
+        )
+    return [folder / str(digit) for digit in range(10)]
+
+
+def _scan_digit(folder: Path) -> list[tuple[str, int, int, int]]:
+    files = []
+    for file in os.scandir(folder):
+        if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith("."):
+            stat = file.stat()
+            files.append((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    if not files:
+        raise ValueError(f"{folder} must hold PNG or JPEG images, got none; put images there.")
+    return sorted(files)
+
+
+def _decode_all(files: Scan) -> Iterator[np.ndarray]:
+    for folder, images in files.items():
+        for name, *_ in progress(images, f"decoding {folder.parent.name}/{folder.name}"):
+            yield decode(folder / name)
+
+
+def _split_header(content: memoryview) -> tuple[dict[str, Any], np.ndarray]:
+    header = bytes(content[:1024]).split(b"\n", 1)[0]
+    images = np.frombuffer(content, np.uint8, offset=len(header) + 1).reshape(-1, 28, 28)
+    return json.loads(header), images
+
+
+def _splits(images: np.ndarray, files: Scan) -> tuple[Split, Split]:
+    counts = [len(names) for names in files.values()]
+    labels = np.repeat(np.arange(20, dtype=np.int32) % 10, counts)
+    n = sum(counts[:10])
+    return Split(images[:n], labels[:n]), Split(images[n:], labels[n:])
+
+
+def _pillow() -> ModuleType:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "Image folders are decoded by Pillow; install it with "
+            "`pip install 'moejax[experiments]'`."
+        ) from error
+    return Image

@@ -1,0 +1,271 @@
+"""Runs that survive: saved between steps, stopped politely, resumed where they were.
+
+Random numbers are functions of the run's key and the step, and one compiled program takes however
+many steps; so a resumed run takes the same steps, bit by bit, as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import numpy as np
+
+from data import Dataset
+from moejax import checkpoint
+from moejax.checkpoint.folder import steps_in
+from moejax.checkpoint.manifest import versions
+from moejax.training import Metrics, TrainState
+from parts.command_line import at_least, say
+
+KEEP = 3  # checkpoints
+PATIENCE = 25  # most steps between two looks at whether a signal has come
+NEWEST = -1
+FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect"} | {
+    "mesh",
+    "coordinator",
+    "processes",
+    "process_id",
+}
+
+Save = Callable[..., None]
+Pause = Callable[["Progress"], None]
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        state: of training.
+        metrics: of every step of the epoch under way, zero for those to come.
+        history: one record per finished epoch.
+        seconds: spent on the epoch under way.
+    """
+
+    state: TrainState
+    metrics: Metrics
+    history: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return int(self.state.step)
+
+
+class RefusedError(Exception):
+    """A run that cannot be resumed as asked."""
+
+
+class StoppedError(Exception):
+    """A signal has ended the run, which is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signum).name} after step {step}, which is saved: repeat the command "
+            "with --resume to go on"
+        )
+        self.signum = signum
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a run that can be resumed."""
+    add = parser.add_argument
+    add("--checkpoint-every", type=at_least(1), metavar="N", help="save every N steps")
+    add(
+        "--resume",
+        type=at_least(0),
+        nargs="?",
+        const=NEWEST,
+        metavar="STEP",
+        help="go on from the newest checkpoint in --out, or from that of STEP",
+    )
+
+
+class Plan(NamedTuple):
+    """What is saved when, and where.
+
+    Attributes:
+        folder: of the checkpoints.
+        every: steps between them; None saves none.
+        epochs: after which the run ends.
+        identity: what has to stay the same for a resumed run to be the same run.
+    """
+
+    folder: Path
+    every: int | None
+    epochs: int
+    identity: dict[str, str]
+
+
+def plan(args: argparse.Namespace, out: Path, data: Dataset, steps_per_epoch: int) -> Plan:
+    """What the arguments ask for; a resumed run is saved once an epoch if they do not say."""
+    every = args.checkpoint_every or (None if args.resume is None else steps_per_epoch)
+    named = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in vars(args).items()
+        if name not in FREE_TO_DIFFER
+    }
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((data.train, data.test)) if every else []:
+        digest.update(np.asarray(leaf).tobytes())
+    identity = named | {"the data": f"{data.name} {digest.hexdigest()[:16]}"}
+    return Plan(out / "checkpoints", every, args.epochs, identity)
+
+
+def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
+    """Where the run starts: afresh, or from a checkpoint.
+
+    Raises:
+        RefusedError: if there are checkpoints of another run, or a damaged one.
+        OSError: if there is no room for those to come.
+    """
+    newest = checkpoint.latest(plan.folder)
+    if resume is None and newest is not None:
+        raise RefusedError(
+            f"{plan.folder} holds checkpoints of an earlier run, up to step {newest}: go on with "
+            "it by --resume, or choose another --out"
+        )
+    if plan.every is None:
+        return fresh
+    check_room(plan, fresh)
+    if resume is not None and newest is not None:
+        return restored(plan, None if resume == NEWEST else resume, fresh)
+    if resume is not None:
+        say(f"nothing to resume in {plan.folder}: starting from the beginning")
+    # Shows that checkpoints can be written, before anything is lost if not.
+    save(plan, partial(checkpoint.save, plan.folder, keep=KEEP), fresh)
+    return fresh
+
+
+def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
+    """The progress in a checkpoint, if it is of the same run."""
+    check_identity(plan, read(checkpoint.read_config, plan.folder, step=step))
+    like = {"state": fresh.state, "metrics": fresh.metrics}
+    found = read(checkpoint.restore, plan.folder, like, step=step)
+    checkpoint.discard(plan.folder, after=found.step)
+    if found.versions != versions():
+        say("other versions wrote the checkpoint: going on, but not bit by bit as it would have")
+    say(f"resumed after step {found.step}")
+    return Progress(**found.state, history=found.config["history"], seconds=found.config["seconds"])
+
+
+def read(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Reads from a checkpoint, or says how to choose another one."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise RefusedError(f"{error} Choose another one by --resume STEP.") from error
+
+
+def check_identity(plan: Plan, saved: dict[str, Any]) -> None:
+    """Checks that a checkpoint is of the same run, which may only have become longer."""
+    for name in plan.identity | saved["identity"]:
+        was, now = saved["identity"].get(name), plan.identity.get(name)
+        if was != now:
+            raise RefusedError(f"{name} must be what the run began with, {was}; got {now}")
+    if plan.epochs < saved["epochs"]:
+        raise RefusedError(f"--epochs must be at least {saved['epochs']}, got {plan.epochs}")
+
+
+def save(plan: Plan, write: Save, progress: Progress) -> None:
+    """Saves everything that a run needs to go on."""
+    state = {"state": progress.state, "metrics": progress.metrics}
+    config = {
+        "identity": plan.identity,
+        "epochs": plan.epochs,
+        "history": progress.history,
+        "seconds": progress.seconds,
+    }
+    write(state, step=progress.step, config=config)
+
+
+def check_room(plan: Plan, progress: Progress) -> None:
+    """Checks that the disk can hold all the checkpoints that will be there at once."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((progress.state, progress.metrics)))
+    missing = KEEP + 1 - len(steps_in(plan.folder))  # one more while it is being written
+    free = shutil.disk_usage(plan.folder.parent).free
+    if free < missing * size:
+        raise OSError(
+            f"{missing * size:,} bytes must be free in {plan.folder} for checkpoints, there are "
+            f"{free:,}"
+        )
+
+
+@contextmanager
+def metrics_log(path: Path, history: list[dict[str, Any]]) -> Iterator[TextIO]:
+    """Opens a file of one record per line, holding exactly the history."""
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text("".join(json.dumps(record) + "\n" for record in history))
+    os.replace(partial_path, path)
+    with open(path, "a") as log:
+        yield log
+
+
+def next_stop(plan: Plan, step: int, end: int) -> int:
+    """The step to run to in one go: the end of the epoch, unless something may have to be saved."""
+    if plan.every is None:
+        return end
+    return min(end, step + PATIENCE, (step // plan.every + 1) * plan.every)
+
+
+@contextmanager
+def pauses(plan: Plan) -> Iterator[Pause]:
+    """What to do between steps: save if it is time, and stop if a signal has come."""
+    if plan.every is None:
+        yield lambda progress: None
+        return
+    every = plan.every
+    with signals() as received, checkpoint.writer(plan.folder, keep=KEEP) as write:
+
+        def pause(progress: Progress) -> None:
+            signum = received()
+            if signum or progress.step % every == 0 or len(progress.history) == plan.epochs:
+                save(plan, write, progress)
+            if signum:
+                raise StoppedError(signum, progress.step)
+
+        yield pause
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int | None]]:
+    """Notes the first SIGINT or SIGTERM instead of dying of it; the second acts as ever."""
+    noted: list[int] = []
+
+    def note(signum: int, _: Any) -> None:
+        noted.append(signum)
+        restore()
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted[0] if noted else None
+    finally:
+        restore()
+
+
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the program with one line: 2 for what cannot be resumed, 1 for a disk that fails."""
+    try:
+        yield
+    except StoppedError as stopped:
+        parser.exit(128 + stopped.signum, f"{parser.prog}: {stopped}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except RefusedError as error:
+        parser.error(str(error))

@@ -1,0 +1,1 @@
+"""The experiments written in PyTorch, and what compares them."""

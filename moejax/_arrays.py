@@ -1,0 +1,39 @@
+"""Small conversions of arrays that several modules share."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
+    """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
+    if values.shape[1] * num_experts <= 64:
+        # XLA fuses a few comparisons with what is around them, which it does not do for a scatter.
+        ids = jnp.arange(num_experts, dtype=experts.dtype)
+        choices = zip(experts.T, values.T, strict=True)
+        return reduce(jnp.add, [jnp.where(e[:, None] == ids, v[:, None], 0) for e, v in choices])
+
+    def of_token(experts: Array, values: Array) -> Array:
+        # As an index, a negative id would count from the end; one of E or more is dropped.
+        experts = jnp.where(experts < 0, num_experts, experts)
+        return jnp.zeros(num_experts, values.dtype).at[experts].add(values, mode="drop")
+
+    # Token by token, so that tokens spread over a mesh stay where they are.
+    return jax.vmap(of_token)(experts, values)
+
+
+def at_least_float32(x: Array) -> Array:
+    """Promotes bfloat16 and float16 to float32; float64 stays float64."""
+    # NumPy's promotion, because JAX's own refuses to mix dtypes in its strict mode.
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
+    """The dtype of a mixture: that of x, or of the outputs if x holds integers."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype

@@ -1,0 +1,176 @@
+"""Every refusal: bad input gets one clear line that says what must hold and what was got."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+
+from moejax._arrays import at_least_float32
+from moejax.base import Array, ExpertChoice, Params, Routing, SoftSlots
+
+SCHEDULES = MappingProxyType(
+    {
+        Routing: "`dense`, `dropless` or `capacity`",
+        ExpertChoice: "`gather_slots`",
+        SoftSlots: "`mix_slots`",
+    }
+)
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def takes(*kinds: type) -> Callable[[Function], Function]:
+    """Refuses decisions of other kinds by name, before a missing attribute or wrong numbers do.
+
+    A decision of the caller's own type is let through: it may have what the function reads.
+    """
+    expected = " or ".join(kind.__name__ for kind in kinds)
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                if type(value) in SCHEDULES and type(value) not in kinds:
+                    raise ValueError(
+                        f"`{function.__name__}` takes a decision of type {expected}, got "
+                        f"{type(value).__name__}, which goes with {SCHEDULES[type(value)]}."
+                    )
+            return function(*args, **kwargs)
+
+        return cast(Function, checked)
+
+    return decorate
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a number that the caller gives is an integer: Python's or NumPy's, no array."""
+    return isinstance(value, numbers.Integral)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of Python or NumPy, and no array, which may be traced."""
+    return isinstance(value, numbers.Real)
+
+
+def positive_like(name: str, value: Array | float, of: str, array: Array) -> Array:
+    """The value in the dtype of an array to which it broadcasts; a number must be positive."""
+    converted = jnp.asarray(value).astype(array.dtype)
+    sizes = zip(converted.shape[::-1], array.shape[::-1], strict=False)
+    fits = converted.ndim <= array.ndim and all(size in (1, whole) for size, whole in sizes)
+    if not fits or (is_number(value) and not value > 0):
+        raise ValueError(
+            f"`{name}` must be positive and broadcast to the {of} {list(array.shape)}, got "
+            f"{value if is_number(value) else list(converted.shape)}."
+        )
+    return converted
+
+
+def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
+    """Refuses a mask that would broadcast, or whose numbers could mean anything."""
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"`mask` must be a boolean array of shape {list(shape)}, True for tokens that count, "
+            f"got {mask.dtype}{list(mask.shape)}."
+        )
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuses a number of things that is no positive integer."""
+    if not (is_integer(count) and count >= 1):
+        raise ValueError(f"`{name}` must be an integer, at least 1, got {count}.")
+
+
+def check_stacked(params: Params, num_experts: int) -> None:
+    """Refuses parameters of another number of experts: an index beyond them reads the last one."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if leaf.shape[:1] != (num_experts,):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                "Every leaf of the experts' params must have a leading axis of `num_experts` "
+                f"({num_experts}), got {name} {list(leaf.shape)}."
+            )
+
+
+def check_widths(name: str, *widths: int) -> None:
+    """Refuses widths that are no positive integers."""
+    if not all(is_integer(width) and width > 0 for width in widths):
+        raise ValueError(f"The widths of `{name}` must be positive integers, got {widths}.")
+
+
+def check_input(x: Array, kernel: Array) -> None:
+    d_in, d_out = kernel.shape[-2:]
+    if x.shape[-1:] != (d_in,):
+        raise ValueError(
+            f"`linear({d_in}, {d_out})` takes inputs of width {d_in}, got {list(x.shape)}."
+        )
+    # The kernel is cast to the dtype of x: to integers, it would be zeros.
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
+
+
+def checked_logits(logits: Array) -> Array:
+    """Logits in float32 at the least, once their shape and dtype are known to be right."""
+    if logits.ndim != 2 or logits.shape[-1] < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            "`logits` must be a float array of shape [tokens, experts], got "
+            f"{logits.dtype}{list(logits.shape)}: flatten other axes into tokens."
+        )
+    return at_least_float32(logits)
+
+
+def check_k(k: int, logits: Array) -> None:
+    """Refuses a number of choices that the logits cannot offer."""
+    num_experts = logits.shape[-1]
+    if not (is_integer(k) and 1 <= k <= num_experts):
+        raise ValueError(
+            f"`k` must be an integer between 1 and the number of experts ({num_experts}), got {k}."
+        )
+
+
+def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Params, Array]:
+    """Refuses what a decision ``[T, E]`` is not about: an index beyond the end reads the last.
+
+    Returns:
+        The parameters and tokens as JAX's arrays: NumPy's cannot be indexed by traced choices.
+    """
+    num_tokens, num_experts = shape
+    params, x = jax.tree.map(jnp.asarray, (params, x))
+    check_stacked(params, num_experts)
+    if len(x) != num_tokens:
+        raise ValueError(f"`x` must hold the {num_tokens} tokens that were routed, got {len(x)}.")
+    return params, x
+
+
+def check_array(output: Any) -> None:
+    """Refuses an expert that returns something besides its output, as a layer of `moe` does."""
+    if not hasattr(output, "shape"):
+        raise ValueError(
+            f"An expert must return one array, got a {type(output).__name__}: give it an apply "
+            "such as `lambda params, x: layer.apply(params, x)[0]`."
+        )
+
+
+def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:
+    """Refuses an expert that sums over tokens or leaves some out."""
+    if shape[:1] != (num_tokens,):
+        raise ValueError(
+            f"An expert must return one output per token, [{num_tokens}, ...], got {list(shape)}: "
+            "its x is [tokens, ...]."
+        )
+
+
+def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
+    # One gate for all experts would broadcast; params may be empty, and then have no axis E.
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(gates.shape) != 2 or len(gates) != num_tokens or leading - {gates.shape[1:]}:
+        raise ValueError(
+            f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
+            f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."
+        )

@@ -1,0 +1,42 @@
+"""Parameters to and from PyTorch ``state_dict``s, in NumPy, without PyTorch.
+
+A layout says where in a ``state_dict`` each parameter lies: it is a pytree of the structure of the
+params, with a `Tensor` at every leaf. Layouts compose as the layers do, and two functions follow
+them, `to_torch` and `from_torch`; the way there and back is exact.
+
+Example:
+    >>> from moejax import conversion
+    >>> model = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 2), num_experts=2)
+    >>> layout = conversion.moe(conversion.linear(2, 1), conversion.mlp(2, 4, 2), num_experts=2)
+    >>> state_dict = conversion.to_torch(layout, model.init(jax.random.key(0)))
+    >>> for name, tensor in sorted(state_dict.items()):
+    ...     print(name, tensor.shape)
+    experts.0.bias (1,)
+    experts.0.weight (1, 2)
+    experts.1.bias (1,)
+    experts.1.weight (1, 2)
+    gate.0.bias (4,)
+    gate.0.weight (4, 2)
+    gate.2.bias (2,)
+    gate.2.weight (2, 4)
+    >>> params = conversion.from_torch(layout, state_dict)
+    >>> params["experts"]["kernel"].shape
+    (2, 2, 1)
+"""
+
+from moejax.interop.torch.layouts import Layout, Tensor, at, glu, linear, mlp, moe, stack
+from moejax.interop.torch.state_dicts import StateDict, from_torch, to_torch
+
+__all__ = [
+    "Layout",
+    "StateDict",
+    "Tensor",
+    "at",
+    "from_torch",
+    "glu",
+    "linear",
+    "mlp",
+    "moe",
+    "stack",
+    "to_torch",
+]

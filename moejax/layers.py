@@ -1,0 +1,223 @@
+"""Layers of which experts and routers are built: linear, mlp, glu, and their stacking.
+
+Every built-in layer takes its matrix product as an argument, ``matmul``. One source then serves
+``vmap`` (plain products, one per expert) and a grouped product over rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+
+from moejax._checks import check_count, check_input, check_widths
+from moejax.base import Array, Layer, Matmul, Params
+
+Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
+Activation = Callable[[Array], Array]
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """Uniform within ``±1/sqrt(fan_in)``: how ``torch.nn.Linear`` starts its weight and bias.
+
+    Args:
+        fan_in: number of inputs of the layer.
+
+    Returns:
+        An initializer ``(key, shape, dtype) -> array``.
+
+    Example:
+        >>> kernel = fan_in_uniform(4)(jax.random.key(0), (4, 3))
+        >>> bool(jnp.all(jnp.abs(kernel) <= 0.5))
+        True
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool = True,
+    kernel_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+) -> Layer:
+    """An affine map, ``y = x W + b``.
+
+    It computes in the dtype of ``x``: parameters are cast to it, so float32 parameters serve
+    bfloat16 activations.
+
+    Args:
+        d_in: input width D.
+        d_out: output width O.
+        bias: whether to add ``b``.
+        kernel_init: initializer of ``W``; uniform within ``±1/sqrt(D)`` by default.
+        bias_init: initializer of ``b``; uniform within ``±1/sqrt(D)`` by default.
+
+    Returns:
+        A layer with params ``{"kernel": [D, O], "bias": [O]}``.
+
+    Raises:
+        ValueError: if a width is not a positive integer; in apply, if x is not floats of width D.
+
+    Example:
+        >>> layer = linear(3, 2)
+        >>> params = layer.init(jax.random.key(0))
+        >>> layer.apply(params, jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+    check_widths("linear", d_in, d_out)
+    kernel_init = kernel_init or fan_in_uniform(d_in)
+    bias_init = bias_init or fan_in_uniform(d_in)
+
+    def init(key: Array) -> Params:
+        kernel_key, bias_key = jax.random.split(key)
+        params = {"kernel": kernel_init(kernel_key, (d_in, d_out), jnp.float32)}
+        if bias:
+            params["bias"] = bias_init(bias_key, (d_out,), jnp.float32)
+        return params
+
+    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+        check_input(x, params["kernel"])
+        y = matmul(x, params["kernel"].astype(x.dtype))
+        if bias:
+            # The bias is the kernel of one constant input, so a grouped product finds its rows too.
+            one = jnp.ones_like(x[..., :1])  # [..., 1], on the devices where x is
+            y += matmul(one, params["bias"].astype(x.dtype)[..., None, :])
+        return y
+
+    return Layer(init, apply)
+
+
+def mlp(
+    *widths: int, activation: Activation = jax.nn.relu, layer: Callable[..., Layer] = linear
+) -> Layer:
+    """A multi-layer perceptron, ``y = W_n a(... a(W_1 x + b_1) ...) + b_n``.
+
+    Args:
+        *widths: D, the hidden widths, O.
+        activation: applied between layers, not after the last.
+        layer: makes each layer from its two widths; ``partial(linear, bias=False)``, or with
+            another initializer.
+
+    Returns:
+        A layer with params ``{"layers": [{"kernel", "bias"}, ...]}``.
+
+    Raises:
+        ValueError: with fewer than two widths, or one that is not a positive integer.
+
+    Example:
+        >>> gate = mlp(2, 4, 2)
+        >>> params = gate.init(jax.random.key(0))
+        >>> [p["kernel"].shape for p in params["layers"]]
+        [(2, 4), (4, 2)]
+    """
+    if len(widths) < 2:
+        raise ValueError(
+            f"`mlp` needs at least an input and an output width, got {widths}: "
+            "write mlp(784, 50, 10)."
+        )
+    check_widths("mlp", *widths)
+    layers = [layer(d_in, d_out) for d_in, d_out in pairwise(widths)]
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, len(layers))
+        return {"layers": [one.init(k) for one, k in zip(layers, keys, strict=True)]}
+
+    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+        *hidden, last = zip(layers, params["layers"], strict=True)
+        for one, p in hidden:
+            x = activation(one.apply(p, x, matmul=matmul))
+        one, p = last
+        return one.apply(p, x, matmul=matmul)
+
+    return Layer(init, apply)
+
+
+_unbiased = partial(linear, bias=False)
+
+
+def glu(
+    d_model: int,
+    d_hidden: int,
+    *,
+    activation: Activation = jax.nn.silu,
+    layer: Callable[..., Layer] = _unbiased,
+) -> Layer:
+    """A gated linear unit, ``y = (a(x W_gate) * (x W_up)) W_down``; SwiGLU with the default.
+
+    Args:
+        d_model: input and output width D.
+        d_hidden: hidden width F.
+        activation: applied to the gate.
+        layer: makes each of the three layers from its two widths; `linear` without bias by default.
+
+    Returns:
+        A layer with params ``{"gate": {"kernel": [D, F]}, "up": {"kernel": [D, F]},
+        "down": {"kernel": [F, D]}}``.
+
+    Raises:
+        ValueError: if a width is not a positive integer.
+
+    Example:
+        >>> layer = glu(4, 8)
+        >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((3, 4))).shape
+        (3, 4)
+
+    References:
+        Shazeer, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_, 2020
+    """
+    check_widths("glu", d_model, d_hidden)
+    up, down = layer(d_model, d_hidden), layer(d_hidden, d_model)
+
+    def init(key: Array) -> Params:
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        return {"gate": up.init(gate_key), "up": up.init(up_key), "down": down.init(down_key)}
+
+    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+        gate = activation(up.apply(params["gate"], x, matmul=matmul))
+        return down.apply(
+            params["down"], gate * up.apply(params["up"], x, matmul=matmul), matmul=matmul
+        )
+
+    return Layer(init, apply)
+
+
+def stack(layer: Layer, num_experts: int) -> Layer:
+    """E copies of a layer, each with its own parameters: ``y_e = f(params_e, x)``.
+
+    Args:
+        layer: the expert.
+        num_experts: E.
+
+    Returns:
+        A layer whose params have a leading axis E on every leaf, and whose apply gives
+        ``[E, T, O]`` for ``x [T, D]``.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> experts = stack(linear(3, 2), 4)
+        >>> params = experts.init(jax.random.key(0))
+        >>> params["kernel"].shape, experts.apply(params, jnp.ones((5, 3))).shape
+        ((4, 3, 2), (4, 5, 2))
+    """
+    check_count("num_experts", num_experts)
+
+    def init(key: Array) -> Params:
+        return jax.vmap(layer.init)(jax.random.split(key, num_experts))
+
+    def apply(params: Params, x: Array) -> Array:
+        return jax.vmap(layer.apply, in_axes=(0, None))(params, x)  # [E, T, O]
+
+    return Layer(init, apply)

@@ -1,0 +1,221 @@
+"""Experts of several kinds behind one router, and an expert that always runs.
+
+A *bank* is a number of experts of one kind: networks, or experts that cost nothing because they
+return zero, the token itself or a learned vector. They are chosen like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax._arrays import at_least_float32, output_dtype
+from moejax._checks import check_count, check_stacked, check_widths, takes
+from moejax.base import Array, Layer, Params, Routing
+from moejax.layers import stack
+from moejax.moe_layer import routed
+from moejax.schedules.dropless import dropless
+
+
+class Bank(NamedTuple):
+    """Experts of one kind.
+
+    Attributes:
+        num_experts: how many.
+        init: ``key -> params``.
+        apply: ``(params, x [T, ...], routing) -> y``, the gated sum over these experts, of shape
+            [T, ...], or a scalar zero; ids in routing count from this bank's first expert,
+            and an id of num_experts is an expert of another bank.
+    """
+
+    num_experts: int
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Array, Routing], Array]
+
+
+def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] = dropless) -> Bank:
+    """Experts that are networks, as in `moe`.
+
+    Args:
+        expert: the layer of one expert.
+        num_experts: how many.
+        execute: the schedule, ``(expert, params, x, routing) -> y``.
+
+    Returns:
+        A bank whose params are those of ``stack(expert, num_experts)``.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> networks(moejax.glu(4, 8), 6).num_experts
+        6
+    """
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        check_stacked(params, num_experts)
+        return execute(expert.apply, params, x, routing)
+
+    return Bank(num_experts, stack(expert, num_experts).init, apply)
+
+
+def zero_experts(num_experts: int) -> Bank:
+    """Experts that return zero, ``E(x) = 0``: a token that chooses one leaves that choice out.
+
+    Args:
+        num_experts: how many.
+
+    Returns:
+        A bank without params.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> zero_experts(1).num_experts
+        1
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    check_count("num_experts", num_experts)
+    return Bank(num_experts, lambda key: {}, lambda params, x, routing: jnp.zeros((), x.dtype))
+
+
+def copy_experts(num_experts: int) -> Bank:
+    """Experts that return the token, ``E(x) = x``: a token that chooses one skips the layer.
+
+    Args:
+        num_experts: how many.
+
+    Returns:
+        A bank without params; the layer's output is then as wide as its input.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> copy_experts(1).num_experts
+        1
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    check_count("num_experts", num_experts)
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        weights = jnp.where(routing.chosen, routing.weights, 0).sum(axis=-1)  # [T]
+        return weights.reshape(-1, *[1] * (x.ndim - 1)) * x.astype(weights.dtype)
+
+    return Bank(num_experts, lambda key: {}, apply)
+
+
+def constant_experts(num_experts: int, width: int) -> Bank:
+    """Experts that return a learned vector whatever the token, ``E_e(x) = v_e``.
+
+    Args:
+        num_experts: how many.
+        width: of the layer's output, O.
+
+    Returns:
+        A bank with params ``{"vectors": [E, O]}``, zero at first.
+
+    Raises:
+        ValueError: if a number is not a positive integer.
+
+    Example:
+        >>> constant_experts(2, 4).init(jax.random.key(0))["vectors"].shape
+        (2, 4)
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    check_count("num_experts", num_experts)
+    check_widths("constant_experts", width)
+
+    def init(key: Array) -> Params:
+        return {"vectors": jnp.zeros((num_experts, width), jnp.float32)}
+
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        gates = routing.gates  # [T, E]
+        return gates @ params["vectors"].astype(gates.dtype)
+
+    return Bank(num_experts, init, apply)
+
+
+def moe_of(
+    *banks: Bank, router: Layer, route: Callable[..., Routing], feature_ndim: int = 1
+) -> Layer:
+    """A mixture of experts of several kinds, ``y_t = sum over banks, sum_e g_te E_e(x_t)``.
+
+    Expert ids run through the banks in their order.
+
+    Args:
+        *banks: of `networks`, `zero_experts`, `copy_experts`, `constant_experts`.
+        router: ``x [T, ...] -> logits [T, E]``, E the sum over all banks.
+        route: the rule, ``logits -> Routing``.
+        feature_ndim: how many trailing axes of x are one token.
+
+    Returns:
+        A layer as from `moe`, whose ``params["experts"]`` is a list with the params of each bank.
+
+    Raises:
+        ValueError: if there is no bank, or if their outputs are not of one shape.
+
+    Example:
+        >>> model = moe_of(
+        ...     networks(moejax.glu(4, 8), 4), zero_experts(1), copy_experts(1),
+        ...     constant_experts(2, 4),
+        ...     router=moejax.linear(4, 8), route=partial(moejax.top_k, k=2),
+        ... )
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 4)))
+        >>> y.shape, routing.num_experts
+        ((5, 4), 8)
+
+    References:
+        Jin et al., `MoE++ <https://arxiv.org/abs/2410.07348>`_, 2024
+    """
+    if not banks:
+        raise ValueError("`moe_of` needs at least one bank of experts, such as `networks`.")
+    *starts, num_experts = accumulate((bank.num_experts for bank in banks), initial=0)
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, len(banks))
+        return [bank.init(one) for bank, one in zip(banks, keys, strict=True)]
+
+    @takes(Routing)
+    def apply(params: Params, x: Array, routing: Routing) -> Array:
+        outputs = [
+            at_least_float32(bank.apply(own, x, _own_part(routing, start, bank.num_experts)))
+            for bank, own, start in zip(banks, params, starts, strict=True)
+        ]
+        _check_one_shape(outputs)
+        y = sum(outputs[1:], start=outputs[0])
+        return y.astype(output_dtype(x, y))
+
+    experts = Layer(init, apply)
+    return routed(experts, router, num_experts=num_experts, route=route, feature_ndim=feature_ndim)
+
+
+def _check_one_shape(outputs: list[Array]) -> None:
+    shapes = {y.shape for y in outputs if y.ndim}  # what returns zero fits any
+    if len(shapes) != 1:
+        raise ValueError(
+            "The banks must have outputs of one shape, and not all be `zero_experts`, got "
+            f"{[list(y.shape) for y in outputs]}."
+        )
+
+
+def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:
+    own = (routing.experts >= start) & (routing.experts < start + num_experts)
+    columns = slice(start, start + num_experts)
+    return Routing(
+        experts=jnp.where(own, routing.experts - start, num_experts),
+        weights=jnp.where(own, routing.weights, 0),
+        scores=routing.scores[:, columns],
+        logits=routing.logits[:, columns],
+    )

@@ -1,0 +1,236 @@
+"""The composed layer: experts, a router, a rule and a schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax._arrays import at_least_float32
+from moejax._calling import accepts, check_rule, keeps_own, only_accepted
+from moejax._checks import check_mask, check_stacked
+from moejax.base import Array, Layer, Params, Routing
+from moejax.layers import stack
+from moejax.rules import softmax
+from moejax.rules.limit import mask_tokens
+from moejax.schedules.dense import dense
+from moejax.schedules.dropless import dropless
+
+
+def moe(
+    expert: Layer,
+    router: Layer,
+    *,
+    num_experts: int,
+    route: Callable[..., Any] = softmax,
+    execute: Callable[..., Array] | None = None,
+    feature_ndim: int = 1,
+) -> Layer:
+    """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
+
+    Differentiable in reverse mode any number of times. Forward mode (``jax.jvp``, and with it
+    ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; for it, pass
+    ``execute=moejax.dense``.
+
+    Args:
+        expert: the layer of one expert; any ``f(params, x)`` that treats tokens (axis 0 of x)
+            independently of each other.
+        router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 at the least. What it
+            returns goes to the rule, several values as several arguments.
+        num_experts: E.
+        route: the rule, ``logits -> Routing``.
+        execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
+            decision with K = E and `dropless` otherwise.
+        feature_ndim: how many trailing axes of x are one token: 1 for vectors, 3 for images.
+
+    Returns:
+        A layer with params ``{"router": ..., "experts": ...}``, every leaf of the experts with a
+        leading axis E. ``apply(params, x, *, key=None, mask=None)`` takes x ``[..., D]`` and
+        returns ``(y, routing)``: y of the leading shape and the dtype of x, the decision over the
+        T flattened tokens. ``key`` goes to the router and the rule if they take one; without it
+        nothing is random. ``mask``, of x's leading shape, is False for padding: such a token goes
+        nowhere and gets zeros.
+
+    Raises:
+        ValueError: if shapes do not agree, at trace time.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 2), num_experts=2)
+        >>> params = model.init(jax.random.key(0))
+        >>> y, routing = model.apply(params, jnp.ones((5, 2)))
+        >>> y.shape, routing.weights.shape
+        ((5, 1), (5, 2))
+
+    References:
+        Jacobs et al., `Adaptive Mixtures of Local Experts
+        <https://doi.org/10.1162/neco.1991.3.1.79>`_, 1991
+    """
+    experts = stack(expert, num_experts)
+
+    def apply(params: Params, tokens: Array, decision: Any) -> Array:
+        check_stacked(params, num_experts)
+        schedule = execute or _default_schedule(decision)
+        return schedule(expert.apply, params, tokens, decision)
+
+    return routed(
+        Layer(experts.init, apply),
+        router,
+        num_experts=num_experts,
+        route=route,
+        feature_ndim=feature_ndim,
+    )
+
+
+def routed(
+    experts: Layer,
+    router: Layer,
+    *,
+    num_experts: int,
+    route: Callable[..., Any],
+    feature_ndim: int,
+) -> Layer:
+    """What `moe` is once its experts know how to run a decision.
+
+    Args:
+        experts: all experts at once, ``apply(params, x [T, ...], decision) -> y [T, ...]``.
+        router: as in `moe`.
+        num_experts: E.
+        route: as in `moe`.
+        feature_ndim: as in `moe`.
+
+    Returns:
+        The layer of `moe`.
+    """
+
+    def init(key: Array) -> Params:
+        router_key, experts_key = jax.random.split(key)
+        return {"router": router.init(router_key), "experts": experts.init(experts_key)}
+
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
+        if mask is not None:
+            mask = jnp.asarray(mask)
+            check_mask(mask, leading)
+            mask = mask.reshape(-1)  # [T]
+            tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
+        with jax.named_scope("route"):
+            decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
+        with jax.named_scope("execute"):
+            y = experts.apply(params["experts"], tokens, decision)
+        return y.reshape(*leading, *y.shape[1:]), decision
+
+    return Layer(init, apply)
+
+
+def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
+    """Tokens on one axis, ``[..., D] -> [T, D]``, and the shape they had."""
+    if x.ndim <= feature_ndim:
+        raise ValueError(
+            f"`x` must have at least one axis of tokens before its {feature_ndim} feature "
+            f"axes (`feature_ndim`), got shape {x.shape}: add one with x[None]."
+        )
+    split = x.ndim - feature_ndim
+    leading = x.shape[:split]
+    return x.reshape(math.prod(leading), *x.shape[split:]), leading  # [..., D] -> [T, D]
+
+
+def _decide(
+    router: Layer,
+    route: Callable[..., Any],
+    params: Params,
+    tokens: Array,
+    num_experts: int,
+    key: Array | None,
+    mask: Array | None,
+) -> Any:
+    router_key, route_key = (None, None) if key is None else jax.random.split(key)
+    keyed = only_accepted(router, key=router_key)
+    outputs = router.apply(params, _router_input(tokens), **keyed)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    _check_logits(outputs[0], len(tokens), num_experts)
+    extras = {"key": route_key, "mask": mask}
+    given = {k: v for k, v in extras.items() if accepts(route, k) and not keeps_own(route, k, v)}
+    check_rule(route, outputs, given)
+    decision = route(*outputs, **given)
+    if mask is None or accepts(route, "mask"):
+        return decision
+    return mask_tokens(decision, mask)
+
+
+def _router_input(tokens: Array) -> Array:
+    return at_least_float32(tokens) if jnp.issubdtype(tokens.dtype, jnp.floating) else tokens
+
+
+def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
+    if logits.shape[:2] != (num_tokens, num_experts):
+        raise ValueError(
+            f"The router must return one logit per token and expert, [{num_tokens}, "
+            f"{num_experts}], got {list(logits.shape)}: its last width must equal `num_experts`."
+        )
+
+
+def _default_schedule(decision: Any) -> Callable[..., Array]:
+    if not isinstance(decision, Routing):
+        raise ValueError(
+            f"A decision of type {type(decision).__name__} needs its own schedule: pass it to "
+            "`moe` as `execute`."
+        )
+    every_expert = decision.experts.shape[-1] == decision.num_experts
+    return dense if every_expert else dropless
+
+
+def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
+    """A mixture beside an expert that always runs, ``y = S(x) + sum_e g_e E_e(x)``.
+
+    Args:
+        model: the mixture, as from `moe`.
+        shared: the layer of the shared expert, of the mixture's input and output width.
+        feature_ndim: how many trailing axes of x are one token, as in ``model``.
+
+    Returns:
+        A layer with params ``{"routed": ..., "shared": ...}`` that is applied as ``model`` is.
+
+    Raises:
+        ValueError: in apply, if the two outputs differ in shape.
+
+    Example:
+        >>> routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+        >>> model = with_shared(routed, moejax.glu(4, 16))
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
+        >>> y.shape
+        (2, 5, 4)
+
+    References:
+        Dai et al., `DeepSeekMoE <https://arxiv.org/abs/2401.06066>`_, 2024
+    """
+
+    def init(key: Array) -> Params:
+        routed_key, shared_key = jax.random.split(key)
+        return {"routed": model.init(routed_key), "shared": shared.init(shared_key)}
+
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        y, decision = model.apply(params["routed"], x, key=key, mask=mask)
+        if mask is not None:
+            x = _where_kept(mask, x)
+        tokens, leading = flatten_tokens(x, feature_ndim)
+        always = shared.apply(params["shared"], tokens)
+        always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
+        if always.shape != y.shape:
+            raise ValueError(
+                f"The shared expert's output must have the shape of the mixture's output, "
+                f"{list(y.shape)}, got {list(always.shape)}."
+            )
+        return y + (always if mask is None else _where_kept(mask, always)), decision
+
+    return Layer(init, apply)
+
+
+def _where_kept(mask: Array, values: Array) -> Array:
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim)), values, 0)

@@ -1,0 +1,74 @@
+"""ReLU routing: gates that are continuous everywhere, and the controller of their sparsity."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moejax._checks import checked_logits, is_number, takes
+from moejax.base import Array, Routing
+
+
+def relu(logits: Array) -> Routing:
+    """Sends every token to the experts with a positive logit, ``g = relu(logits)``.
+
+    How many these are differs between tokens and is held at k on average by a penalty, `l1_loss`
+    times a coefficient that `update_l1_coefficient` maps to the next step's. The gate is
+    continuous in the logits, where that of top-k jumps.
+
+    Args:
+        logits: router output, shape [T, E].
+
+    Returns:
+        A decision with K = E in which an expert with weight zero goes nowhere; but a token with
+        no positive logit keeps its best expert, at weight zero, which tells it from padding.
+        Scores are the gates, not normalised.
+
+    Raises:
+        ValueError: if logits is not a float array [T, E].
+
+    Example:
+        >>> routing = relu(jnp.array([[0.5, -1.0, 2.0]]))
+        >>> routing.experts, routing.weights
+        (Array([[0, 3, 2]], dtype=int32), Array([[0.5, 0. , 2. ]], dtype=float32))
+
+    References:
+        Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
+    """
+    logits = checked_logits(logits)
+    num_experts = logits.shape[-1]
+    every = jnp.arange(num_experts, dtype=jnp.int32)
+    best = every == jnp.argmax(logits, axis=-1, keepdims=True).astype(every.dtype)
+    # Not "> 0": a logit that is not a number must show up in the output.
+    inactive = (logits <= 0) & ~best
+    gates = jax.nn.relu(logits)
+    return Routing(jnp.where(inactive, num_experts, every), gates, gates, logits)
+
+
+@takes(Routing)
+def update_l1_coefficient(
+    coefficient: Array | float, routing: Routing, *, k: int, factor: float = 1.2
+) -> Array:
+    """Steers `relu` towards k active experts per token, ``c factor^sign(active - k)``.
+
+    Args:
+        coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32.
+        routing: the decision of this step.
+        k: active experts per token to hold on average: a sparsity of ``1 - k / E``.
+        factor: by how much c changes in a step.
+
+    Returns:
+        The coefficient of the next step: larger if more than k are active, unchanged at k.
+
+    Example:
+        >>> routing = relu(jnp.array([[0.5, 1.0, 2.0]]))
+        >>> float(update_l1_coefficient(jnp.float32(1.0), routing, k=1, factor=2.0))
+        2.0
+
+    References:
+        Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
+    """
+    c = jnp.asarray(coefficient, jnp.float32 if is_number(coefficient) else None)
+    active = jnp.sum(routing.chosen & (routing.weights > 0))
+    direction = jnp.sign(active - k * routing.present.sum())
+    return c * jnp.asarray(factor, c.dtype) ** direction.astype(c.dtype)

@@ -1,0 +1,1 @@
+"""The engine of `expert_parallel`: rounds of an exchange between devices."""

@@ -1,0 +1,1 @@
+"""The engine of `dropless` and `capacity`: choices sorted by expert."""

@@ -1,0 +1,86 @@
+"""Schedules: ways to compute the one sum ``y_t = sum_e g_te E_e(x_t)``.
+
+`dense` is the definition. Every other schedule is a faster order of the same sum, and agrees with
+it in value and in gradient wherever nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax._arrays import output_dtype
+from moejax._checks import (
+    check_array,
+    check_gates,
+    check_outputs,
+    check_problem,
+    takes,
+)
+from moejax.base import Array, Expert, Params, Routing
+from moejax.schedules._sorted.products import side_by_side, with_product
+
+
+def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
+    """The definition of a mixture, ``y_t = sum_e g_te E_e(x_t)``.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        gates: weight of every expert for every token, shape [T, E].
+
+    Returns:
+        The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
+
+    Raises:
+        ValueError: if the gates are not one for each token and expert, or an expert does not
+            return one output per token.
+
+    Example:
+        >>> experts = moejax.stack(moejax.linear(3, 2), 4)
+        >>> params = experts.init(jax.random.key(0))
+        >>> gates = jax.nn.softmax(jnp.zeros((5, 4)))
+        >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
+        (5, 2)
+    """
+    check_gates(gates, params, len(x))
+    expert = with_product(expert, side_by_side)
+    over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
+    outputs = over_experts(params, x)  # [E, T, O]
+    check_array(outputs)
+    check_outputs(outputs.shape[1:], len(x))
+    gates, blended = _promote(gates, outputs)
+    y = jnp.einsum("te,et...->t...", gates, blended)
+    return y.astype(output_dtype(x, outputs))
+
+
+@takes(Routing)
+def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    """Runs every expert on every token and blends: exact for every rule, and never sparse.
+
+    Args:
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        routing: the decision.
+
+    Returns:
+        The blend, shape [T, ...], in the dtype of x.
+
+    Example:
+        >>> experts = moejax.stack(moejax.linear(3, 2), 4)
+        >>> params = experts.init(jax.random.key(0))
+        >>> routing = moejax.top_k(jnp.ones((5, 4)), k=2)
+        >>> dense(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), routing).shape
+        (5, 2)
+    """
+    params, x = check_problem(params, x, routing.scores.shape)
+    return mixture(expert, params, x, routing.gates)
+
+
+def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:
+    # bfloat16 outputs are summed in the gates' float32: rounded gates would not sum to one.
+    dtype = np.promote_types(gates.dtype, outputs.dtype)
+    return gates.astype(dtype), outputs.astype(dtype)

@@ -1,0 +1,132 @@
+"""The schedule for many devices: experts stay where they live, tokens travel to them and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from moejax._checks import check_problem, takes
+from moejax.base import Array, Expert, Params, Routing
+from moejax.schedules._mesh.exchange import Exchange, exchange_for
+from moejax.schedules._mesh.rounds import make_plan, one_round, sum_of_rounds
+from moejax.schedules._sorted.gated_sum import output_like
+from moejax.schedules.dropless import dropless
+
+Schedule = Callable[[Expert, Params, Array, Routing], Array]
+
+
+def expert_parallel(
+    mesh: Mesh,
+    *,
+    axis: str = "expert",
+    factor: float = 1.25,
+    local: Schedule = dropless,
+    exchange: Exchange | None = None,
+) -> Schedule:
+    """A schedule whose tokens are spread over the whole mesh and whose experts over one axis.
+
+    The sum is the same, ``y_t = sum_e g_te E_e(x_t)``, in any mesh. Along ``axis`` every pair of
+    devices exchanges ``C = ceil(factor T K / S)`` rows per round, for T tokens per device and S
+    devices. A balanced router needs one round. Rows that do not fit travel in further rounds,
+    as many as the fullest block needs, which recompute their forward pass in the backward pass.
+    Nothing is ever dropped, and a device holds at most ``4 factor T K`` rows in buffers, whatever
+    the router does.
+
+    Args:
+        mesh: a mesh with Auto or Explicit axes; every axis but ``axis`` is data parallel.
+        axis: the axis along which the experts live; its size S must divide E.
+        factor: slots per pair of devices as a multiple of the mean load. Larger means fewer
+            further rounds, more memory and, where blocks are padded, more bytes.
+        local: the schedule on each device, over its own experts with K = 1.
+        exchange: how rows travel; by default what `exchange_for` finds for the mesh.
+
+    Returns:
+        A schedule, ``(expert, params, x, routing) -> y``, for `moe`'s ``execute``. Arguments are
+        global arrays. Params must be sharded over ``axis`` on their leading axis to save memory,
+        and x over all axes on its leading axis to save communication; see `moejax.sharding`.
+
+    Raises:
+        ValueError: if the mesh has no such axis or the factor is not positive; when the schedule
+            is traced, if the tokens do not divide among the devices or the experts along the axis.
+
+    Example:
+        >>> mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        >>> model = moejax.moe(
+        ...     moejax.linear(3, 2), moejax.linear(3, 8), num_experts=8,
+        ...     route=partial(moejax.top_k, k=2), execute=expert_parallel(mesh))
+        >>> params = model.init(jax.random.key(0))
+        >>> y, routing = jax.jit(model.apply)(params, jnp.ones((16, 3)))
+        >>> y.shape
+        (16, 2)
+
+    References:
+        Lepikhin et al., `GShard <https://arxiv.org/abs/2006.16668>`_, 2020
+    """
+    check_axis(mesh, axis)
+    if not 0 < factor < math.inf:
+        raise ValueError(f"`factor` must be a positive finite number, got {factor}.")
+    exchange = exchange or exchange_for(mesh)
+    spec_experts, spec_tokens = jax.P(axis), jax.P(mesh.axis_names)
+
+    @takes(Routing)
+    def execute(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+        params, x = check_problem(params, x, routing.scores.shape)
+        check_tokens(mesh, len(x))
+        _check_experts(mesh, axis, routing.num_experts)
+
+        def on_device(params: Params, x: Array, routing: Routing) -> Array:
+            output = output_like(expert, params, x)
+            if routing.experts.size == 0:
+                return jnp.zeros(output.shape, output.dtype)
+            plan = make_plan(routing, axis, factor)
+            step = partial(one_round, partial(local, expert), exchange, axis, plan)
+            y = sum_of_rounds(step, plan, mesh.axis_names, params, x, routing.weights)
+            return y.astype(output.dtype)
+
+        on_mesh = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(spec_experts, spec_tokens, spec_tokens),
+            out_specs=spec_tokens,
+            check_vma=False,  # a local schedule may loop over carries that start unvarying
+        )
+        x, routing = placed((x, routing), mesh, spec_tokens)
+        return on_mesh(placed(params, mesh, spec_experts), x, routing)
+
+    return execute
+
+
+def check_axis(mesh: Mesh, axis: str) -> None:
+    """Refuses an axis that the mesh does not have."""
+    if axis not in mesh.shape:
+        raise ValueError(f"`axis` must be one of the mesh's axes {mesh.axis_names}, got {axis!r}.")
+
+
+def placed(tree: Any, mesh: Mesh, spec: jax.P) -> Any:
+    """Moves arrays to where `jax.shard_map` wants them, which it does by itself on Auto axes."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)), tree)
+
+
+def check_tokens(mesh: Mesh, num_tokens: int) -> None:
+    """Refuses tokens that the devices of the mesh cannot share equally."""
+    if num_tokens % mesh.size:
+        raise ValueError(
+            f"The number of tokens must be a multiple of the mesh's {mesh.size} devices, got "
+            f"{num_tokens}: pad the batch and pass a `mask` that is False for the padding."
+        )
+
+
+def _check_experts(mesh: Mesh, axis: str, num_experts: int) -> None:
+    if num_experts % mesh.shape[axis]:
+        raise ValueError(
+            f"The number of experts must be a multiple of the {mesh.shape[axis]} devices along "
+            f"{axis!r}, got {num_experts}."
+        )

@@ -1,0 +1,86 @@
+"""Schedules of the decisions in which the slots of experts choose tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax._arrays import output_dtype
+from moejax._checks import check_problem, takes
+from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
+
+
+@takes(ExpertChoice)
+def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoice) -> Array:
+    """Runs every expert on the tokens it took, ``y_t = sum over slots (e, c) of t, w_ec E_e(x_t)``.
+
+    Args:
+        expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        decision: of `expert_choice`.
+
+    Returns:
+        The sum, shape [T, ...], in the dtype of x; zeros for a token that no expert took.
+
+    Example:
+        >>> model = moejax.moe(
+        ...     moejax.linear(3, 2), moejax.linear(3, 4), num_experts=4,
+        ...     route=partial(moejax.expert_choice, capacity=2), execute=moejax.gather_slots,
+        ... )
+        >>> y, decision = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 3)))
+        >>> y.shape, decision.tokens.shape
+        ((5, 2), (4, 2))
+    """
+    params, x = check_problem(params, x, decision.scores.shape)
+    taken = x.at[decision.tokens].get(mode="fill", fill_value=0)  # [E, C, D]
+    outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
+    dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
+    weighted = jax.vmap(jax.vmap(jnp.multiply))(
+        decision.weights.astype(dtype), outputs.astype(dtype)
+    )
+    y = jnp.zeros((len(x), *outputs.shape[2:]), dtype)
+    y = y.at[decision.tokens].add(weighted, mode="drop")  # T, an empty slot, is out of bounds
+    return y.astype(output_dtype(x, outputs))
+
+
+@takes(SoftSlots)
+def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> Array:
+    """Runs every expert on its slots, means of tokens, and gives each token a mean of the outputs.
+
+    ``s_ec = sum_t dispatch_tec x_t`` and ``y_t = sum_ec combine_tec E_e(s_ec)``.
+
+    Args:
+        expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
+        params: its parameters, every leaf with a leading axis E.
+        x: tokens, float, shape [T, ...].
+        decision: of `soft_slots`.
+
+    Returns:
+        The outputs, shape [T, ...], in the dtype of x.
+
+    Raises:
+        ValueError: if x holds integers.
+
+    Example:
+        >>> model = moejax.moe(
+        ...     moejax.linear(3, 2), moejax.slots(3, 4, 2), num_experts=4,
+        ...     route=moejax.soft_slots, execute=moejax.mix_slots,
+        ... )
+        >>> y, decision = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 3)))
+        >>> y.shape, decision.dispatch.shape
+        ((5, 2), (5, 4, 2))
+    """
+    params, x = check_problem(params, x, decision.dispatch.shape[:2])
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"`mix_slots` takes floats, of which it makes means, got {x.dtype}.")
+    dtype = np.promote_types(decision.dispatch.dtype, x.dtype)
+    dispatch, combine = decision.dispatch.astype(dtype), decision.combine.astype(dtype)
+    # Zero times not-a-number is not zero: a token in no slot must not be read.
+    used = dispatch.any(axis=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
+    tokens = jnp.where(used, x, 0).astype(dtype)
+    mixed = jnp.einsum("tec,t...->ec...", dispatch, tokens).astype(x.dtype)
+    outputs = jax.vmap(expert)(params, mixed)  # [E, C, O]
+    y = jnp.einsum("tec,ec...->t...", combine, outputs.astype(dtype))
+    return y.astype(x.dtype)
