@@ -16,7 +16,7 @@ def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
     """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
     if values.shape[1] * num_experts <= 64:
         # XLA fuses a few comparisons with what is around them, which it does not do for a scatter.
-        ids = jnp.arange(num_experts, dtype=experts.dtype)
+        ids = jnp.arange(num_experts, dtype=experts.dtype)[None]
         choices = zip(experts.T, values.T, strict=True)
         return reduce(jnp.add, [jnp.where(e[:, None] == ids, v[:, None], 0) for e, v in choices])
 

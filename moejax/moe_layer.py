@@ -135,7 +135,9 @@ def padded_by_example(tokens: Array, mask: Array) -> Array:
     Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
     computed anyway brings no new value and no new gradient.
     """
-    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0) if len(tokens) else tokens
+    if not len(tokens):
+        return tokens
+    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0)[None]  # [1, ...]
     kept = mask.reshape(-1, *[1] * (tokens.ndim - 1))
     return jnp.where(kept, tokens, jax.lax.stop_gradient(example))
 

@@ -125,7 +125,6 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
             mesh=mesh,
             in_specs=(jax.P(axes), jax.P(axes), jax.P()),
             out_specs=jax.P(axes),
-            check_vma=False,  # as in `expert_parallel`
         )
         return decide(placed(outputs, mesh, jax.P(axes)), placed(extras, mesh, jax.P(axes)), key)
 

@@ -90,7 +90,7 @@ def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     token, the first one that chose it; and one that nobody chose has no gradient.
     """
     chosen = routing.chooses.T  # [E, T]
-    own = jnp.where(chosen, jnp.arange(len(x)), jnp.argmax(chosen, axis=1)[:, None])
+    own = jnp.where(chosen, jnp.arange(len(x))[None], jnp.argmax(chosen, axis=1)[:, None])
     params = gradient_where(chosen.any(axis=1), params)
     outputs = jax.vmap(expert)(params, x[own])  # [E, T, O]
     check_array(outputs)
