@@ -40,6 +40,7 @@ from moejax.moe_layer import moe, with_shared
 from moejax.routers import cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
+    by_token,
     by_token_weight,
     by_weight,
     capacity_for,
@@ -90,6 +91,7 @@ __all__ = [
     "SoftSlots",
     "bernoulli_log_likelihood",
     "by_choice",
+    "by_token",
     "by_token_weight",
     "by_weight",
     "capacity",

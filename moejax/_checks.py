@@ -65,7 +65,10 @@ def is_number(value: Any) -> bool:
 
 
 def positive_like(name: str, value: Array | float, of: str, array: Array) -> Array:
-    """The value in the dtype of an array to which it broadcasts; a number must be positive."""
+    """The value in the dtype and rank of an array to which it broadcasts, or a scalar.
+
+    A number must be positive; of an array that may be traced nothing is known.
+    """
     converted = jnp.asarray(value).astype(array.dtype)
     sizes = zip(converted.shape[::-1], array.shape[::-1], strict=False)
     fits = converted.ndim <= array.ndim and all(size in (1, whole) for size, whole in sizes)
@@ -74,7 +77,8 @@ def positive_like(name: str, value: Array | float, of: str, array: Array) -> Arr
             f"`{name}` must be positive and broadcast to the {of} {list(array.shape)}, got "
             f"{value if is_number(value) else list(converted.shape)}."
         )
-    return converted
+    missing = range(array.ndim - converted.ndim) if converted.ndim else ()
+    return jnp.expand_dims(converted, tuple(missing))
 
 
 def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
@@ -90,6 +94,15 @@ def check_count(name: str, count: int) -> None:
     """Refuses a number of things that is no positive integer."""
     if not (is_integer(count) and count >= 1):
         raise ValueError(f"`{name}` must be an integer, at least 1, got {count}.")
+
+
+def check_num_choices(count: int) -> None:
+    """Refuses more choices than int32 can number. A symbolic count is a promise to stay below."""
+    if isinstance(count, int) and count >= 2**31:
+        raise ValueError(
+            f"At most 2^31 - 1 choices (tokens times experts per token) can be put in order at "
+            f"once, got {count}: split the tokens, as with `jax.lax.map`."
+        )
 
 
 def check_stacked(params: Params, num_experts: int) -> None:

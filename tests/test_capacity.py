@@ -12,7 +12,7 @@ from reference import golden, loop
 
 LOGITS = 2 * jax.random.normal(jax.random.key(0), (12, 4))
 ROUTING = moejax.top_k(LOGITS, k=2)
-PRIORITIES = [moejax.by_choice, moejax.by_token_weight, moejax.by_weight]
+PRIORITIES = [moejax.by_choice, moejax.by_token, moejax.by_token_weight, moejax.by_weight]
 
 
 def combine(routing, capacity):
@@ -45,6 +45,7 @@ def served_first(name):
     weights = np.asarray(ROUTING.weights)
     return {
         "by_choice": lambda t, k: (k, t),
+        "by_token": lambda t, k: (t, k),
         "by_token_weight": lambda t, k: (k, -weights[t].max(), t),
         "by_weight": lambda t, k: (-weights[t, k], k, t),
     }[name]
@@ -71,7 +72,7 @@ def test_an_obvious_queue(priority, capacity):
 
 def test_equal_weights_are_served_in_the_order_of_tokens():
     routing = moejax.top_k(jnp.zeros((5, 3)), k=2)
-    for priority in PRIORITIES:
+    for priority in (moejax.by_token_weight, moejax.by_weight):
         np.testing.assert_array_equal(priority(routing), moejax.by_choice(routing))
 
 
@@ -90,6 +91,53 @@ def test_a_second_choice_left_out_takes_no_capacity():
         jnp.array([[0, 1], [0, 2], [0, 1]]), jnp.ones((3, 2)), jnp.zeros((3, 2)), jnp.zeros((3, 2))
     )
     np.testing.assert_array_equal(moejax.positions(routing), [[0, 0], [1, 0], [2, 1]])
+
+
+def first_served(logits, priority):
+    """What is left of token 0's choices."""
+    routing = moejax.top_k(jnp.array(logits), k=2)
+    return moejax.limit_capacity(routing, capacity=1, priority=priority).experts[0].tolist()
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_by_token_alone_does_not_look_ahead(priority):
+    """Expert 1 is the second choice of token 0, and the first of a later token."""
+    now, later = [3.0, 2.0, 0.0], [[0.0, 9.0, 5.0], [5.0, 0.0, 9.0]]
+    outcomes = {tuple(first_served([now, token], priority)) for token in later}
+    assert (len(outcomes) == 1) == (priority is moejax.by_token), outcomes
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 11])
+def test_by_token_decides_for_a_prefix_what_it_decides_for_the_whole(num_tokens):
+    limit = partial(moejax.limit_capacity, capacity=3, priority=moejax.by_token)
+    whole = limit(ROUTING).experts[:num_tokens]
+    prefix = limit(moejax.top_k(LOGITS[:num_tokens], k=2)).experts
+    np.testing.assert_array_equal(whole, prefix)
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_positions_are_those_of_a_walk_along_the_queue(priority):
+    experts = jnp.where(jnp.arange(24).reshape(12, 2) % 5 == 0, 4, ROUTING.experts)
+    experts = experts.at[3, 1].set(-1)  # nowhere, as is 4
+    routing = ROUTING._replace(experts=experts)
+    places = np.asarray(moejax.positions(routing, priority=priority)).ravel()
+    queues = [[] for _ in range(5)]
+    for choice in np.asarray(priority(routing)):
+        expert = int(experts.ravel()[choice])
+        queue = queues[expert if 0 <= expert < 4 else 4]
+        assert places[choice] == len(queue)
+        queue.append(choice)
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_more_choices_than_int32_can_number_are_refused(priority):
+    num_tokens = 2**30
+    one = jax.ShapeDtypeStruct((num_tokens, 2), jnp.float32)
+    ids = jax.ShapeDtypeStruct((num_tokens, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"At most 2\^31 - 1 choices .* got 2147483648"):
+        jax.eval_shape(
+            partial(moejax.positions, priority=priority), moejax.Routing(ids, one, one, one)
+        )
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])

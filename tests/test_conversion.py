@@ -129,6 +129,45 @@ def test_names_must_name_every_layer():
         conversion.mlp(3, 5, 2, names=["fc1"])
 
 
+def test_two_tensors_of_one_name_are_refused(key):
+    layout = conversion.mlp(3, 3, 3, names=("fc", "fc"))
+    with pytest.raises(ValueError, match=r"has \['fc.bias', 'fc.weight'\] more than once"):
+        conversion.to_torch(layout, moejax.mlp(3, 3, 3).init(key))
+    with pytest.raises(ValueError, match="must have its own name"):
+        conversion.from_torch(layout, {"fc.weight": np.ones((3, 3)), "fc.bias": np.ones(3)})
+
+
+DTYPES = ["float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_pytorch_travels_bit_by_bit(dtype):
+    torch = pytest.importorskip("torch")
+    layout = conversion.linear(3, 2)
+    params = {"kernel": np.arange(6.0).reshape(3, 2), "bias": np.array([0.5, -0.0])}
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    tensors = conversion.as_tensors(conversion.to_torch(layout, params))
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    np.testing.assert_array_equal(tensors["weight"].double(), params["kernel"].T.astype(float))
+    back = conversion.from_torch(layout, tensors)
+    jax.tree.map(same, back, params)
+    assert np.signbit(back["bias"][1])
+
+
+def test_a_tensor_of_pytorch_may_be_a_parameter_or_a_view():
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.arange(6, dtype=torch.bfloat16).reshape(3, 2).T)
+    params = conversion.from_torch(conversion.linear(3, 2, bias=False), {"weight": weight})
+    np.testing.assert_array_equal(params["kernel"].astype(float), np.arange(6).reshape(3, 2))
+
+
+def test_a_tensor_that_numpy_cannot_hold_is_named():
+    torch = pytest.importorskip("torch")
+    weight = torch.ones((2, 3), device="meta")
+    with pytest.raises(ValueError, match="`weight` must be readable as a NumPy array"):
+        conversion.from_torch(conversion.linear(3, 2, bias=False), {"weight": weight})
+
+
 def test_torch_is_not_imported():
     code = (
         "import sys, moejax.interop.torch, moejax.interop.safetensors; "

@@ -106,7 +106,7 @@ def test_a_module_takes_the_weights_and_gives_them_back(torch, key):
     layer, layout = moejax.glu(4, 8), conversion.glu(4, 8, gate="w1", up="w3", down="w2")
     params, x = layer.init(key), np.asarray(jax.random.normal(key, (3, 4)))
     module, state_dict = SwiGLU(), conversion.to_torch(layout, params)
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})
+    module.load_state_dict(conversion.as_tensors(state_dict))
     theirs = module(torch.from_numpy(x.copy())).detach().numpy()
     np.testing.assert_allclose(theirs, layer.apply(params, jnp.asarray(x)), atol=1e-6)
     back = conversion.from_torch(layout, module.state_dict())

@@ -8,6 +8,7 @@ from moejax.rules.balanced import sigmoid_top_k, sinkhorn, update_balance_bias
 from moejax.rules.hashed import hashed
 from moejax.rules.limit import (
     by_choice,
+    by_token,
     by_token_weight,
     by_weight,
     capacity_for,
@@ -22,6 +23,7 @@ from moejax.rules.softmax import softmax, switch, top_k
 
 __all__ = [
     "by_choice",
+    "by_token",
     "by_token_weight",
     "by_weight",
     "capacity_for",

@@ -57,7 +57,9 @@ def sigmoid_top_k(
     logits = checked_logits(logits)
     _check_sigmoid(logits, bias, k, num_groups, kept_groups, renormalize)
     affinity = jax.nn.sigmoid(logits)
-    ranked_by = affinity if bias is None else affinity + bias.astype(affinity.dtype)
+    ranked_by = affinity if bias is None else affinity + bias.astype(affinity.dtype)[None]
+    # An expert switched off by -inf stays off, although its bias grows while it gets no token.
+    ranked_by = jnp.where(logits > -jnp.inf, ranked_by, -jnp.inf)
     if kept_groups < num_groups:
         ranked_by = _only_best_groups(ranked_by, num_groups, kept_groups)
     experts = jax.lax.top_k(ranked_by, k)[1]
@@ -69,36 +71,47 @@ def sigmoid_top_k(
 
 
 @takes(Routing)
-def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
+def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -> Array:
     """Moves the bias of `sigmoid_top_k` towards balance, ``b_e + rate sign(mean(n) - n_e)``.
 
     n_e counts the choices that go to expert e, masked tokens left out. At exact balance nothing
-    changes. On several devices, sum the counts first: this reads one decision.
+    changes.
+
+    One step of the optimizer may take several decisions: with gradient accumulation, or where
+    each device routes tokens of its own. Sum their ``routing.counts`` first, and pass the sum.
+    Several layers have a bias each: ``jax.vmap(partial(update_balance_bias, rate=rate))`` maps
+    biases and counts [layers, E] to the next biases.
 
     Args:
         bias: b, shape [E].
-        routing: the decision of this step, before capacity drops anything.
+        routing: the decision of this step, before capacity drops anything; or counts of choices,
+            integers or floats of shape [E].
         rate: the step, such as 1e-3.
 
     Returns:
         The bias of the next step, shape [E].
 
     Raises:
-        ValueError: if the bias does not hold one number per expert.
+        ValueError: if the bias or the counts do not hold one number per expert.
 
     Example:
         >>> routing = moejax.switch(5.0 * jnp.eye(3)[jnp.array([0, 0, 1])])
         >>> update_balance_bias(jnp.zeros(3), routing, rate=0.5)
         Array([-0.5,  0. ,  0.5], dtype=float32)
+        >>> update_balance_bias(jnp.zeros(3), routing.counts + jnp.array([0, 1, 1]), rate=0.5)
+        Array([-0.5, -0.5,  0.5], dtype=float32)
 
     References:
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
-    _check_bias(bias, routing.num_experts)
-    counts = routing.counts
-    # Integers: a mean in floating point could miss exact balance.
-    direction = jnp.sign(counts.sum(dtype=counts.dtype) - counts.size * counts)
-    return bias + rate * direction.astype(bias.dtype)
+    counts = routing.counts if isinstance(routing, Routing) else jnp.asarray(routing)
+    if counts.ndim != 1:
+        raise ValueError(
+            f"The counts must hold one number per expert, [E], got {list(counts.shape)}: sum them "
+            "over decisions, and map over layers with `jax.vmap`."
+        )
+    _check_bias(bias, counts.size)
+    return bias + rate * _below_mean(counts).astype(bias.dtype)
 
 
 def sinkhorn(
@@ -148,15 +161,34 @@ def sinkhorn(
         counted = counted & mask
     fixed = jax.lax.stop_gradient(logits)
     price = _expert_prices(fixed, counted, iterations)  # [E]
-    experts = jax.lax.top_k(fixed - price, k)[1]
+    experts = jax.lax.top_k(fixed - price[None], k)[1]
     decision = Routing(experts, jnp.take_along_axis(scores, experts, axis=-1), scores, logits)
     return decision if mask is None else mask_tokens(decision, mask)
+
+
+def _below_mean(counts: Array) -> Array:
+    """``sign(mean(n) - n_e)``, [E]; for integers exactly, whose sum may be too large for them."""
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        return jnp.sign(counts.mean() - counts)
+    num_experts = counts.size
+    nothing = jnp.zeros((), counts.dtype)
+
+    def add(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        rest = one[1] + other[1]
+        return one[0] + other[0] + rest // num_experts, rest % num_experts
+
+    # The mean as an integer and so many E-ths, added up from n_e / E: no partial sum exceeds it.
+    parts = counts // num_experts, counts % num_experts
+    mean, rest = jax.lax.reduce(parts, (nothing, nothing), add, (0,))
+    return jnp.where(
+        counts == mean, jnp.sign(rest).astype(jnp.int32), jnp.where(counts < mean, 1, -1)
+    )
 
 
 def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
     # The plan is softmax_e(logits - price) up to the price: Sinkhorn in its dual variable.
     def scale_columns(_: int, price: Array) -> Array:
-        plan = jax.nn.log_softmax(logits - price)  # rows have mass 1
+        plan = jax.nn.log_softmax(logits - price[None])  # rows have mass 1
         plan = jnp.where(counted[:, None], plan, -jnp.inf)
         price = price + jax.nn.logsumexp(plan, axis=0)
         price = price - price.max()
@@ -170,9 +202,12 @@ def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Ar
     num_tokens, num_experts = ranked_by.shape
     # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
     grouped = ranked_by.reshape(num_tokens, num_groups, num_experts // num_groups)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)  # [T, groups]
+    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]  # [T, groups, 2]
+    # A group of one expert that is left counts for that one; a group of none is out.
+    left = best > -jnp.inf
+    best = jnp.where(left.any(axis=-1), jnp.where(left, best, 0).sum(axis=-1), -jnp.inf)
     groups = jax.lax.top_k(best, kept_groups)[1]
-    every = jnp.arange(num_groups, dtype=groups.dtype)
+    every = jnp.arange(num_groups, dtype=groups.dtype)[None, None]
     kept = (groups[..., None] == every).any(axis=1)  # [T, groups]
     # Not zero: with a negative bias, zero would win over every expert that is allowed.
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)

@@ -26,11 +26,13 @@ Example:
 
 from moejax.interop.torch.layouts import Layout, Tensor, at, glu, linear, mlp, moe, stack
 from moejax.interop.torch.state_dicts import StateDict, from_torch, to_torch
+from moejax.interop.torch.tensors import as_tensors
 
 __all__ = [
     "Layout",
     "StateDict",
     "Tensor",
+    "as_tensors",
     "at",
     "from_torch",
     "glu",

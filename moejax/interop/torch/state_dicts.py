@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from moejax.base import Params
 from moejax.interop.torch.layouts import Layout, Tensor
+from moejax.interop.torch.tensors import as_array
 
 StateDict = dict[str, np.ndarray]
 
@@ -24,10 +26,11 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
 
     Returns:
         A dict of new NumPy arrays, each of its parameter's dtype. In PyTorch:
-        ``module.load_state_dict({name: torch.from_numpy(a) for name, a in state_dict.items()})``.
+        ``module.load_state_dict(conversion.as_tensors(state_dict))``.
 
     Raises:
-        ValueError: if the structure or a shape is not the layout's.
+        ValueError: if the structure or a shape is not the layout's, or if the layout has one name
+            for two tensors.
 
     Example:
         >>> from moejax import conversion
@@ -35,6 +38,7 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
         >>> to_torch(layout, {"kernel": np.ones((3, 2))})["weight"].shape
         (2, 3)
     """
+    _check_names(layout)
     expected: Any = jax.tree.structure(layout)
     structure: Any = jax.tree.structure(params)
     if structure != expected:
@@ -58,15 +62,16 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
 
     Args:
         layout: where each parameter lies.
-        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do if they are on
-            the CPU and of a dtype that NumPy has (bfloat16 is not).
+        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do, of any dtype,
+            if they are on the CPU.
 
     Returns:
         Params of new NumPy arrays, each of its tensor's dtype: float64 stays float64, which JAX
         would narrow unless told otherwise.
 
     Raises:
-        ValueError: if the number of experts, a name or a shape is not the layout's.
+        ValueError: if the number of experts, a name or a shape is not the layout's, if the layout
+            has one name for two tensors, or if a tensor cannot be read; names the tensor.
 
     Example:
         >>> from moejax import conversion
@@ -74,6 +79,7 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
         >>> from_torch(layout, {"weight": np.ones((2, 3))})["kernel"].shape
         (3, 2)
     """
+    _check_names(layout)
     _check_counts(layout, state_dict)
     _check_keys(layout, state_dict)
     return jax.tree.map(lambda tensor: _read(tensor, state_dict), layout)
@@ -87,10 +93,20 @@ def _read(tensor: Tensor, state_dict: Mapping[str, Any]) -> np.ndarray:
 
 
 def _checked(tensor: Tensor, key: str, state_dict: Mapping[str, Any]) -> np.ndarray:
-    array = np.asarray(state_dict[key])
+    array = as_array(key, state_dict[key])
     if array.shape != tensor.shape:
         raise ValueError(f"`{key}` must have shape {tensor.shape}, got {array.shape}.")
     return array
+
+
+def _check_names(layout: Layout) -> None:
+    names = Counter(key for tensor in jax.tree.leaves(layout) for _, key in tensor.parts())
+    repeated = sorted(name for name, count in names.items() if count > 1)
+    if repeated:
+        raise ValueError(
+            f"Every tensor of a layout must have its own name, but it has {repeated} more than "
+            "once: give its parts different names, or put them at different places with `at`."
+        )
 
 
 def _check_counts(layout: Layout, state_dict: Mapping[str, Any]) -> None:
