@@ -1,0 +1,35 @@
+"""How much of the machine other processes take: a timing is worth little where it is much."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Seconds since the machine's or the process's start."""
+
+    wall: float
+    machine: float
+    process: float
+
+
+def processor_seconds() -> Usage | None:
+    """The processor time of the machine and of this process; None where Linux does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts = (int(field) for field in fields[:8])
+    ticks = user + nice + system + sum(interrupts)
+    return Usage(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
+
+
+def busy_elsewhere(before: Usage | None, after: Usage | None) -> float | None:
+    """The share of the machine that other processes took meanwhile."""
+    if before is None or after is None:
+        return None
+    wall, machine, process = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, (machine - process) / (wall * (os.cpu_count() or 1)))
