@@ -23,7 +23,8 @@ import numpy as np
 
 from data import Dataset
 from moejax import checkpoint
-from moejax.checkpoint import steps_in, versions
+from moejax.checkpoint.folder import steps_in
+from moejax.checkpoint.manifest import versions
 from moejax.training import Metrics, TrainState
 from parts.command_line import at_least, say
 

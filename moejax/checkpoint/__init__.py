@@ -7,20 +7,8 @@ It gets its name when it is complete, so a run that is killed while it saves lea
 before untouched. Nothing in it is pickled.
 """
 
-from moejax.checkpoint.folder import discard, latest, steps_in
-from moejax.checkpoint.manifest import versions
+from moejax.checkpoint.folder import discard, latest
 from moejax.checkpoint.read import Checkpoint, read_config, restore
 from moejax.checkpoint.write import Save, save, writer
 
-__all__ = [
-    "Checkpoint",
-    "Save",
-    "discard",
-    "latest",
-    "read_config",
-    "restore",
-    "save",
-    "steps_in",
-    "versions",
-    "writer",
-]
+__all__ = ["Checkpoint", "Save", "discard", "latest", "read_config", "restore", "save", "writer"]

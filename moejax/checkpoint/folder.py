@@ -69,20 +69,7 @@ def clear(folder: Path) -> None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints, in any order.
-
-    Args:
-        folder: where the checkpoints of a run are.
-
-    Returns:
-        Their steps; none where the folder does not exist.
-
-    Example:
-        >>> import tempfile
-        >>> steps_in(Path(tempfile.mkdtemp()))
-        []
-    """
-    # Orbax renames a folder to its step when it is complete.
+    """The steps of the complete checkpoints: orbax renames a folder to its step at the end."""
     if not folder.is_dir():
         return []
     return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]

@@ -67,15 +67,7 @@ def stored(leaf: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that a result depends on.
-
-    Returns:
-        Versions by name; libraries that are not installed are left out.
-
-    Example:
-        >>> versions()["moejax"] == moejax.__version__
-        True
-    """
+    """The versions of Python and of the libraries that a result depends on and that are there."""
     found = {"moejax": moejax.__version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # flax may be absent
