@@ -111,7 +111,7 @@ def test_a_last_batch_that_is_filled_up_gives_the_numbers_of_a_smaller_one():
 def test_examples_that_the_mask_leaves_out_do_not_count():
     kept = ALL.at[jnp.array([2, 7])].set(False)
     hostile = X.at[jnp.array([2, 7])].set(1e3)
-    state, metrics = train_epoch(MASKED_STEP, start(), Masked(hostile, kept), batch_size=10)
+    _, metrics = train_epoch(MASKED_STEP, start(), Masked(hostile, kept), batch_size=10)
     _, expected = train_epoch(STEP, start(), X[kept], batch_size=8)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
