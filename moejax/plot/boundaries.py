@@ -102,7 +102,7 @@ def boundaries(
         draw_truth(ax, truth)
         ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
         ax.set_title(title, fontsize=10)
-    figure.colorbar(shades, ax=axes[1, 1], label="probability of label 1")
+    figure.colorbar(shades, ax=axes[1, 1], shrink=0.68, label="probability of label 1")
     add_key(figure, len(plane.experts), truth, model=True)
     return figure
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from moejax.plot.style import WHOLE_MODEL, color, new_figure
 
 COLUMNS = 3
+MOST_TICKS = 8
 SHARE, NATS, COUNT = "share", "nats", "number of experts"
 UNITS = MappingProxyType(
     {
@@ -73,7 +74,12 @@ def diagnostics(
 def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
     """Whole epochs along the axis, with room for the marks of the first and the last."""
     ax.set(xlabel="epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    few = max(epochs) - min(epochs) < MOST_TICKS  # a locator puts fractions beside a single epoch
+    ax.xaxis.set_major_locator(
+        FixedLocator(range(min(epochs), max(epochs) + 1))
+        if few
+        else MaxNLocator(MOST_TICKS, integer=True)
+    )
     ax.grid(alpha=0.3)
 
 
@@ -82,7 +88,7 @@ def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts
     lines = np.array([np.atleast_1d(record[name]) for record in history]).T  # [E or 1, epochs]
     for index, line in enumerate(lines):
         shade = color(index) if len(lines) > 1 else WHOLE_MODEL
-        ax.plot(epochs, line, marker="o", markersize=4, color=shade, label=index)
+        ax.plot(epochs, line, marker="o", markersize=4, color=shade, label=index, clip_on=False)
     epoch_axis(ax, epochs)
     unit = UNITS.get(name, "")
     highest = float(np.nanmax(lines, initial=0.0))
@@ -91,7 +97,7 @@ def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts
         ax.set_ylim(0, max(1.08 * highest, num_experts, 1))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if unit == SHARE:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _name_experts(figure: Figure) -> None:
