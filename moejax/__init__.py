@@ -8,7 +8,7 @@ use, such as ``moejax.training.train_step``. So are `adapters` (`interop.flax`),
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
-from moejax.base import ExpertChoice, Layer, Routing, SoftSlots
+from moejax.base import DenseRouting, ExpertChoice, Layer, Routing, SoftSlots
 from moejax.diagnostics import (
     confidence,
     dead_experts,
@@ -83,6 +83,7 @@ _MODULES = MappingProxyType(
 
 __all__ = [
     "Bank",
+    "DenseRouting",
     "ExpertChoice",
     "Layer",
     "Routing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,33 @@ def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
 
     # Token by token, so that tokens spread over a mesh stay where they are.
     return jax.vmap(of_token)(experts, values)
+
+
+def vary_together(tree: Any) -> Any:
+    """Inside a `jax.shard_map`, marks all arrays as varying over every axis that one varies over.
+
+    A loop's carry must vary over the same axes before and after a step, so what starts as zeros
+    made from one operand must vary with all of them.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    never = [jnp.zeros_like(leaf, bool, shape=()) for leaf in jax.tree.leaves(tree)]
+    mark = reduce(jnp.logical_or, never, jnp.zeros((), bool))
+    return jax.tree.map(lambda leaf: jnp.where(mark, jnp.zeros_like(leaf), leaf), tree)
+
+
+def gradient_where(used: Array, tree: Any) -> Any:
+    """The leaves [E, ...] themselves, but gradients reach only the experts that are used [E].
+
+    An expert that nobody chose runs on tokens that it may overflow on; times zero, the gradient
+    would still not be a number.
+    """
+
+    def one(leaf: Array) -> Array:
+        kept = used.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(kept, leaf, jax.lax.stop_gradient(leaf))
+
+    return jax.tree.map(one, tree)
 
 
 def at_least_float32(x: Array) -> Array:

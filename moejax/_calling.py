@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
-from moejax.base import Array, Layer
+import jax
+
+from moejax.base import Array, Expert, Layer
 
 
 def accepts(function: Callable, name: str) -> bool:
@@ -15,6 +18,19 @@ def accepts(function: Callable, name: str) -> bool:
     A bare ``**kwargs`` does not count: what it is forwarded to may not know the keyword.
     """
     return name in inspect.signature(function).parameters
+
+
+def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> Expert:
+    """The expert with this matrix product, if it takes one."""
+    if not accepts(expert, "matmul"):
+        return expert
+    # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
+    return partial(expert, matmul=jax.tree_util.Partial(matmul))
+
+
+def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself if it can be a static argument of `jit`, or something around it."""
+    return function if isinstance(function, Hashable) else lambda *args: function(*args)
 
 
 def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:

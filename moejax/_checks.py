@@ -23,6 +23,7 @@ SCHEDULES = MappingProxyType(
 )
 
 
+DECISIONS = tuple(SCHEDULES)
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -37,16 +38,20 @@ def takes(*kinds: type) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
-                if type(value) in SCHEDULES and type(value) not in kinds:
+                if isinstance(value, DECISIONS) and not isinstance(value, kinds):
                     raise ValueError(
                         f"`{function.__name__}` takes a decision of type {expected}, got "
-                        f"{type(value).__name__}, which goes with {SCHEDULES[type(value)]}."
+                        f"{type(value).__name__}, which goes with {_schedules_of(value)}."
                     )
             return function(*args, **kwargs)
 
         return cast(Function, checked)
 
     return decorate
+
+
+def _schedules_of(decision: Any) -> str:
+    return next(names for kind, names in SCHEDULES.items() if isinstance(decision, kind))
 
 
 def is_integer(value: Any) -> bool:

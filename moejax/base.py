@@ -104,6 +104,12 @@ class Routing(NamedTuple):
         return by_expert(self.experts, self.weights, self.num_experts)
 
     @property
+    def chooses(self) -> Array:
+        """Whether token t chose expert e, whatever the weight, shape [T, E]."""
+        ones = jnp.ones_like(self.experts, jnp.int32)
+        return by_expert(self.experts, ones, self.num_experts) > 0
+
+    @property
     def counts(self) -> Array:
         """How many choices go to each expert, int32 [E]."""
         ones = jnp.ones_like(self.experts, jnp.int32)
@@ -113,6 +119,14 @@ class Routing(NamedTuple):
     def present(self) -> Array:
         """Which tokens are no padding: those that go to an expert at all, shape [T]."""
         return self.chosen.any(axis=-1)
+
+
+class DenseRouting(Routing):
+    """A token-choice decision in which every token that is no padding goes to every expert.
+
+    K = E. The type says so, since a shape cannot: `relu` has K = E, too, and leaves most experts
+    out. `moe` computes this decision with `dense` by default, and any other with `dropless`.
+    """
 
 
 class ExpertChoice(NamedTuple):

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from moejax._arrays import at_least_float32, output_dtype
 from moejax._checks import check_count, check_stacked, check_widths, takes
-from moejax.base import Array, Layer, Params, Routing
+from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
 from moejax.layers import stack
-from moejax.moe_layer import routed
-from moejax.schedules.dropless import dropless
+from moejax.moe_layer import default_schedule, routed
 
 
 class Bank(NamedTuple):
@@ -37,13 +36,13 @@ class Bank(NamedTuple):
     apply: Callable[[Params, Array, Routing], Array]
 
 
-def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] = dropless) -> Bank:
+def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None) -> Bank:
     """Experts that are networks, as in `moe`.
 
     Args:
         expert: the layer of one expert.
         num_experts: how many.
-        execute: the schedule, ``(expert, params, x, routing) -> y``.
+        execute: the schedule, ``(expert, params, x, routing) -> y``; by default as in `moe`.
 
     Returns:
         A bank whose params are those of ``stack(expert, num_experts)``.
@@ -58,7 +57,8 @@ def networks(expert: Layer, num_experts: int, *, execute: Callable[..., Array] =
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         check_stacked(params, num_experts)
-        return execute(expert.apply, params, x, routing)
+        schedule = execute or default_schedule(routing)
+        return schedule(expert.apply, params, x, routing)
 
     return Bank(num_experts, stack(expert, num_experts).init, apply)
 
@@ -211,6 +211,11 @@ def _check_one_shape(outputs: list[Array]) -> None:
 
 
 def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:
+    if isinstance(routing, DenseRouting):
+        own_gates = routing.gates[:, start : start + num_experts]
+        ids = jnp.arange(num_experts, dtype=jnp.int32)
+        every = jnp.where(routing.present[:, None], ids, num_experts)
+        return DenseRouting(every, own_gates, own_gates, own_gates)
     own = (routing.experts >= start) & (routing.experts < start + num_experts)
     columns = slice(start, start + num_experts)
     return Routing(

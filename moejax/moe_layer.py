@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moejax._arrays import at_least_float32
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
 from moejax._checks import check_mask, check_stacked
-from moejax.base import Array, Layer, Params, Routing
+from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
 from moejax.layers import stack
 from moejax.rules import softmax
 from moejax.rules.limit import mask_tokens
@@ -43,7 +43,7 @@ def moe(
         num_experts: E.
         route: the rule, ``logits -> Routing``.
         execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
-            decision with K = E and `dropless` otherwise.
+            `DenseRouting`, and `dropless` for any other.
         feature_ndim: how many trailing axes of x are one token: 1 for vectors, 3 for images.
 
     Returns:
@@ -72,7 +72,7 @@ def moe(
 
     def apply(params: Params, tokens: Array, decision: Any) -> Array:
         check_stacked(params, num_experts)
-        schedule = execute or _default_schedule(decision)
+        schedule = execute or default_schedule(decision)
         return schedule(expert.apply, params, tokens, decision)
 
     return routed(
@@ -117,14 +117,27 @@ def routed(
             mask = jnp.asarray(mask)
             check_mask(mask, leading)
             mask = mask.reshape(-1)  # [T]
-            tokens = jnp.where(mask.reshape(-1, *[1] * feature_ndim), tokens, 0)
+            tokens = padded_by_example(tokens, mask)
         with jax.named_scope("route"):
             decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
         with jax.named_scope("execute"):
             y = experts.apply(params["experts"], tokens, decision)
+        if mask is not None:
+            y = where_kept(mask, y)
         return y.reshape(*leading, *y.shape[1:]), decision
 
     return Layer(init, apply)
+
+
+def padded_by_example(tokens: Array, mask: Array) -> Array:
+    """The tokens [T, ...], with a copy of the first real one in the place of every masked one.
+
+    Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
+    computed anyway brings no new value and no new gradient.
+    """
+    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0) if len(tokens) else tokens
+    kept = mask.reshape(-1, *[1] * (tokens.ndim - 1))
+    return jnp.where(kept, tokens, jax.lax.stop_gradient(example))
 
 
 def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
@@ -174,14 +187,14 @@ def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
         )
 
 
-def _default_schedule(decision: Any) -> Callable[..., Array]:
+def default_schedule(decision: Any) -> Schedule:
+    """The schedule that fits what a decision says of itself."""
     if not isinstance(decision, Routing):
         raise ValueError(
             f"A decision of type {type(decision).__name__} needs its own schedule: pass it to "
             "`moe` as `execute`."
         )
-    every_expert = decision.experts.shape[-1] == decision.num_experts
-    return dense if every_expert else dropless
+    return dense if isinstance(decision, DenseRouting) else dropless
 
 
 def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
@@ -217,9 +230,9 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
         y, decision = model.apply(params["routed"], x, key=key, mask=mask)
-        if mask is not None:
-            x = _where_kept(mask, x)
         tokens, leading = flatten_tokens(x, feature_ndim)
+        if mask is not None:
+            tokens = padded_by_example(tokens, mask.reshape(-1))
         always = shared.apply(params["shared"], tokens)
         always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
         if always.shape != y.shape:
@@ -227,10 +240,11 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
                 f"The shared expert's output must have the shape of the mixture's output, "
                 f"{list(y.shape)}, got {list(always.shape)}."
             )
-        return y + (always if mask is None else _where_kept(mask, always)), decision
+        return y + (always if mask is None else where_kept(mask, always)), decision
 
     return Layer(init, apply)
 
 
-def _where_kept(mask: Array, values: Array) -> Array:
+def where_kept(mask: Array, values: Array) -> Array:
+    """The values [..., ...] of tokens that are no padding [...], and zeros for the others."""
     return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim)), values, 0)

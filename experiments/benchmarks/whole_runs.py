@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,7 +21,14 @@ import data
 import mnist
 import toy
 from benchmarks.timing import Contender, Result, jax_contender, measure
-from moejax.training import empty_metrics, epoch_order, init_state, train_step, train_until
+from moejax.training import (
+    Masked,
+    empty_metrics,
+    epoch_order,
+    init_state,
+    train_step,
+    train_until,
+)
 from parts.models import DIGITS, MODELS, PIXELS, mlp_expert
 
 SCRIPT = Path(mnist.__file__)
@@ -66,11 +73,12 @@ def epoch_contender(name: str, split: data.Split, hidden: int, active: int) -> C
     """One epoch from the first state, as mnist.py runs it."""
     model = MODELS[name](mlp_expert(hidden), EXPERTS, TOP_K, None)
     optimizer = optax.adam(1e-3)
-    step = train_step(partial(mnist.objective, model), optimizer)
+    step = train_step(partial(mnist.masked_objective, model), optimizer)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer, jax.random.key(1))
-    metrics = empty_metrics(step, state, split, batch_size=BATCH)
+    masked = Masked(split, jnp.ones(len(split.labels), bool))
+    metrics = empty_metrics(step, state, masked, batch_size=BATCH)
     order = epoch_order(state, 0, len(split.labels))
-    args = (state, metrics, split, order, np.int32(len(metrics["loss"])))
+    args = (state, metrics, masked, order, np.int32(len(metrics["loss"])))
     # Forward, the kernels' gradients, and the input's gradient of the second layer alone.
     expert = 2 * hidden * (2 * PIXELS + 3 * DIGITS)
     router = 0 if name == "dense" else 4 * PIXELS * EXPERTS
@@ -96,12 +104,11 @@ def load_suite(rounds: int, quick: bool) -> Iterator[Result]:
 
 def stages(arguments: list[str]) -> dict[str, float]:
     """Runs mnist.py and times what it prints."""
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     spent = {}
     with tempfile.TemporaryDirectory() as out:
         before = time.perf_counter()
-        command = [sys.executable, str(SCRIPT), "--out", out, *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        command = [sys.executable, str(SCRIPT), "--no-cache", "--out", out, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
             waiting = list(STAGES)
             for line in run.stdout or ():
                 if waiting and waiting[0] in line:

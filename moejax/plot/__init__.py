@@ -10,8 +10,9 @@ except ImportError as error:
         "Pictures need matplotlib, which is not installed: pip install 'moejax[experiments]'."
     ) from error
 
+from moejax.plot._plane import Plane
 from moejax.plot.animation import save_animation
-from moejax.plot.boundaries import Plane, boundaries, boundary_frame, data, grid
+from moejax.plot.boundaries import boundaries, boundary_frame, boundary_frames, data, grid
 from moejax.plot.diagnostics import diagnostics
 from moejax.plot.specialisation import images_by_expert, specialisation, table
 from moejax.plot.style import color, new_figure
@@ -21,6 +22,7 @@ __all__ = [
     "Plane",
     "boundaries",
     "boundary_frame",
+    "boundary_frames",
     "color",
     "confusion",
     "curves",

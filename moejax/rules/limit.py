@@ -118,10 +118,10 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
             "`capacity_for` makes one of a factor."
         )
     served = positions(routing, priority=priority) < capacity
-    return routing._replace(
-        experts=jnp.where(served, routing.experts, routing.num_experts),
-        weights=jnp.where(served, routing.weights, 0),
-    )
+    experts = jnp.where(served, routing.experts, routing.num_experts)
+    weights = jnp.where(served, routing.weights, 0)
+    # Not `_replace`: a `DenseRouting` of which choices were dropped is none.
+    return Routing(experts, weights, *routing[2:])
 
 
 @takes(Routing)

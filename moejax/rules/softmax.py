@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_k, checked_logits
-from moejax.base import Array, Routing
+from moejax.base import Array, DenseRouting, Routing
 
 
 def softmax(logits: Array) -> Routing:
@@ -32,7 +32,7 @@ def softmax(logits: Array) -> Routing:
     logits = checked_logits(logits)
     scores = jax.nn.softmax(logits)
     experts = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
-    return Routing(experts, scores, scores, logits)
+    return DenseRouting(experts, scores, scores, logits)
 
 
 def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
@@ -74,7 +74,8 @@ def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
     # By logits and not by scores: scores that underflow to zero would tie.
     kept, experts = jax.lax.top_k(logits, k)
     weights = jax.nn.softmax(kept) if renormalize else jnp.take_along_axis(scores, experts, axis=-1)
-    return Routing(experts, weights, scores, logits)
+    decision = DenseRouting if k == logits.shape[-1] else Routing
+    return decision(experts, weights, scores, logits)
 
 
 def switch(logits: Array) -> Routing:

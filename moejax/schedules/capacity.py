@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from moejax._checks import check_problem, takes
-from moejax._sorting import sort_by_expert
 from moejax.base import Array, Expert, Params, Routing
 from moejax.rules import capacity_for
-from moejax.schedules._sorted.gated_sum import Split, gated_sum
-from moejax.schedules._sorted.slots import Group
+from moejax.schedules._sorted.gated_sum import gated_sum
+from moejax.schedules._sorted.policy import policy_for_capacity
 
 
 @takes(Routing)
@@ -48,6 +47,5 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     """
     slots = capacity_for(routing, factor=factor)
     params, x = check_problem(params, x, routing.scores.shape)
-    choices = sort_by_expert(routing.experts, routing.num_experts)
-    split = Split((Group(routing.num_experts, slots),), blocks=())
-    return gated_sum(expert, params, x, routing.weights, choices, split)
+    policy = policy_for_capacity(routing.num_experts, slots)
+    return gated_sum(expert, params, x, routing.experts, routing.weights, policy)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import output_dtype
+from moejax._arrays import gradient_where, output_dtype
+from moejax._calling import with_matmul
 from moejax._checks import (
     check_array,
     check_gates,
@@ -18,8 +19,8 @@ from moejax._checks import (
     check_problem,
     takes,
 )
-from moejax.base import Array, Expert, Params, Routing
-from moejax.schedules._sorted.products import side_by_side, with_product
+from moejax.base import Array, DenseRouting, Expert, Params, Routing
+from moejax.schedules._sorted.products import side_by_side
 
 
 def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
@@ -46,7 +47,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         (5, 2)
     """
     check_gates(gates, params, len(x))
-    expert = with_product(expert, side_by_side)
+    expert = with_matmul(expert, side_by_side)
     over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
     outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)
@@ -77,7 +78,27 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         (5, 2)
     """
     params, x = check_problem(params, x, routing.scores.shape)
-    return mixture(expert, params, x, routing.gates)
+    if isinstance(routing, DenseRouting):
+        return mixture(expert, params, x, routing.gates)
+    return _guarded(expert, params, x, routing)
+
+
+def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    """The same sum where an expert may overflow on tokens that did not choose it.
+
+    Zero times infinity is not zero, nor is the gradient. So an expert sees, in the place of such a
+    token, the first one that chose it; and one that nobody chose has no gradient.
+    """
+    chosen = routing.chooses.T  # [E, T]
+    own = jnp.where(chosen, jnp.arange(len(x)), jnp.argmax(chosen, axis=1)[:, None])
+    params = gradient_where(chosen.any(axis=1), params)
+    outputs = jax.vmap(expert)(params, x[own])  # [E, T, O]
+    check_array(outputs)
+    check_outputs(outputs.shape[1:], len(x))
+    outputs = jnp.where(chosen.reshape(chosen.shape + (1,) * (outputs.ndim - 2)), outputs, 0)
+    gates, blended = _promote(routing.gates, outputs)
+    y = jnp.einsum("te,et...->t...", gates, blended)
+    return y.astype(output_dtype(x, outputs))
 
 
 def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:

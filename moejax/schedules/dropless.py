@@ -9,14 +9,10 @@ everything.
 
 from __future__ import annotations
 
-import math
-
 from moejax._checks import check_problem, takes
-from moejax._sorting import sort_by_expert
 from moejax.base import Array, Expert, Params, Routing
-from moejax.schedules._sorted.batched import ROWS
-from moejax.schedules._sorted.gated_sum import Split, gated_sum
-from moejax.schedules._sorted.slots import Group
+from moejax.schedules._sorted.gated_sum import gated_sum
+from moejax.schedules._sorted.policy import policy_for_dropless
 
 
 @takes(Routing)
@@ -48,49 +44,6 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
         Gale et al., `MegaBlocks <https://arxiv.org/abs/2211.15841>`_, 2022
     """
     params, x = check_problem(params, x, routing.scores.shape)
-    choices = sort_by_expert(routing.experts, routing.num_experts)
-    split = mean_and_blocks(routing.experts.size, routing.num_experts)
-    return gated_sum(expert, params, x, routing.weights, choices, split)
-
-
-def mean_and_blocks(num_choices: int, num_experts: int) -> Split:
-    """About the mean load in the batched pass, and loops over large blocks and small ones.
-
-    A block of a loop copies its expert's parameters, which takes as long as computing about 60
-    rows, whatever the widths: small blocks waste least on experts that are just over the mean, and
-    large ones keep the pace when nearly all choices are left to the loops. With fewer choices than
-    experts there is no batched pass: it would read every expert for a few of them. (At 16 tokens
-    and 64 experts one row each took 41% less time with backward, and 20% more forward. Gathering
-    the chosen experts' parameters for one batched product was no faster than the loop at 2 choices,
-    and 4 times slower at 32. Two blocks side by side were 2% faster than one.)
-    """
-    mean = -(-num_choices // num_experts)
-    if num_choices < num_experts:
-        return Split((Group(num_experts, 0),), (128, 8))
-    block = min(32, max(8, (mean + math.isqrt(mean)) // 2))
-    return Split(_groups(mean, num_experts), (16 * block, block))
-
-
-def _groups(mean: int, num_experts: int) -> tuple[Group, ...]:
-    """Rows of the batched pass: most for the quarter of the experts with most choices.
-
-    They are in units of the standard deviation of the load of random routing above its mean. A
-    linear router loads its experts more unevenly, so that the first quarter needs much; none has
-    less than the mean, which perfect balance needs. At 64 experts of 128 tokens each, 12% more
-    rows than choices leave nothing to the loops. One group, with 9% more and some twenty blocks,
-    took 6% longer forward and 9% with backward, at 256 experts 17% and 11%. (Four groups were no
-    faster. Nor were rows for every chunk chosen from its loads at run time: 10% either way.)
-
-    With few experts the loads differ little. With few rows all experts are computed at once, and
-    rows cost little beside reading the parameters: two deviations took 20% less time than one at 64
-    tokens and 64 experts, forward and backward, and 16% less at 256 tokens.
-    """
-    deviation = math.sqrt(mean)
-    if num_experts * mean <= ROWS:
-        return (Group(num_experts, min(math.ceil(mean + 2 * deviation), ROWS // num_experts)),)
-    if num_experts < 16 or num_experts % 4:
-        return (Group(num_experts, mean + int(deviation)),)
-    most, many, rest = (math.ceil(mean + by * deviation) for by in (3.5, 1.2, 0.2))
-    most += -(most + many + 2 * rest) % 4  # so that the mean over all experts is whole
-    quarter = num_experts // 4
-    return Group(quarter, most), Group(quarter, many), Group(2 * quarter, rest)
+    num_tokens, num_experts = routing.scores.shape
+    policy = policy_for_dropless(expert, num_tokens, num_experts, routing.experts.shape[1])
+    return gated_sum(expert, params, x, routing.experts, routing.weights, policy)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import sequential_vmap
 
-from moejax._sorting import Sorted
-from moejax.base import Array
+from moejax.base import Array, Matmul
 from moejax.schedules._sorted.gated_sum import gated_sum
-from moejax.schedules._sorted.products import few_rows
-from moejax.schedules.dropless import mean_and_blocks
+from moejax.schedules._sorted.policy import on_cpu, policy_for_dropless
+from moejax.schedules._sorted.products import ragged_matmul
 
 
 def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
@@ -50,55 +46,24 @@ def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
     _check(x, kernel, group_sizes)
     if 0 in (x.size, kernel.size):
         return jnp.zeros((len(x), kernel.shape[2]), x.dtype)
-    return jax.lax.platform_dependent(
-        x, kernel, group_sizes.astype(jnp.int32), cpu=batched_and_blocked, default=stock
-    )
+    sizes = group_sizes.astype(jnp.int32)
+    if not on_cpu():
+        return ragged_matmul(x, kernel, sizes)
+    return batched_and_blocked(x, kernel, sizes)
 
 
 def batched_and_blocked(x: Array, kernel: Array, group_sizes: Array) -> Array:
-    """``grouped_matmul`` by one batched product of the mean size, and blocks for the rest."""
-    ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), len(x))
-    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
-    rows = Sorted(jnp.arange(len(x), dtype=jnp.int32), starts)
-    ones = jnp.ones((len(x), 1), np.promote_types(x.dtype, np.float32))
-    split = mean_and_blocks(len(x), len(kernel))
-    return gated_sum(_product, kernel, x, ones, rows, split)
+    """`grouped_matmul` as a mixture whose experts are the kernels, each row with one choice."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(len(x), dtype=ends.dtype)
+    experts = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)[:, None]  # [M, 1]
+    weights = jnp.ones(experts.shape, np.promote_types(x.dtype, np.float32))
+    policy = policy_for_dropless(_product, len(x), len(kernel), 1, platform="cpu")
+    return gated_sum(_product, kernel, x, experts, weights, policy)
 
 
-@jax.custom_vjp
-def stock(x: Array, kernel: Array, group_sizes: Array) -> Array:
-    """``jax.lax.ragged_dot``, which by itself cannot be vmapped over some of its operands."""
-    return sequential_vmap(jax.lax.ragged_dot)(x, kernel, group_sizes)
-
-
-@jax.custom_vjp
-def stock_outer(x: Array, y: Array, group_sizes: Array) -> Array:
-    """``sum_i x_i y_i^T`` over the rows of each group, ``[M, D] x [M, O] -> [E, D, O]``."""
-    rows = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    product = partial(jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=rows)
-    return sequential_vmap(product)(x, y, group_sizes)
-
-
-def _stock_backward(saved: tuple[Array, Array, Array], y: Array) -> tuple[Array, Array, None]:
-    x, kernel, sizes = saved
-    return stock(y, kernel.swapaxes(1, 2), sizes), stock_outer(x, y, sizes), None
-
-
-def _outer_backward(saved: tuple[Array, Array, Array], kernel: Array) -> tuple[Array, Array, None]:
-    x, y, sizes = saved
-    return stock(y, kernel.swapaxes(1, 2), sizes), stock(x, kernel, sizes), None
-
-
-stock.defvjp(lambda *operands: (stock(*operands), operands), _stock_backward)
-stock_outer.defvjp(lambda *operands: (stock_outer(*operands), operands), _outer_backward)
-
-
-def _product(kernel: Array, x: Array) -> Array:
-    return few_rows(x, kernel)
+def _product(kernel: Array, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+    return matmul(x, kernel)
 
 
 def _check(x: Array, kernel: Array, group_sizes: Array) -> None:

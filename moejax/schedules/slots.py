@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import output_dtype
+from moejax._arrays import gradient_where, output_dtype
 from moejax._checks import check_problem, takes
 from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
@@ -34,7 +34,10 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
         ((5, 2), (4, 2))
     """
     params, x = check_problem(params, x, decision.scores.shape)
-    taken = x.at[decision.tokens].get(mode="fill", fill_value=0)  # [E, C, D]
+    # An empty slot repeats its expert's first token: the expert may be undefined at zero.
+    filled = decision.tokens < len(x)  # [E, C]
+    taken = x[jnp.where(filled, decision.tokens, decision.tokens[:, :1]) % max(len(x), 1)]
+    params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
@@ -81,6 +84,8 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
     used = dispatch.any(axis=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
     tokens = jnp.where(used, x, 0).astype(dtype)
     mixed = jnp.einsum("tec,t...->ec...", dispatch, tokens).astype(x.dtype)
+    params = gradient_where(jnp.broadcast_to(used.any(), (dispatch.shape[1],)), params)
     outputs = jax.vmap(expert)(params, mixed)  # [E, C, O]
+    outputs = jnp.where(used.any(), outputs, 0)  # without any token, slots are zero
     y = jnp.einsum("tec,ec...->t...", combine, outputs.astype(dtype))
     return y.astype(x.dtype)

@@ -1,72 +1,61 @@
-"""The batched pass: every expert on its slots, a few experts at a time.
+"""The batched pass: every expert on its slots, all at once or a few experts at a time.
 
-On CPU the experts go in chunks, so that what lies between an expert's products stays in the
-processor's cache, and memory is taken for one chunk only. The backward pass computes the outputs
-of a chunk again: reading what the forward pass had written took as long where experts have some
-hundred tokens each, and needed twice the memory.
+The backward pass computes the outputs of a chunk again: that takes no longer than reading what
+the forward pass would have written, and half the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moejax.base import Array, Params
 from moejax.schedules._sorted.overflow import Operands, Tree, differentiable, merge
-from moejax.schedules._sorted.slots import (
-    Group,
-    Slots,
-    collect,
-    gates_of_slots,
-    one_group,
-    sum_over_features,
-)
+from moejax.schedules._sorted.policy import Group, Policy, experts_per_chunk
+from moejax.schedules._sorted.slots import Slots, collect, gates_of_slots, sum_over_features
 
 Apply = Callable[[Params, Array, list[Array]], Array]  # (params, x, what it closes over) -> y
 
-# Of all experts together up to which they are computed at once, without copying parameters: at 64
-# experts of 20 rows that took 6.7 ms where chunks took 9.1, and with thrice the rows as long.
-ROWS = 1280
 
-
-class Each(NamedTuple):
-    """What is made of one expert.
+class PerExpert(NamedTuple):
+    """What a pass computes for one expert, or stacked for all.
 
     Attributes:
-        by_expert: stacked along a leading axis E, in the experts' own order.
-        by_slot: one entry per slot of the expert, leaves ``[C, ...]``.
+        by_expert: one entry per expert; stacked along a leading axis E, in the experts' own order.
+        by_slot: one entry per slot of the expert, leaves ``[C, ...]``; together ``[S, ...]``.
     """
 
     by_expert: Tree = ()
     by_slot: Tree = ()
 
 
-def outputs_of_slots(
-    apply: Apply, groups: tuple[Group, ...], slots: Slots, operands: Operands
-) -> Array:
+def outputs_of_slots(apply: Apply, policy: Policy, slots: Slots, operands: Operands) -> Array:
     """What every expert makes of its slots, ``[T, ...] -> [S, ...]``.
 
     Args:
         apply: the expert, for one expert's parameters and C rows.
-        groups: how many slots the experts have.
-        slots: who stands where; an empty slot may give anything.
+        policy: how many slots the experts have, and how many are computed together.
+        slots: who stands where.
         operands: parameters, tokens, gates of the choices, and what the expert closes over.
+
+    Returns:
+        Outputs, shape [S, ...]; what stands in an empty slot means nothing.
     """
     x = operands.tokens
 
-    def one(params: Params, choice: Array) -> Each:
-        return Each(by_slot=apply(params, x[choice % len(x)], operands.shared))
+    def one(params: Params, used: Array, choice: Array) -> PerExpert:
+        del used
+        return PerExpert(by_slot=apply(params, x[choice % len(x)], operands.shared))
 
-    return _every_expert(one, groups, slots, operands.params, slots.choice).by_slot
+    return _every_expert(one, policy, slots, operands.params, slots.choice).by_slot
 
 
 def cotangents(
     apply: Apply,
-    groups: tuple[Group, ...],
+    policy: Policy,
     slots: Slots,
     operands: Operands,
     outputs: Array,
@@ -75,10 +64,10 @@ def cotangents(
     """The cotangents of the operands, given that of the gated sum over the slots.
 
     Args:
-        apply: as for `outputs_of_slots`.
-        groups: as for `outputs_of_slots`.
-        slots: as for `outputs_of_slots`.
-        operands: as for `outputs_of_slots`.
+        apply: the expert, for one expert's parameters and C rows.
+        policy: how many slots the experts have, and how many are computed together.
+        slots: who stands where.
+        operands: parameters, tokens, gates of the choices, and what the expert closes over.
         outputs: from `outputs_of_slots`, shape [S, ...].
         cotangent: of the sum, shape [T, ...].
 
@@ -87,7 +76,7 @@ def cotangents(
     """
     x, weights = operands.tokens, operands.choices
 
-    def one(params: Params, choice: Array, gates: Array) -> Each:
+    def one(params: Params, used: Array, choice: Array, gates: Array) -> PerExpert:
         given = Operands(params, x[choice % len(x)], shared=operands.shared)
         to_outputs = gates.reshape(gates.shape + (1,) * (cotangent.ndim - 1))
         to_outputs *= cotangent[choice % len(x)]
@@ -98,95 +87,100 @@ def cotangents(
 
         _, pullback = jax.vjp(outputs_of, differentiable(given))
         params, tokens, _, shared = pullback(to_outputs.astype(outputs.dtype))[0]
-        return Each((params, shared), tokens)
+        return PerExpert(_only_if(used, (params, shared)), tokens)
 
     gates = gates_of_slots(weights, slots)
-    each = _every_expert(one, groups, slots, operands.params, slots.choice, gates)
+    each = _every_expert(one, policy, slots, operands.params, slots.choice, gates)
     params, shared = each.by_expert
     return Operands(
         params,
-        jax.tree.map(lambda rows: collect(rows, slots), each.by_slot),
-        sum_over_features(cotangent, outputs, slots).reshape(weights.shape),
+        jax.tree.map(lambda rows: collect(rows, slots.slot), each.by_slot),
+        sum_over_features(cotangent, outputs, slots.slot).reshape(weights.shape),
         jax.tree.map(lambda each: each.sum(axis=0), shared),
     )
 
 
+def _only_if(used: Array, tree: Tree) -> Tree:
+    """Zeros for an expert without choices: its slots hold tokens that it may overflow on."""
+    return jax.tree.map(lambda a: jnp.where(used, a, jnp.zeros((), a.dtype)), tree)
+
+
 def _every_expert(
-    one: Callable[..., Each],
-    groups: tuple[Group, ...],
-    slots: Slots,
-    params: Params,
-    *by_slot: Array,
-) -> Each:
-    """``one(params [...], *by_slot [C, ...])`` for every expert."""
-    at_once = partial(_at_once, one, one_group(groups))
-    if slots.filled.size <= ROWS and len(groups) == 1:
-        return at_once(params, *by_slot)
-    chunked = partial(_by_chunks, one, groups, slots.expert)
-    return jax.lax.platform_dependent(params, *by_slot, cpu=chunked, default=at_once)
+    one: Callable[..., PerExpert], policy: Policy, slots: Slots, params: Params, *by_slot: Array
+) -> PerExpert:
+    """``one(params [...], used [], *by_slot [C, ...])`` for every expert."""
+    if policy.chunked:
+        return _by_chunks(one, policy.groups, slots, params, *by_slot)
+    [group] = policy.groups
+    return _at_once(one, group, slots, params, *by_slot)
 
 
-def _at_once(one: Callable[..., Each], group: Group, params: Params, *by_slot: Array) -> Each:
-    """All experts in one batch; all have the same number of slots, in their own order."""
+def _at_once(
+    one: Callable[..., PerExpert], group: Group, slots: Slots, params: Params, *by_slot: Array
+) -> PerExpert:
+    """All experts in one batch; they stand in their own order."""
     shaped = [a.reshape(*group, *a.shape[1:]) for a in by_slot]  # [E, C, ...]
-    results = jax.vmap(one)(params, *shaped)
+    results = jax.vmap(one)(params, slots.used, *shaped)
     return results._replace(by_slot=jax.tree.map(_flat, results.by_slot))
 
 
 def _by_chunks(
-    one: Callable[..., Each],
+    one: Callable[..., PerExpert],
     groups: tuple[Group, ...],
-    expert: Array,
+    slots: Slots,
     params: Params,
     *by_slot: Array,
-) -> Each:
+) -> PerExpert:
     """A few experts of equally many slots at a time."""
 
     def step(total: Tree, chunk: tuple[Array, ...]) -> tuple[Tree, Tree]:
-        experts, *slots = chunk
+        experts, used, *rows = chunk
         some = jax.tree.map(lambda a: a.at[experts].get(mode="promise_in_bounds"), params)
-        results = jax.vmap(one)(some, *slots)
-        put = lambda a, new: a.at[experts].set(  # noqa: E731
-            new, mode="promise_in_bounds", unique_indices=True
-        )
+        results = jax.vmap(one)(some, used, *rows)
+
+        def put(a: Array, new: Array) -> Array:
+            return a.at[experts].set(new, mode="promise_in_bounds", unique_indices=True)
+
         return jax.tree.map(put, total, results.by_expert), results.by_slot
 
-    shapes = jax.eval_shape(partial(_at_once, one, one_group(groups)), params, *by_slot)
-    total = jax.tree.map(jnp.zeros_like, shapes.by_expert)
+    total = _zeros_by_expert(one, groups, slots, params, *by_slot)
     rows = []
-    for chunks in _chunks(groups, expert, by_slot):
+    for chunks in _chunks(groups, slots, by_slot):
         total, some_rows = jax.lax.scan(step, total, chunks)
         rows.append(jax.tree.map(lambda a: _flat(_flat(a)), some_rows))
-    return Each(total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
+    return PerExpert(total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
+
+
+def _zeros_by_expert(
+    one: Callable[..., PerExpert],
+    groups: tuple[Group, ...],
+    slots: Slots,
+    params: Params,
+    *by_slot: Array,
+) -> Any:
+    """Zeros of the form that ``one`` gives by expert, stacked along E."""
+    some = [a[: groups[0].capacity] for a in by_slot]
+    over_experts = jax.vmap(one, in_axes=(0, 0, *[None] * len(some)))
+    return jax.tree.map(
+        jnp.zeros_like, jax.eval_shape(over_experts, params, slots.used, *some).by_expert
+    )
 
 
 def _chunks(
-    groups: tuple[Group, ...], expert: Array, by_slot: tuple[Array, ...]
+    groups: tuple[Group, ...], slots: Slots, by_slot: tuple[Array, ...]
 ) -> Iterator[tuple[Array, ...]]:
     """For each group of experts its chunks: experts ``[N, n]``, and slots ``[N, n, C, ...]``."""
     first, begin = 0, 0
     for size, capacity in groups:
-        chunk = _chunk(size, capacity)
+        chunk = experts_per_chunk(size, capacity)
         shape = size // chunk, chunk
-        end = begin + size * capacity
-        slots = (a[begin:end].reshape(*shape, capacity, *a.shape[1:]) for a in by_slot)
-        yield expert[first : first + size].reshape(shape), *slots
-        first, begin = first + size, end
+        last, end = first + size, begin + size * capacity
+        rows = (a[begin:end].reshape(*shape, capacity, *a.shape[1:]) for a in by_slot)
+        by_expert = (a[first:last].reshape(shape) for a in (slots.expert, slots.used))
+        yield *by_expert, *rows
+        first, begin = last, end
 
 
 def _flat(a: Array) -> Array:
     """One leading axis in the place of two."""
     return a.reshape(-1, *a.shape[2:])
-
-
-def _chunk(num_experts: int, capacity: int) -> int:
-    """Experts per chunk: a number that divides theirs.
-
-    Not one: XLA runs the product of one expert alone another way, half as fast. Not more than 4: a
-    chunk copies its experts' parameters, and at 256 experts those of 8 took 184 ms with backward
-    where those of 4 took 161. Not twice the rows: at 128 experts 370 ms instead of 341. A last
-    chunk of another size would make every result be copied, for half the time again.
-    """
-    sizes = [n for n in range(2, num_experts + 1) if num_experts % n == 0]
-    fitting = [n for n in sizes if n <= 4 and 2 * n * capacity <= ROWS]
-    return max(fitting, default=min(sizes, default=1))

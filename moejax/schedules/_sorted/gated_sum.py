@@ -1,8 +1,11 @@
-"""The gated sum over choices sorted by expert: one batched pass, and loops over what it leaves."""
+"""The gated sum over choices sorted by expert: one batched pass, and loops over what it leaves.
+
+Read `_forward` from top to bottom; `_backward` is the same path with each step's derivative.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import output_dtype
+from moejax._arrays import output_dtype, vary_together
+from moejax._calling import hashable, with_matmul
 from moejax._checks import check_array, check_outputs
-from moejax._sorting import Sorted
+from moejax._sorting import Sorted, sort_by_expert
 from moejax.base import Array, Expert, Params
-from moejax.schedules._sorted.batched import ROWS, Apply, cotangents, outputs_of_slots
+from moejax.schedules._sorted.batched import Apply, cotangents, outputs_of_slots
+from moejax.schedules._sorted.grouped import grouped_sum
 from moejax.schedules._sorted.overflow import (
     Operands,
     Rows,
@@ -22,62 +27,63 @@ from moejax.schedules._sorted.overflow import (
     block_loop,
     differentiable,
 )
-from moejax.schedules._sorted.products import few_rows, with_product
-from moejax.schedules._sorted.slots import Group, Slots, assign_slots, combine, one_group
+from moejax.schedules._sorted.policy import Policy, always_batched, worth_batching
+from moejax.schedules._sorted.slots import Slots, assign_slots, combine
 
 
-class Split(NamedTuple):
-    """How choices are divided between the batched pass and the loops.
-
-    Attributes:
-        groups: the experts by their slots in the batched pass; no slots for no such pass.
-        blocks: rows per block of each loop; without loops, what does not fit is dropped.
-    """
-
-    groups: tuple[Group, ...]
-    blocks: tuple[int, ...]
-
-
-class Plan(NamedTuple):
+class Program(NamedTuple):
     """What is known while tracing.
 
     Attributes:
-        apply: the expert, for one expert's parameters and any of the row counts in use.
-        split: how choices are divided.
+        apply: the expert, for one expert's parameters and any of the policy's row counts.
+        policy: how choices are divided between the batched pass and the loops.
         shape: shape of the result, [T, ...].
     """
 
     apply: Apply
-    split: Split
+    policy: Policy
     shape: tuple[int, ...]
 
 
 def gated_sum(
-    expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted, split: Split
+    expert: Expert, params: Params, x: Array, experts: Array, weights: Array, policy: Policy
 ) -> Array:
-    """The gated sum over choices that are sorted by expert.
+    """``y_t = sum_k w_tk E_{e_tk}(x_t)``, as the policy says.
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
         params: its parameters, every leaf with a leading axis E.
         x: tokens, shape [T, ...].
-        weights: gates, shape [T, K].
-        choices: the choices sorted by expert.
-        split: rows per expert in the batched pass, and rows per block of the loops.
+        experts: chosen experts in [0, E], E for nowhere, shape [T, K].
+        weights: their gates, shape [T, K].
+        policy: of `policy_for_dropless` or `policy_for_capacity`.
 
     Returns:
         The sum, shape [T, ...], in the dtype of x (of the outputs if x holds integers).
     """
+    return _compiled(hashable(expert), policy, params, x, experts, weights)
+
+
+# Under jit even where the caller's code is not: loops compile anew at every call otherwise.
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(
+    expert: Expert, policy: Policy, params: Params, x: Array, experts: Array, weights: Array
+) -> Array:
+    params, x, experts, weights = vary_together((params, x, experts, weights))
     output = output_like(expert, params, x)
     if weights.size == 0:
         return jnp.zeros(output.shape, output.dtype)
-    groups = (*split.groups, one_group(split.groups))
-    sizes = (*(group.capacity for group in groups), *split.blocks)
-    apply, shared = _closed(expert, params, x, sizes)
-    operands = Operands(params, x, _gates(weights, output), shared)
-    slots = assign_slots(choices, len(weights), split.groups)
-    plan = Plan(apply, split, output.shape)
-    return _gated_sum(plan, operands, slots, choices).astype(output.dtype)
+    num_experts = policy.num_experts
+    choices = sort_by_expert(experts, num_experts)
+    gates = _gates(weights, output)
+    if policy.grouped:
+        y = grouped_sum(expert, params, x, gates, choices)
+    else:
+        apply, shared = _closed(with_matmul(expert, policy.matmul), params, x, policy)
+        slots = assign_slots(choices, len(weights), policy.groups)
+        program = Program(apply, policy, output.shape)
+        y = _gated_sum(program, Operands(params, x, gates, shared), slots, choices)
+    return y.astype(output.dtype)
 
 
 def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruct:
@@ -94,94 +100,83 @@ def _gates(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
     return weights.T.astype(dtype).reshape(-1)
 
 
-def _closed(
-    expert: Expert, params: Params, x: Array, sizes: tuple[int, ...]
-) -> tuple[Apply, list[Array]]:
-    """Makes arguments of the traced arrays that an expert closes over: they may have gradients."""
-    expert = with_product(expert, few_rows)
-    converted = {}
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params)
-    for size in set(sizes):
-        rows = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[Apply, list[Array]]:
+    """Makes arguments of the traced arrays that an expert closes over: they may have gradients.
+
+    Returns:
+        The expert with those arrays as its third argument, for the policy's numbers of rows; and
+        the arrays.
+    """
+    one, row = jax.eval_shape(lambda *both: jax.tree.map(lambda a: a[0], both), params, x)
+    converted: dict[int, Apply] = {}
+    shared: list[Array] = []
+    for size in {*(group.capacity for group in policy.groups), *policy.blocks}:
+        rows = jax.eval_shape(partial(jnp.broadcast_to, shape=(size, *row.shape)), row)
         converted[size], shared = jax.closure_convert(expert, one, rows)
     return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_sum(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> Array:
-    return _forward(plan, operands, slots, choices)[0]
+def _gated_sum(program: Program, operands: Operands, slots: Slots, choices: Sorted) -> Array:
+    return _forward(program, operands, slots, choices)[0]
 
 
-def _forward(plan: Plan, operands: Operands, slots: Slots, choices: Sorted) -> tuple[Array, Any]:
+def _forward(
+    program: Program, operands: Operands, slots: Slots, choices: Sorted
+) -> tuple[Array, Any]:
+    apply, policy, _ = program
+    y, outputs = _zeros_of_sum(program, operands), None
     if slots.choice.size:
-        outputs = _batched(
-            plan, partial(outputs_of_slots, plan.apply, plan.split.groups), slots, operands
-        )
-        y = combine(outputs, operands.choices, slots)
-    else:
-        outputs = None
-        y = jnp.zeros(plan.shape, operands.choices.dtype)
-    for size, rows in _rest(plan, slots, choices):
-        body = partial(_block, plan.apply)
-        y = block_loop(body, size, rows, operands, Operands(tokens=y)).tokens
+        run = partial(outputs_of_slots, apply, policy)
+        outputs = _batched(program, run, slots, operands)
+        y = combine(outputs, operands.choices, slots.slot)
+    for size, rows in _overflow(policy, slots, choices):
+        y = block_loop(partial(_block, apply), size, rows, operands, Operands(tokens=y)).tokens
     return y, (outputs, operands, slots, choices)
 
 
-def _backward(plan: Plan, saved: Any, cotangent: Array) -> tuple:
+def _backward(program: Program, saved: Any, cotangent: Array) -> tuple:
+    apply, policy, _ = program
     outputs, operands, slots, choices = saved
+    total = jax.tree.map(jnp.zeros_like, differentiable(operands))
     if slots.choice.size:
-        run = partial(cotangents, plan.apply, plan.split.groups)
-        total = _batched(plan, run, slots, operands, outputs, cotangent)
-    else:
-        total = jax.tree.map(jnp.zeros_like, differentiable(operands))
-    for size, rows in _rest(plan, slots, choices):
-        body = partial(_block, plan.apply)
-        total = add_cotangents(body, size, rows, operands, Operands(tokens=cotangent), total)
+        run = partial(cotangents, apply, policy)
+        total = _batched(program, run, slots, operands, outputs, cotangent)
+    for size, rows in _overflow(policy, slots, choices):
+        given = Operands(tokens=cotangent)
+        total = add_cotangents(partial(_block, apply), size, rows, operands, given, total)
     return total, None, None
 
 
 _gated_sum.defvjp(_forward, _backward)
 
 
-def _batched(plan: Plan, run: Callable[..., Any], slots: Slots, *args: Any) -> Any:
-    """What a batched pass gives: zeros where it would be a waste, and the loops do the work."""
-    if _short(plan, slots):
+def _zeros_of_sum(program: Program, operands: Operands) -> Array:
+    like = jax.eval_shape(lambda gates: jnp.broadcast_to(gates[0], program.shape), operands.choices)
+    return jnp.zeros_like(like)
+
+
+def _batched(program: Program, run: Any, slots: Slots, *args: Any) -> Any:
+    """What a batched pass gives; zeros where it does not pay, and the loops take every choice."""
+    if always_batched(program.policy):
         return run(slots, *args)
     shapes = jax.eval_shape(run, slots, *args)
     zeros = lambda *_: jax.tree.map(jnp.zeros_like, shapes)  # noqa: E731
-    return jax.lax.cond(_worthwhile(slots), run, zeros, slots, *args)
+    return jax.lax.cond(worth_batching(slots.filled, slots.slot.size), run, zeros, slots, *args)
 
 
-def _short(plan: Plan, slots: Slots) -> bool:
-    """Whether the batched pass is run in any case: alone, or too short for a choice to pay.
-
-    XLA drops what nobody asks for, such as the gradient of a network's input, but not out of one
-    side of a condition: an epoch of the sparse MNIST mixture took 1.76 s with one, 1.55 s without.
-    """
-    return not plan.split.blocks or slots.filled.size <= ROWS
-
-
-def _worthwhile(slots: Slots) -> Array:
-    """Whether at least half of the choices have a slot, which collapsed routing leaves without.
-
-    So does padding, whose choices count too: with 30% of 4,096 tokens present, the loops took 13 ms
-    forward and 27 with backward, and the batched pass 20 and 60.
-    """
-    return 2 * jnp.sum(slots.filled) >= slots.slot.size
-
-
-def _rest(plan: Plan, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
+def _overflow(policy: Policy, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
     """What the batched pass left, cut into whole blocks of each size but the last."""
     order, starts = choices
     batched = slots.capacity
-    if not _short(plan, slots):
-        batched = jnp.where(_worthwhile(slots), batched, 0)
+    if not always_batched(policy):
+        batched = jnp.where(worth_batching(slots.filled, slots.slot.size), batched, 0)
     begin, end = starts[:-1] + batched, starts[1:]
-    for size in plan.split.blocks[:-1]:
+    for size in policy.blocks[:-1]:
         middle = begin + jnp.maximum(end - begin, 0) // size * size
         yield size, Rows(order, begin, middle)
         begin = middle
-    for size in plan.split.blocks[-1:]:
+    for size in policy.blocks[-1:]:
         yield size, Rows(order, begin, end)
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
-from moejax._calling import accepts
-from moejax.base import Array, Expert, Matmul
-
-
-def with_product(expert: Callable[..., Array], product: Matmul) -> Expert:
-    """The expert with this ``matmul``, if it takes one."""
-    if not accepts(expert, "matmul"):
-        return expert
-    # A pytree, so that `jit` and `checkpoint` around the expert take it as an argument.
-    return partial(expert, matmul=jax.tree_util.Partial(product))
+from moejax.base import Array
 
 
 @jax.custom_batching.custom_vmap
@@ -41,31 +32,64 @@ def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, b
     return jnp.moveaxis(y, -2, 0), True
 
 
-def few_rows(x: Array, kernel: Array) -> Array:
-    """A matrix product whose kernel has a faster gradient on CPU, in reverse mode alone.
+def transposing_matmul(x: Array, kernel: Array) -> Array:
+    """A matrix product for CPU whose kernel gradient is faster; in reverse mode alone.
 
-    The gradient ``x^T g`` sums over rows. XLA's fast product on CPU sums along the rows of its
-    left operand, and leaves one that is transposed to another: with 128 rows that took up to twice
-    as long as making a transposed copy first, and with some thousand rows as long.
+    XLA's fast CPU product cannot take a transposed left operand. The kernel gradient ``x^T g``
+    needs one, so x^T is copied first.
     """
-    return _few_rows(x, kernel) if x.ndim == kernel.ndim == 2 else jnp.matmul(x, kernel)
+    return _transposing(x, kernel) if x.ndim == kernel.ndim == 2 else jnp.matmul(x, kernel)
 
 
 @jax.custom_vjp
-def _few_rows(x: Array, kernel: Array) -> Array:
+def _transposing(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel)
 
 
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _transposing_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return jnp.matmul(x, kernel), (x, kernel)
 
 
-def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
+def _transposing_backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
     x, kernel = saved
     # Without the barrier XLA would fold the transpose into the product again.
-    copied = lambda x, y: jax.lax.optimization_barrier(x.T) @ y  # noqa: E731
-    to_kernel = jax.lax.platform_dependent(x, y, cpu=copied, default=lambda x, y: x.T @ y)
+    to_kernel = jax.lax.optimization_barrier(x.T) @ y
     return (y @ kernel.T).astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
-_few_rows.defvjp(_forward, _backward)
+_transposing.defvjp(_transposing_forward, _transposing_backward)
+
+
+@jax.custom_vjp
+def ragged_matmul(x: Array, kernel: Array, sizes: Array) -> Array:
+    """``y_i = x_i W_e`` for rows grouped by e: ``[M, D] x [E, D, O] -> [M, O]``.
+
+    ``jax.lax.ragged_dot``, which by itself cannot be vmapped over some of its operands.
+    """
+    return sequential_vmap(jax.lax.ragged_dot)(x, kernel, sizes)
+
+
+@jax.custom_vjp
+def ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
+    """``sum_i x_i y_i^T`` over the rows of each group, ``[M, D] x [M, O] -> [E, D, O]``."""
+    rows = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    product = partial(jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=rows)
+    return sequential_vmap(product)(x, y, sizes)
+
+
+def _matmul_backward(saved: tuple[Array, Array, Array], y: Array) -> tuple[Array, Array, None]:
+    x, kernel, sizes = saved
+    return ragged_matmul(y, kernel.swapaxes(1, 2), sizes), ragged_outer(x, y, sizes), None
+
+
+def _outer_backward(saved: tuple[Array, Array, Array], kernel: Array) -> tuple[Array, Array, None]:
+    x, y, sizes = saved
+    return ragged_matmul(y, kernel.swapaxes(1, 2), sizes), ragged_matmul(x, kernel, sizes), None
+
+
+ragged_matmul.defvjp(lambda *given: (ragged_matmul(*given), given), _matmul_backward)
+ragged_outer.defvjp(lambda *given: (ragged_outer(*given), given), _outer_backward)

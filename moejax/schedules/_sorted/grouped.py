@@ -1,0 +1,40 @@
+"""The accelerators' way: sort the rows by expert once, and run one grouped product a layer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+
+from moejax._calling import with_matmul
+from moejax._sorting import Sorted
+from moejax.base import Array, Expert, Params
+from moejax.schedules._sorted.products import ragged_matmul
+from moejax.schedules._sorted.slots import combine
+
+
+def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted) -> Array:
+    """The gated sum of experts that take ``matmul``: nothing padded, and no loop.
+
+    The expert runs once, on the parameters of all experts ``[E, ...]`` and on all rows; its matrix
+    product gives every row the kernel of the row's expert.
+
+    Args:
+        expert: takes ``matmul``, and uses its parameters in nothing else.
+        params: every leaf with a leading axis E.
+        x: tokens, shape [T, ...].
+        weights: gates by choice, shape [K * T].
+        choices: the choices sorted by expert.
+
+    Returns:
+        The sum, shape [T, ...], in the dtype of the weights.
+    """
+    order, starts = choices
+    places = jnp.arange(order.size, dtype=jnp.int32)
+    kept = places < starts[-1]  # choices that go nowhere stand at the end
+    # Their rows are real ones of which nothing is read, so that no gradient passes through them.
+    token = jnp.where(kept, order, order[0]) % len(x)
+    product = partial(ragged_matmul, sizes=jnp.diff(starts))
+    outputs = with_matmul(expert, product)(params, x[token])  # [K * T, ...]
+    slot = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.where(kept, places, order.size))
+    return combine(outputs, weights, slot.reshape(-1, len(x)))

@@ -1,0 +1,182 @@
+"""Every decision that is a matter of sizes or of the platform, in one place.
+
+A policy says how the engine computes a gated sum; it never changes the sum.
+
+On CPU a batched pass gives every expert about the mean load, a few experts at a time, so that what
+lies between their products stays in the processor's cache. Loops over blocks of one expert each
+take the choices beyond it. On accelerators, loops wait for the host and padding is waste: experts
+that take ``matmul`` run through one grouped product over the sorted rows, without either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax._calling import accepts
+from moejax.base import Array, Expert, Matmul
+from moejax.schedules._sorted.products import transposing_matmul
+
+# Rows of all experts together up to which they are computed at once: reading the parameters then
+# takes longer than the products, and chunks would copy them. Also the most rows of a chunk.
+CACHED_ROWS = 1280
+MANY_EXPERTS = 16  # from here on the loads of random routing differ enough to group experts by load
+
+
+class Group(NamedTuple):
+    """Experts with equally many slots each.
+
+    Attributes:
+        size: number of experts.
+        capacity: slots per expert, C.
+    """
+
+    size: int
+    capacity: int
+
+
+class Policy(NamedTuple):
+    """How the engine computes a gated sum over sorted choices; known while tracing.
+
+    Attributes:
+        groups: slots of the experts in the batched pass, those with most choices first; a single
+            group keeps the experts in their own order.
+        blocks: rows per block of each loop over what the batched pass left; without loops, those
+            choices are dropped.
+        chunked: whether the batched pass computes a few experts at a time.
+        matmul: the matrix product that experts are given, if they take one.
+        grouped: whether experts run once on all rows sorted by expert, with a grouped product;
+            nothing else is then read.
+    """
+
+    groups: tuple[Group, ...]
+    blocks: tuple[int, ...]
+    chunked: bool
+    matmul: Matmul
+    grouped: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all experts together, S."""
+        return sum(size * capacity for size, capacity in self.groups)
+
+
+def policy_for_dropless(
+    expert: Expert, num_tokens: int, num_experts: int, k: int, *, platform: str | None = None
+) -> Policy:
+    """The policy under which every choice is computed.
+
+    Args:
+        expert: the expert; on accelerators it matters whether it takes ``matmul``.
+        num_tokens: T.
+        num_experts: E.
+        k: choices per token, K.
+        platform: such as ``"cpu"``; by default that of JAX's default backend.
+
+    Returns:
+        The policy.
+    """
+    cpu = on_cpu(platform)
+    if not cpu and accepts(expert, "matmul"):
+        return Policy((Group(num_experts, 0),), (), False, jnp.matmul, grouped=True)
+    groups, blocks = _slots_and_blocks(num_tokens, num_experts, k, by_load=cpu)
+    return _policy(groups, blocks, cpu)
+
+
+def policy_for_capacity(num_experts: int, capacity: int, *, platform: str | None = None) -> Policy:
+    """The policy that gives each of E experts C slots, and drops the choices beyond them."""
+    return _policy((Group(num_experts, capacity),), (), on_cpu(platform))
+
+
+def worth_batching(filled: Array, num_choices: int) -> Array:
+    """Whether the batched pass has at least half of the choices; otherwise loops take them all.
+
+    Collapsed routing and padding leave most slots empty, and an empty slot costs as much as a
+    filled one.
+    """
+    return 2 * jnp.sum(filled) >= num_choices
+
+
+def always_batched(policy: Policy) -> bool:
+    """Whether the batched pass runs in any case: alone, or too short for a choice to pay.
+
+    XLA drops what nobody asks for, such as the gradient of a network's input, but not out of one
+    branch of a condition.
+    """
+    return not policy.blocks or policy.num_slots <= CACHED_ROWS
+
+
+def experts_per_chunk(num_experts: int, capacity: int) -> int:
+    """How many of E experts with C slots each a chunk computes: a number that divides E.
+
+    Not one: XLA computes a batch of one product another way, half as fast. At most four, since a
+    chunk copies its experts' parameters. A last chunk of another size would make XLA copy every
+    result.
+    """
+    sizes = [n for n in range(2, num_experts + 1) if num_experts % n == 0]
+    fitting = [n for n in sizes if n <= 4 and 2 * n * capacity <= CACHED_ROWS]
+    return max(fitting, default=min(sizes, default=1))
+
+
+def on_cpu(platform: str | None = None) -> bool:
+    """Whether a platform, by default that of JAX's default backend, is a CPU."""
+    return (platform or jax.default_backend()) == "cpu"
+
+
+def _policy(groups: tuple[Group, ...], blocks: tuple[int, ...], cpu: bool) -> Policy:
+    num_slots = sum(size * capacity for size, capacity in groups)
+    chunked = cpu and (num_slots > CACHED_ROWS or len(groups) > 1)
+    return Policy(groups, blocks, chunked, transposing_matmul if cpu else jnp.matmul)
+
+
+def _slots_and_blocks(
+    num_tokens: int, num_experts: int, k: int, *, by_load: bool
+) -> tuple[tuple[Group, ...], tuple[int, ...]]:
+    """About the mean load in the batched pass, and loops over large blocks and small ones.
+
+    A block copies its expert's parameters, which takes as long as computing some sixty rows. Small
+    blocks waste least on experts just over the mean; large ones keep the pace when nearly all
+    choices are left to the loops. There is no batched pass where it would read every expert for
+    fewer choices than experts, nor where tokens may choose every expert: such a rule, `relu`,
+    leaves most of its choices out, and only loops cost what the choices cost.
+    """
+    num_choices = num_tokens * k
+    mean = -(-num_choices // num_experts)
+    if num_choices < num_experts:
+        return (Group(num_experts, 0),), (128, 8)
+    block = min(32, max(8, (mean + math.isqrt(mean)) // 2))
+    if k >= num_experts:
+        return (Group(num_experts, 0),), (16 * block, block)
+    groups = _groups(mean, num_experts) if by_load else _one_group(mean, num_experts)
+    return groups, (16 * block, block)
+
+
+def _one_group(mean: int, num_experts: int) -> tuple[Group, ...]:
+    return (Group(num_experts, mean + math.isqrt(mean)),)
+
+
+def _groups(mean: int, num_experts: int) -> tuple[Group, ...]:
+    """Most slots for the quarter of the experts with most choices.
+
+    Slots are counted in standard deviations of the load of random routing above its mean. A linear
+    router loads its experts more unevenly than that, so the first quarter needs much; none has less
+    than the mean, which perfect balance needs. Where all experts are computed at once, rows cost
+    little beside reading the parameters, and two deviations leave almost nothing to the loops.
+    """
+    deviation = math.sqrt(mean)
+    if num_experts * mean <= CACHED_ROWS:
+        capacity = min(math.ceil(mean + 2 * deviation), CACHED_ROWS // num_experts)
+        return (Group(num_experts, capacity),)
+    if num_experts < MANY_EXPERTS or num_experts % 4:
+        return _one_group(mean, num_experts)
+    most, many, rest = (math.ceil(mean + by * deviation) for by in (3.5, 1.2, 0.2))
+    quarter = num_experts // 4
+    return Group(quarter, most), Group(quarter, many), Group(2 * quarter, rest)
