@@ -12,6 +12,11 @@ A line per epoch says how training goes; pictures, metrics.jsonl and summary.jso
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 import json
 import time
@@ -30,7 +35,6 @@ import data as datasets
 import parts.resume as resumable
 from moejax.diagnostics import (
     confidence,
-    dead_experts,
     effective_experts,
     expert_by_class,
     expert_load,
@@ -39,6 +43,7 @@ from moejax.diagnostics import (
 )
 from moejax.sharding import expert_parallel
 from moejax.training import (
+    Masked,
     Step,
     TrainState,
     batch_sizes,
@@ -49,36 +54,55 @@ from moejax.training import (
     train_step,
     train_until,
 )
+from parts.cache import keep_programs
 from parts.command_line import (
     OneLineParser,
+    add_arguments,
     at_least,
+    check_memory,
     compile_in_background,
-    output_folder,
+    folder_name,
     positive_float,
     say,
+    start_devices,
     write_json,
 )
 from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
-from parts.models import DIGITS, EXPERTS, MODELS, Model, by_rule
+from parts.ending import EndedError, RefusedError
+from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, TAKE_TOP_K, Model, by_rule
+from parts.output import make_writable, output_of_one_run
+from parts.progress import waiting
 from parts.reports import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from parts.resume import Progress, metrics_log, pauses
-from parts.routes import ROUTES
+from parts.routes import ROUTES, asks_for_k
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
-# For what runs once: compiling the initialisation took 3.9 s of processor time at the usual level,
-# 1.0 s at this.
+# For what runs once: it takes less time to compile than it can save.
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
+FROM_FOLDERS = ("auto", "mnist")
 DATASETS = {"auto": datasets.load, "mnist": datasets.mnist, "digits": lambda _: datasets.digits()}
 
 
 def objective(
-    model: Model, params: Any, batch: datasets.Split, key: jax.Array | None
+    model: Model,
+    params: Any,
+    batch: datasets.Split,
+    key: jax.Array | None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy plus the balance losses; the metrics hold the cross-entropy alone."""
-    logits, routing = model.apply(params, batch.images, key)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+    logits, routing = model.apply(params, batch.images, key, mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    loss = jnp.mean(losses, where=mask)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels, where=mask)
     return loss + model.balance(routing), {"cross_entropy": loss, "accuracy": accuracy}
+
+
+def masked_objective(
+    model: Model, params: Any, batch: Masked, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The objective over the images that count, so that one program takes every batch."""
+    return objective(model, params, batch.data, key, batch.mask)
 
 
 def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]:
@@ -95,13 +119,15 @@ def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]
     if routing is None:
         return result
     by_class = expert_by_class(routing, jnp.asarray(split.labels), DIGITS)
+    load = by_class.sum(axis=1) / by_class.sum()
     return result | {
         "gate_entropy": gate_entropy(routing),
         "confidence": confidence(routing),
         "effective_experts": effective_experts(routing),
-        "dead_experts": dead_experts(routing),
+        # By share of the gate, for where every image chooses every expert none is without choices.
+        "dead_experts": jnp.sum(load < 0.01 / len(load)),
         "expert_by_digit_information": mutual_information(by_class),
-        "expert_load": by_class.sum(axis=1) / by_class.sum(),  # share of the gate
+        "expert_load": load,  # share of the gate
         "choice_load": expert_load(routing),  # share of the choices
         "by_class": by_class,
         "top_expert": jnp.take_along_axis(
@@ -120,27 +146,28 @@ def begin_compiling(
     step: Step,
     model: Model,
     state: TrainState,
-    data: datasets.Dataset,
+    train: Masked,
+    test: datasets.Split,
     batch_size: int,
     mesh: Mesh | None,
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
     """Compiles what takes the steps, what shuffles and what tests, from the state's shapes."""
-    unseen = jax.eval_shape(partial(empty_metrics, step, batch_size=batch_size), state, data.train)
+    unseen = jax.eval_shape(partial(empty_metrics, step, batch_size=batch_size), state, train)
     shuffle = jax.jit(
-        partial(epoch_order, num_examples=len(data.train.labels)),
+        partial(epoch_order, num_examples=len(train.mask)),
         out_shardings=everywhere(mesh),
         compiler_options=QUICK_TO_COMPILE,
     )
-    order = jax.ShapeDtypeStruct((len(data.train.labels),), jnp.int32)
+    order = jax.ShapeDtypeStruct(train.mask.shape, jnp.int32)
     advance = jax.jit(
         partial(train_until, step, batch_size=batch_size), out_shardings=places(state, mesh)
     )
     run_test = jax.jit(partial(evaluate, model), out_shardings=everywhere(mesh))
     unseen, order = shapes((unseen, order), mesh)
     return compile_in_background(
-        (advance, (state, unseen, data.train, order, np.int32(0))),
+        (advance, (state, unseen, train, order, np.int32(0))),
         (shuffle, (state, np.int32(0))),
-        (run_test, (state.params, data.test)),
+        (run_test, (state.params, test)),
     )
 
 
@@ -149,14 +176,15 @@ def train(
 ) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
-    step = train_step(partial(objective, model), optimizer)
+    step = train_step(partial(masked_objective, model), optimizer)
     initial = partial(start, model, optimizer, args.seed)
     coming = shapes(jax.eval_shape(initial), mesh)
-    compiled = begin_compiling(step, model, coming, data, args.batch_size, mesh)
+    split = place(Masked(data.train, jnp.ones(len(data.train.labels), bool)), mesh)
+    compiled = begin_compiling(step, model, coming, split, data.test, args.batch_size, mesh)
     state = place(jax.jit(initial, compiler_options=QUICK_TO_COMPILE)(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
     plan = resumable.plan(args, out, data, len(sizes))
-    unseen = place(empty_metrics(step, state, data.train, batch_size=args.batch_size), mesh)
+    unseen = place(empty_metrics(step, state, split, batch_size=args.batch_size), mesh)
     progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
     write_json(
         own(args.out) / "config.json", {name: str(value) for name, value in vars(args).items()}
@@ -165,13 +193,15 @@ def train(
         rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
         batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
-    (advance, shuffle, run_test), compile_seconds = compiled()
+    try_drawing()
+    with waiting("compiling the training step"):
+        (advance, shuffle, run_test), compile_seconds = compiled()
     test = None
     say("\n" + HEADER)
     log_path = own(out) / "metrics.jsonl"
     with pauses(plan) as pause, metrics_log(log_path, progress.history) as log:
         for number in range(len(progress.history) + 1, args.epochs + 1):
-            progress = finish_epoch(plan, pause, advance, shuffle, data.train, progress)
+            progress = finish_epoch(plan, pause, advance, shuffle, split, progress)
             test = jax.device_get(run_test(progress.state.params, data.test))
             record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
@@ -190,7 +220,7 @@ def finish_epoch(
     pause: resumable.Pause,
     advance: Callable[..., Any],
     shuffle: Callable[..., jax.Array],
-    split: datasets.Split,
+    split: Masked,
     progress: Progress,
 ) -> Progress:
     """Takes the steps that are left of an epoch: in one go, or with pauses in which it is saved."""
@@ -204,43 +234,137 @@ def finish_epoch(
             advance(progress.state, progress.metrics, split, order, stop)
         )
         seconds = progress.seconds + time.perf_counter() - began
+        check_finite(metrics["loss"], end - steps)
         progress = Progress(state, metrics, progress.history, seconds)
         if progress.step < end:
             pause(progress)
     return progress
 
 
+def check_finite(losses: jax.Array, before: int) -> None:
+    """Ends the program if training has diverged."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise EndedError(
+            f"the loss is not finite at step {before + bad[0] + 1}: try a smaller --learning-rate"
+        )
+
+
+def try_drawing() -> None:
+    """Draws a picture while programs are compiled: what cannot be drawn fails before training."""
+    from moejax import plot
+
+    plot.new_figure(width=1, height=1)[0].canvas.draw()
+
+
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line."""
+    """The command line, checked."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, out="runs/mnist")
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/mnist"), help="folder for all that is written")
-    add("--data-dir", type=Path, help="folder of IDX files, or of images by digit")
-    add("--dataset", choices=DATASETS, default="auto")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", choices=[*MODELS, "all"], default="soft")
-    model.add_argument("--route", choices=ROUTES, help="a mixture with this rule instead")
-    add("--experts", type=at_least(1), default=8)
     add(
-        "--top-k",
-        type=at_least(1),
-        default=2,
-        help="experts per image, for rules that ask",
+        "--data-dir",
+        type=folder_name,
+        metavar="FOLDER",
+        help="folder of IDX files, or of images by digit (default: $MOEJAX_DATA_DIR, else the "
+        "cache, else a download)",
     )
-    add("--expert", choices=EXPERTS, default="mlp")
-    add("--hidden", type=at_least(1), default=128, help="hidden width of every network")
-    add("--epochs", type=at_least(1), default=5)
-    add("--batch-size", type=at_least(1), default=128)
-    add("--optimizer", choices=OPTIMIZERS, default="adam")
-    add("--learning-rate", type=positive_float, default=1e-3)
-    add("--seed", type=at_least(0), default=0)
-    add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
-    add("--coordinator", help="address of process 0, such as 127.0.0.1:9876")
-    add("--processes", type=at_least(1), default=1, help="processes that share the mesh")
-    add("--process-id", type=at_least(0), default=0, help="which of them this one is")
-    add("--inspect", action="store_true", help="print what the first step does")
+    add(
+        "--dataset",
+        choices=DATASETS,
+        default="auto",
+        help="auto takes what there is; the others insist (default: %(default)s)",
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        choices=[*MODELS, "all"],
+        default="soft",
+        help="one network, a blend of all experts, the best few with noise, one expert per image, "
+        "or all of these one after the other (default: %(default)s)",
+    )
+    model.add_argument(
+        "--route", choices=ROUTES, help="a mixture with this rule instead of --model"
+    )
+    add("--experts", type=at_least(1), help="how many experts (default: 8)")
+    add("--top-k", type=at_least(1), help="experts per image, for rules that ask (default: 2)")
+    add(
+        "--expert",
+        choices=EXPERTS,
+        default="mlp",
+        help="what each expert is: two dense layers, or a convolutional network "
+        "(default: %(default)s)",
+    )
+    add(
+        "--hidden",
+        type=at_least(1),
+        default=128,
+        help="hidden width of every network (default: %(default)s)",
+    )
+    add("--epochs", type=at_least(1), default=5, help="passes over the data (default: %(default)s)")
+    add(
+        "--batch-size", type=at_least(1), default=128, help="images per step (default: %(default)s)"
+    )
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adam",
+        help="how the weights are updated (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=1e-3,
+        help="how far a step goes (default: %(default)s)",
+    )
+    add(
+        "--mesh",
+        type=mesh_axes,
+        metavar="AXES",
+        help="devices along each axis, such as data=2,expert=4 (default: one device)",
+    )
+    add("--coordinator", metavar="ADDRESS", help="of process 0, such as 127.0.0.1:9876")
+    add(
+        "--processes",
+        type=at_least(1),
+        default=1,
+        help="processes that share the mesh (default: %(default)s)",
+    )
+    add(
+        "--process-id",
+        type=at_least(0),
+        default=0,
+        help="which of them this one is, from 0 (default: %(default)s)",
+    )
+    add("--inspect", action="store_true", help="print what the first step does to every parameter")
     resumable.add_arguments(parser)
-    return parser, parser.parse_args()
+    args = parser.parse_args()
+    refuse_what_does_nothing(parser, args)
+    args.experts = 8 if args.experts is None else args.experts
+    args.top_k = 2 if args.top_k is None else args.top_k
+    return parser, args
+
+
+def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options that change nothing beside the others."""
+    what = f"--route {args.route}" if args.route else f"--model {args.model}"
+    asks = asks_for_k(ROUTES[args.route]) if args.route else args.model in (*TAKE_TOP_K, "all")
+    if args.top_k is not None and not asks:
+        parser.error(f"--top-k does nothing with {what}, which settles how many experts serve")
+    if args.experts is not None and what == "--model dense":
+        parser.error("--experts does nothing with --model dense, which is one network")
+    if args.data_dir is not None and args.dataset not in FROM_FOLDERS:
+        parser.error(f"--data-dir does nothing with --dataset {args.dataset}")
+    if args.mesh is None and (args.coordinator is not None or args.process_id):
+        parser.error("--coordinator and --process-id do nothing without --mesh and --processes")
+
+
+def memory(args: argparse.Namespace) -> int:
+    """Bytes that the run takes, at the least: parameters as Adam keeps them, and activations."""
+    experts = 1 if args.model == "dense" else args.experts
+    parameters = experts * (PIXELS * args.hidden + args.hidden * DIGITS + PIXELS)
+    activations = experts * args.batch_size * args.hidden
+    return 4 * (4 * parameters + 2 * activations)
 
 
 def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> datasets.Dataset:
@@ -286,23 +410,36 @@ def build(
 def main() -> None:
     """Trains what was asked for, reports and draws."""
     parser, args = arguments()
-    join(parser, args)
-    mesh = make_mesh(parser, args)
-    models = build(parser, args, mesh)
-    output_folder(parser, own(args.out))
+    with ending.one_line_errors():
+        check_memory(memory(args), "--experts, --hidden or --batch-size")
+        keep_programs(not args.no_cache)
+        join(parser, args)
+        start_devices()
+        mesh = make_mesh(parser, args)
+        models = build(parser, args, mesh)
+        with output_of_one_run(own(args.out)):
+            work(parser, args, models, mesh)
+
+
+def work(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    models: dict[str, Model],
+    mesh: Mesh | None,
+) -> None:
+    """The experiment."""
     data = load(parser, args)
-    on_device = data._replace(
-        train=place(to_device(data.train), mesh), test=place(to_device(data.test), mesh)
-    )
+    check_length(args, len(data.train.labels))
+    on_device = data._replace(train=to_device(data.train), test=place(to_device(data.test), mesh))
     runs = {}
     for name, model in models.items():
         out = args.out / name if args.model == "all" else args.out
-        output_folder(parser, own(out))
+        make_writable(own(out))
         say(f"\n{describe(args, name)}")
-        with resumable.one_line_errors(parser):
-            runs[name] = train(args, model, on_device, mesh, out)
+        runs[name] = train(args, model, on_device, mesh, out)
         write_json(own(out) / "summary.json", summarize(runs[name], name, data.name))
-        draw(runs[name], name, data.test.images, own(out))
+        with waiting("drawing"):
+            draw(runs[name], name, data.test.images, own(out))
     if args.model == "all":
         compare(runs, own(args.out))
         summaries = {name: summarize(run, name, data.name) for name, run in runs.items()}
@@ -310,6 +447,13 @@ def main() -> None:
     say(f"\nmetrics, summary and pictures are in {args.out}")
     if data.notice:
         say(f"\n{data.notice}")
+
+
+def check_length(args: argparse.Namespace, num_examples: int) -> None:
+    """Refuses a run of more steps than an int32 can count."""
+    most = (2**31 - 1) // len(batch_sizes(num_examples, args.batch_size))
+    if args.epochs > most:
+        raise RefusedError(f"--epochs must be at most {most:,} here, got {args.epochs}")
 
 
 def to_device(split: datasets.Split) -> datasets.Split:

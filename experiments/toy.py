@@ -12,37 +12,47 @@ the likelihood of that mixture: experts then compete for points instead of coope
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import data as datasets
 import moejax
 from moejax import plot
 from moejax.training import TrainState, init_state, train_step
+from parts.cache import keep_programs
 from parts.command_line import (
     OneLineParser,
+    add_arguments,
     at_least,
+    check_memory,
     compiled,
-    output_folder,
     rounded,
     say,
+    start_devices,
     versions,
     write_json,
 )
-from parts.progress import progress
+from parts.ending import EndedError, whole_file
+from parts.output import output_of_one_run, save_figure
+from parts.progress import progress, waiting
 
 LEARNING_RATE = 0.01
-FRAMES = 32  # of the animation
+FRAMES = 24  # of the animation
+# For what is compiled for one command: it takes less time to compile than it can save.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
 
 
 class Task(NamedTuple):
@@ -52,11 +62,13 @@ class Task(NamedTuple):
         init: ``key -> params``.
         probability: ``(params, x [N, 2]) -> the probability of label 1 [N]``.
         loss: ``(params, batch) -> scalar``.
+        alone: ``(params, batch) -> the accuracy if each point's top expert decides by itself``.
     """
 
     init: Callable[[jax.Array], Any]
     probability: Callable[[Any, jax.Array], jax.Array]
     loss: Callable[[Any, datasets.Points], jax.Array]
+    alone: Callable[[Any, datasets.Points], jax.Array]
 
 
 def cooperating(num_experts: int) -> Task:
@@ -70,7 +82,7 @@ def cooperating(num_experts: int) -> Task:
     def loss(params: Any, batch: datasets.Points) -> jax.Array:
         return jnp.mean((probability(params, batch.x) - batch.y) ** 2)
 
-    return Task(model.init, probability, loss)
+    return Task(model.init, probability, loss, alone)
 
 
 def competing(num_experts: int) -> Task:
@@ -85,10 +97,46 @@ def competing(num_experts: int) -> Task:
         log_p = moejax.bernoulli_log_likelihood(scores, batch.y)
         return moejax.mixture_nll(jax.nn.log_softmax(logits), log_p)
 
-    return Task(mixture(num_experts).init, probability, loss)
+    return Task(mixture(num_experts).init, probability, loss, alone)
+
+
+def single() -> moejax.Layer:
+    """What a mixture of one expert is: its gate is the constant 1."""
+    return moejax.linear(2, 1)
+
+
+def single_squared_error() -> Task:
+    """One linear expert under the mean squared error of its sigmoid."""
+    probability = single_probability
+
+    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+        return jnp.mean((probability(params, batch.x) - batch.y) ** 2)
+
+    return Task(single().init, probability, loss, single_accuracy)
+
+
+def single_likelihood() -> Task:
+    """One linear expert under -log p."""
+
+    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+        scores = single().apply(params, batch.x)[:, 0]
+        return -jnp.mean(moejax.bernoulli_log_likelihood(scores[None], batch.y))
+
+    return Task(single().init, single_probability, loss, single_accuracy)
+
+
+def single_probability(params: Any, x: jax.Array) -> jax.Array:
+    """The probability of label 1 by one linear expert [N]."""
+    return jax.nn.sigmoid(single().apply(params, x)[:, 0])
+
+
+def single_accuracy(params: Any, data: datasets.Points) -> jax.Array:
+    """The accuracy of one linear expert."""
+    return jnp.mean((single_probability(params, data.x) > 0.5) == (data.y > 0.5))
 
 
 OBJECTIVES = {"squared-error": cooperating, "likelihood": competing}
+SINGLE = {"squared-error": single_squared_error, "likelihood": single_likelihood}
 LOSS_NAMES = {"squared-error": "mean squared error", "likelihood": "negative log-likelihood"}
 
 
@@ -124,73 +172,97 @@ def start(task: Task, key: jax.Array) -> TrainState:
     return init_state(task.init(key), optax.adam(LEARNING_RATE), key)
 
 
-def advance(
-    task: Task, state: TrainState, data: datasets.Points, *, steps: int
-) -> tuple[TrainState, dict[str, Any]]:
-    """Full-batch steps under one scan; the history holds each step's metrics and parameters."""
+def run(task: Task, data: datasets.Points, steps: int, key: jax.Array) -> dict[str, Any]:
+    """A whole run as a pure function of its key: full-batch steps under one scan.
+
+    Returns:
+        ``loss`` after 0..steps steps, the last ``accuracy``, that of each point's top expert
+        ``alone``, and ``frames``, the parameters after each of `frame_steps`.
+    """
     step = train_step(partial(objective, task), optax.adam(LEARNING_RATE))
 
     def body(state: TrainState, _: None) -> tuple[TrainState, dict[str, Any]]:
         after, metrics = step(state, data)
-        return after, {"params": state.params, **metrics}
+        return after, {"params": state.params, "loss": metrics["loss"]}
 
-    return jax.lax.scan(body, state, length=steps)
+    state, history = jax.lax.scan(body, start(task, key), length=steps)
+    loss, metrics = objective(task, state.params, data, None)
+    last = {"params": state.params, "loss": loss}
+    history = jax.tree.map(lambda every, one: jnp.concatenate([every, one[None]]), history, last)
+    shown = frame_steps(steps)
+    return {
+        "loss": history["loss"],
+        "alone": task.alone(state.params, data),
+        "frames": jax.tree.map(lambda leaf: leaf[shown], history["params"]),
+        **metrics,
+    }
 
 
 def fit(task: Task, data: datasets.Points, steps: int, key: jax.Array) -> dict[str, jax.Array]:
-    """A whole run as a pure function of its key: the loss of each step, and the last accuracies."""
-    state, history = advance(task, start(task, key), data, steps=steps)
-    _, metrics = objective(task, state.params, data, None)
-    return {"loss": history["loss"], "alone": alone(state.params, data), **metrics}
+    """A run without its parameters."""
+    return {name: value for name, value in run(task, data, steps, key).items() if name != "frames"}
+
+
+def frame_steps(steps: int) -> np.ndarray:
+    """The steps that are shown, closer together at first, when most happens; the last is last."""
+    return np.unique(np.rint(steps * np.linspace(0, 1, FRAMES) ** 1.5).astype(int))
 
 
 def train(
-    task: Task, data: datasets.Points, steps: int, key: jax.Array
-) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
-    """One run under a progress bar: the last state, the history, and what it took."""
-    state = start(task, key)
-    chunks = [len(chunk) for chunk in np.array_split(range(steps), min(steps, 20))]
-    programs, compile_seconds = {}, 0.0
-    for length in sorted(set(chunks)):
-        advancing = partial(advance, task, steps=length)
-        programs[length], seconds = compiled(advancing, state, data)
-        compile_seconds += seconds
-    histories = []
+    task: Task, data: datasets.Points, steps: int, keys: jax.Array
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A run for each key, all by one program, and what they took."""
+    with waiting("compiling the training"):
+        program, compile_seconds = compiled(
+            partial(run, task, data, steps), keys[0], compiler_options=QUICK_TO_COMPILE
+        )
     began = time.perf_counter()
-    for length in progress(chunks, f"training, {steps} steps"):
-        state, history = programs[length](state, data)
-        histories.append(history)
-    jax.block_until_ready(state)
+    runs = [
+        jax.device_get(program(key))
+        for key in progress(list(keys), f"training, {len(keys)} seeds of {steps} steps")
+    ]
     seconds = time.perf_counter() - began
-    history = jax.tree.map(lambda *parts: np.concatenate(parts), *histories)
-    return state, history, {"compile_seconds": compile_seconds, "steps_per_second": steps / seconds}
+    for one in runs:
+        check_finite(one["loss"])
+    speed = {"compile_seconds": compile_seconds, "steps_per_second": len(runs) * steps / seconds}
+    return runs, speed
+
+
+def check_finite(losses: np.ndarray) -> None:
+    """Ends the program if training has diverged."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise EndedError(f"the loss is not finite after step {bad[0]}: try another --seed")
 
 
 def on_plane(task: Task, params: Any, points: np.ndarray) -> plot.Plane:
     """Every part of the mixture, evaluated on a grid around the points."""
     x, y, both = plot.grid(points)
-    scores, gates, p = parts(task, params, both.astype(np.float32))
-    square = lambda values: np.asarray(values).reshape(-1, len(y), len(x))  # noqa: E731
+    scores, gates, p = jax.device_get(parts_of(task, params, both.astype(np.float32)))
+    square = lambda values: values.reshape(-1, len(y), len(x))  # noqa: E731
     return plot.Plane(x, y, square(scores), square(gates), square(p)[0])
 
 
-@partial(jax.jit, static_argnums=0)
-def parts(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+def parts_of(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     """Scores of the experts [E, N], gates [E, N] and the probability [N]."""
     scores, logits = scores_and_logits(params, x)
     return scores, jax.nn.softmax(logits).T, task.probability(params, x)
 
 
-def frames(
-    task: Task, history: dict[str, Any], points: np.ndarray, labels: np.ndarray
-) -> Iterator[Figure]:
-    """The boundaries at some of the steps, closer together at first, when most happens."""
-    last = len(history["loss"]) - 1
-    steps = sorted({round(last * (i / (FRAMES - 1)) ** 1.5) for i in range(FRAMES)})
-    for step in progress(steps, "drawing the animation"):
-        params = jax.tree.map(lambda leaf, s=step: leaf[s], history["params"])
-        plane = on_plane(task, params, points)
-        yield plot.boundary_frame(points, labels, plane, title=f"after {step} steps")
+def planes(
+    task: Task, history: Any, steps: int, points: np.ndarray
+) -> Iterator[tuple[plot.Plane, str]]:
+    """The mixture at the steps that are shown, each with its title."""
+    for index, step in enumerate(progress(frame_steps(steps), "drawing the animation")):
+        params = jax.tree.map(lambda leaf, at=index: leaf[at], history)
+        yield on_plane(task, params, points), f"after {step} steps"
+
+
+def circle() -> np.ndarray:
+    """The curve that separates the labels, as points [M, 2]: see `data.toy`."""
+    angle = np.linspace(0, 2 * np.pi, 181)
+    return np.sqrt(13) * np.stack([np.cos(angle), np.sin(angle)], axis=1) - [0, 2]
 
 
 def summarize(accuracies: np.ndarray, alone: np.ndarray) -> dict[str, Any]:
@@ -227,53 +299,105 @@ def report(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
-    parser.add_argument("--objective", choices=OBJECTIVES, default="squared-error")
-    parser.add_argument("--samples", type=at_least(2), default=1000)
-    parser.add_argument("--steps", type=at_least(1), default=500)
-    parser.add_argument("--experts", type=at_least(1), default=2)
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--seeds", type=at_least(1), default=100)
-    args = parser.parse_args()
-    output_folder(parser, args.out)
-    return args
+    add_arguments(parser, out="runs/toy")
+    add = parser.add_argument
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default="squared-error",
+        help="what is minimised: the squared error of the blend, under which experts cooperate, "
+        "or -log of a mixture of probabilities, under which they compete (default: %(default)s)",
+    )
+    add("--samples", type=at_least(2), default=1000, help="how many points (default: %(default)s)")
+    add("--steps", type=at_least(1), default=500, help="steps of Adam (default: %(default)s)")
+    add("--experts", type=at_least(1), default=2, help="linear experts (default: %(default)s)")
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=100,
+        help="runs from other initial weights, to see how much is chance (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+def memory(args: argparse.Namespace) -> int:
+    """Bytes that the run takes, at the least: points with their scores, and the history."""
+    points = args.samples * (8 * args.experts + 20)
+    history = args.steps * (8 * args.experts + 14 + args.seeds)
+    return 4 * (points + history)
 
 
 def main() -> None:
     """Trains, reports and draws."""
     args = arguments()
-    data_key, model_key, seeds_key = jax.random.split(jax.random.key(args.seed), 3)
-    data = datasets.toy(data_key, args.samples)
+    with ending.one_line_errors():
+        check_memory(memory(args), "--samples, --steps, --seeds or --experts")
+        keep_programs(not args.no_cache)
+        with output_of_one_run(args.out):
+            start_devices()
+            work(args)
+
+
+def work(args: argparse.Namespace) -> None:
+    """The experiment."""
+    data, keys, model_key = begin(args.samples, args.seeds, np.uint32(args.seed))
     points, labels = np.asarray(data.x), np.asarray(data.y)
-    plot.data(points, labels).savefig(args.out / "data.png")
+    save_figure(plot.data(points, labels, truth=circle()), args.out / "data.png")
 
     task = OBJECTIVES[args.objective](args.experts)
-    state, history, speed = train(task, data, args.steps, model_key)
-    loss, metrics = objective(task, state.params, data, None)
-    # The gate of a single expert is the constant 1: what is left is that expert.
-    single_task = OBJECTIVES[args.objective](1)
-    single = jax.jit(partial(fit, single_task, data, args.steps))(model_key)
-    fit_seeds = jax.jit(jax.vmap(partial(fit, task, data, args.steps)))
-    seeds = jax.tree.map(np.asarray, fit_seeds(jax.random.split(seeds_key, args.seeds)))
+    (shown, *seeds), speed = train(task, data, args.steps, keys)
+    single_run = jax.jit(
+        partial(fit, SINGLE[args.objective](), data, args.steps), compiler_options=QUICK_TO_COMPILE
+    )
+    alone = jax.device_get(single_run(model_key))
     summary = {
         "objective": args.objective,
-        "final_loss": loss,
-        "accuracy": metrics["accuracy"],
-        "top_expert_alone": alone(state.params, data),
-        "single_expert_accuracy": single["accuracy"],
-        "seeds": summarize(seeds["accuracy"], seeds["alone"]),
+        "final_loss": shown["loss"][-1],
+        "accuracy": shown["accuracy"],
+        "top_expert_alone": shown["alone"],
+        "single_expert_accuracy": alone["accuracy"],
+        "seeds": summarize(
+            np.array([one["accuracy"] for one in seeds]), np.array([one["alone"] for one in seeds])
+        ),
         **speed,
     }
     write_json(args.out / "summary.json", rounded(summary) | {"versions": versions()})
     report(args, summary)
-
-    plane = on_plane(task, state.params, points)
-    plot.boundaries(points, labels, plane).savefig(args.out / "boundaries.png")
-    losses = {"this run": history["loss"], "a single expert": single["loss"]}
-    figure = plot.loss(losses, seeds["loss"], ylabel=LOSS_NAMES[args.objective])
-    figure.savefig(args.out / "loss.png")
-    plot.save_animation(frames(task, history, points, labels), args.out / "training.gif")
+    draw(args, task, points, labels, shown, alone, np.array([one["loss"] for one in seeds]))
     say(f"\nsummary.json, data.png, boundaries.png, loss.png and training.gif are in {args.out}")
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_TO_COMPILE)
+def begin(
+    samples: int, seeds: int, seed: np.uint32
+) -> tuple[datasets.Points, jax.Array, jax.Array]:
+    """The points, the keys of this run and of the seeds, and the key of this run again."""
+    data_key, model_key, seeds_key = jax.random.split(jax.random.key(seed), 3)
+    keys = jnp.concatenate([model_key[None], jax.random.split(seeds_key, seeds)])
+    return datasets.toy(data_key, samples), keys, model_key
+
+
+def draw(
+    args: argparse.Namespace,
+    task: Task,
+    points: np.ndarray,
+    labels: np.ndarray,
+    shown: dict[str, Any],
+    alone: dict[str, Any],
+    seeds: np.ndarray,
+) -> None:
+    """Writes the pictures of what was trained."""
+    losses = {"this run": shown["loss"], "a single expert": alone["loss"]}
+    figure = plot.loss(losses, seeds, ylabel=LOSS_NAMES[args.objective])
+    save_figure(figure, args.out / "loss.png")
+    last = jax.tree.map(lambda leaf: leaf[-1], shown["frames"])
+    figure = plot.boundaries(points, labels, on_plane(task, last, points), truth=circle())
+    save_figure(figure, args.out / "boundaries.png")
+    frames = plot.boundary_frames(
+        points, labels, planes(task, shown["frames"], args.steps, points), truth=circle()
+    )
+    with whole_file(args.out / "training.gif") as path:
+        plot.save_animation(frames, path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moejax.training import (
+    Masked,
     batch_sizes,
     empty_metrics,
     epoch_order,
@@ -76,6 +77,49 @@ def test_an_epoch_is_its_steps_one_by_one():
     np.testing.assert_allclose(state.params["w"], by_hand.params["w"], rtol=1e-5)
     assert state.step == by_hand.step == 6
     assert batch_sizes(10, 4) == (4, 4, 2)
+
+
+def masked_loss(params, batch, key):
+    error = batch.data @ params["w"] - 1
+    return jnp.mean(error**2, where=batch.mask), {}
+
+
+MASKED_STEP = train_step(masked_loss, OPTIMIZER)
+ALL = jnp.ones(len(X), bool)
+
+
+def steps_compiled(step, data, batch_size):
+    """How many copies of the step are in the program of an epoch, by their matrix products."""
+    run = jax.jit(lambda state: train_epoch(step, state, data, batch_size=batch_size))
+    whole = jax.jit(lambda state: train_epoch(step, state, data, batch_size=5))
+    count = lambda function: function.lower(start()).as_text().count("dot_general")  # noqa: E731
+    return count(run) / count(whole)
+
+
+def test_a_loss_that_reads_a_mask_is_compiled_once():
+    assert steps_compiled(MASKED_STEP, Masked(X, ALL), 4) == 1
+    assert steps_compiled(STEP, X, 4) == 2
+
+
+def test_a_last_batch_that_is_filled_up_gives_the_numbers_of_a_smaller_one():
+    filled, metrics = train_epoch(MASKED_STEP, start(), Masked(X, ALL), batch_size=4)
+    smaller, expected = train_epoch(STEP, start(), X, batch_size=4)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(filled.params["w"], smaller.params["w"], rtol=1e-6)
+
+
+def test_examples_that_the_mask_leaves_out_do_not_count():
+    kept = ALL.at[jnp.array([2, 7])].set(False)
+    hostile = X.at[jnp.array([2, 7])].set(1e3)
+    _, metrics = train_epoch(MASKED_STEP, start(), Masked(hostile, kept), batch_size=10)
+    _, expected = train_epoch(STEP, start(), X[kept], batch_size=8)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [jnp.ones(10), jnp.ones((10, 1), bool)])
+def test_a_mask_is_one_boolean_per_example(mask):
+    with pytest.raises(ValueError, match=r"must be bool \[N\]"):
+        train_epoch(MASKED_STEP, start(), Masked(X, mask), batch_size=4)
 
 
 def test_noise_differs_by_step_and_repeats_by_seed():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,10 @@ import jax
 import numpy as np
 
 import moejax
+from parts.ending import EndedError, RefusedError, whole_file
+from parts.output import make_writable
+
+LARGEST_SEED = 2**32 - 1  # a larger one would be cut, and be the seed of another run
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,17 +34,24 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
+def at_least(minimum: int, at_most: int | None = None) -> Callable[[str], int]:
     """An argparse type: integers from ``minimum`` on."""
+    limits = f"of at least {minimum}" if at_most is None else f"from {minimum} to {at_most}"
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {minimum}, got {text}"
-            )
-        return int(text)
+        number = int(text) if re.fullmatch(r"-?[0-9]{1,4000}", text) else None
+        if number is None or number < minimum or number > (at_most or number):
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text[:80]}")
+        return number
 
     return parse
+
+
+def folder_name(text: str) -> Path:
+    """An argparse type: the name of a folder, with the user's own folder for ``~``."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder, got nothing")
+    return Path(text).expanduser()
 
 
 def positive_float(text: str) -> float:
@@ -53,22 +65,85 @@ def positive_float(text: str) -> float:
     return value
 
 
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options that every experiment has."""
+    parser.add_argument(
+        "--out",
+        type=folder_name,
+        default=Path(out),
+        metavar="FOLDER",
+        help="where pictures and numbers are written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0, LARGEST_SEED),
+        default=0,
+        help="another seed gives another run, the same seed the same (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compile everything, instead of keeping compiled programs in the cache folder",
+    )
+
+
 def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
     """Makes the folder, and finds out now and not after training whether it can be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0" * 2**20)
-    except OSError as error:
-        parser.error(f"cannot write to --out {folder}: {error.strerror}; choose another folder")
+        make_writable(folder)
+    except RefusedError as refused:
+        parser.error(str(refused))
     return folder
+
+
+def start_devices() -> None:
+    """Finds the devices before anything else takes time.
+
+    Raises:
+        EndedError: if JAX has none of the kind that the environment asks for.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise EndedError(f"{first} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})") from None
+
+
+def check_memory(needed: int, options: str) -> None:
+    """Refuses a run that the machine could not hold.
+
+    Args:
+        needed: bytes, at the least.
+        options: which options to choose smaller.
+
+    Raises:
+        RefusedError: with what it would take, and what there is.
+    """
+    there = machine_memory()
+    if there is not None and needed > there:
+        raise RefusedError(
+            f"this run would take {in_words(needed)} of memory, and this machine has "
+            f"{in_words(there)}: choose a smaller {options}"
+        )
+
+
+def machine_memory() -> int | None:
+    """The bytes of memory that the machine has, as far as the system tells."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def in_words(size: int) -> str:
+    """A number of bytes as a person writes it."""
+    power = min(max(len(str(size)) - 1, 0) // 3, 5)
+    return f"{size / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a record; what stood there before is replaced only once the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as other:
+        other.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def rounded(value: Any) -> Any:
@@ -106,11 +181,15 @@ def processor() -> str:
 
 
 def compiled(
-    function: Callable[..., Any], *args: Any, out_shardings: Any = None
+    function: Callable[..., Any],
+    *args: Any,
+    out_shardings: Any = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> tuple[Callable[..., Any], float]:
     """The function compiled for these arguments, and the seconds that took."""
     start = time.perf_counter()
-    program = jax.jit(function, out_shardings=out_shardings).lower(*args).compile()
+    jitted = jax.jit(function, out_shardings=out_shardings, compiler_options=compiler_options)
+    program = jitted.lower(*args).compile()
     return program, time.perf_counter() - start
 
 
@@ -140,5 +219,8 @@ def compile_in_background(
 
 
 def say(text: str = "") -> None:
-    """Prints at once, also into a pipe."""
-    print(text, flush=True, file=sys.stdout)
+    """Prints at once, also into a pipe; a reader that has gone away stops no training."""
+    try:
+        print(text, flush=True, file=sys.stdout)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open to the end

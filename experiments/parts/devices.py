@@ -20,7 +20,12 @@ SECONDS_TO_MISS = 30  # how long a process may be silent before the others give 
 def mesh_axes(text: str) -> dict[str, int]:
     """An argparse type: ``data=2,expert=4``."""
     pairs = [pair.partition("=") for pair in text.split(",")]
-    axes = {name: int(size) for name, _, size in pairs if size.isdigit() and int(size) > 0}
+    digits = "0123456789"
+    axes = {
+        name: int(size)
+        for name, _, size in pairs
+        if size and not size.strip(digits) and len(size) < 9 and int(size) > 0
+    }
     if len(axes) != len(pairs) or "expert" not in axes:
         raise argparse.ArgumentTypeError(f"must be like data=2,expert=4, got {text}")
     return axes
@@ -29,7 +34,11 @@ def mesh_axes(text: str) -> dict[str, int]:
 def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Meets the other processes of the run, before anything else touches a device."""
     if args.processes == 1:
+        if args.coordinator is not None or args.process_id:
+            parser.error("--coordinator and --process-id do nothing without --mesh and --processes")
         return
+    if args.process_id >= args.processes:
+        parser.error(f"--process-id must be below --processes ({args.processes})")
     if args.mesh is None or args.coordinator is None:
         parser.error("--processes needs --mesh and --coordinator, such as 127.0.0.1:9876")
     if args.inspect:
@@ -66,11 +75,15 @@ def spread(model: Model, mesh: Mesh | None) -> Model:
     if mesh is None:
         return model
 
-    def apply(params: Any, images: jax.Array, key: jax.Array | None) -> Any:
+    def apply(
+        params: Any, images: jax.Array, key: jax.Array | None, mask: jax.Array | None = None
+    ) -> Any:
         count = len(images)
-        padding = [(0, -count % mesh.size), (0, 0), (0, 0)]
-        images = jax.lax.with_sharding_constraint(jnp.pad(images, padding), token_sharding(mesh))
-        outputs = model.apply(params, images, key, jnp.arange(len(images)) < count)
+        more = (0, -count % mesh.size)
+        mask = jnp.pad(jnp.ones(count, bool) if mask is None else mask, more)
+        images = jnp.pad(images, [more, (0, 0), (0, 0)])
+        images = jax.lax.with_sharding_constraint(images, token_sharding(mesh))
+        outputs = model.apply(params, images, key, mask)
         return jax.tree.map(lambda leaf: leaf[:count], outputs)
 
     return model._replace(apply=apply)

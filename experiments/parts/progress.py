@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
+PATIENCE = 2.0  # seconds without a word
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Says on a terminal or in a notebook what is going on, if it takes longer than a moment.
+
+    Args:
+        description: what is going on, such as "compiling the training step".
+    """
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        yield
+        return
+    say = lambda: print(f"{description} ...", file=sys.stderr, flush=True)  # noqa: E731
+    timer = threading.Timer(PATIENCE, say)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:

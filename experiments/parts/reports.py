@@ -10,6 +10,7 @@ import numpy as np
 
 from moejax.training import ParameterStep
 from parts.command_line import rounded, say, versions
+from parts.output import save_figure
 
 HEADER = "epoch   train loss  accuracy   test loss  accuracy   seconds"
 LINE = (
@@ -25,6 +26,13 @@ DIAGNOSTICS = (
     "expert_load",
     "choice_load",
 )
+TITLES = {
+    "confidence": "confidence: the largest gate",
+    "dead_experts": "dead experts: hardly any gate",
+    "expert_by_digit_information": "what the expert tells of the digit",
+    "expert_load": "share of the gate, by expert",
+    "choice_load": "share of the choices, by expert",
+}
 SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -64,16 +72,28 @@ def epoch_record(
     return rounded(record)
 
 
+def varies(history: list[dict[str, Any]], name: str) -> bool:
+    """Whether a quantity could have come out otherwise: equal loads throughout are the rule's."""
+    loads = np.array([record[name] for record in history])
+    return loads.ndim < 2 or loads.shape[1] == 1 or not np.allclose(loads, loads[0, 0])
+
+
+def shown(history: list[dict[str, Any]]) -> list[str]:
+    """The diagnostics that say something of this model."""
+    return [name for name in DIAGNOSTICS if name in history[0] and varies(history, name)]
+
+
 def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
     """What summary.json says of a run; a model without a gate has no load and no entropy."""
     seconds = [record["seconds"] for record in run.history]
+    names = shown(run.history)
     return rounded(
         {
             "dataset": dataset,
             "model": model,
             "parameters": run.parameters,
             **{name: run.history[-1][name] for name in SCORES},
-            **{name: run.test.get(name) for name in DIAGNOSTICS},
+            **{name: run.test[name] if name in names else None for name in DIAGNOSTICS},
             "seconds_per_epoch": np.median(seconds),
             "compile_seconds": run.compile_seconds,
         }
@@ -84,23 +104,25 @@ def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     """Writes the pictures of one run; those of experts only where there are some."""
     from moejax import plot  # loads matplotlib, for which no epoch should wait
 
-    plot.curves({model: run.history}).savefig(out / "curves.png")
-    plot.confusion(run.test["confusion"]).savefig(out / "confusion.png")
+    save_figure(plot.curves({model: run.history}), out / "curves.png")
+    save_figure(plot.confusion(run.test["confusion"]), out / "confusion.png")
     if "by_class" in run.test:
-        names = ("epoch", *DIAGNOSTICS)
+        names = ("epoch", *shown(run.history))
         records = [{name: record[name] for name in names} for record in run.history]
-        plot.diagnostics(records).savefig(out / "diagnostics.png")
+        save_figure(plot.diagnostics(records, titles=TITLES), out / "diagnostics.png")
         by_class = run.test["by_class"]
-        plot.specialisation(by_class).savefig(out / "specialisation.png")
+        save_figure(plot.specialisation(by_class), out / "specialisation.png")
         top_expert = run.test["top_expert"]
-        plot.images_by_expert(images, top_expert, len(by_class)).savefig(out / "experts.png")
+        figure = plot.images_by_expert(images, top_expert, len(by_class))
+        save_figure(figure, out / "experts.png")
 
 
 def compare(runs: dict[str, Run], out: Path) -> None:
     """Prints the last epoch of every model, one under the other, and draws all epochs."""
     from moejax import plot
 
-    plot.curves({name: run.history for name, run in runs.items()}).savefig(out / "curves.png")
+    figure = plot.curves({name: run.history for name, run in runs.items()})
+    save_figure(figure, out / "curves.png")
     say("\nmodel    parameters  test loss  accuracy  seconds/epoch  gate entropy")
     for model, run in runs.items():
         summary = summarize(run, model, "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -23,15 +22,14 @@ import numpy as np
 
 from data import Dataset
 from moejax import checkpoint
-from moejax.checkpoint.folder import steps_in
-from moejax.checkpoint.manifest import versions
 from moejax.training import Metrics, TrainState
-from parts.command_line import at_least, say
+from parts.command_line import at_least, in_words, say, versions
+from parts.ending import EndedError, RefusedError, signals, whole_file
 
 KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
 NEWEST = -1
-FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect"} | {
+FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect", "no_cache"} | {
     "mesh",
     "coordinator",
     "processes",
@@ -63,32 +61,34 @@ class Progress(NamedTuple):
         return int(self.state.step)
 
 
-class RefusedError(Exception):
-    """A run that cannot be resumed as asked."""
-
-
-class StoppedError(Exception):
+class StoppedError(EndedError):
     """A signal has ended the run, which is saved."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(
             f"{signal.Signals(signum).name} after step {step}, which is saved: repeat the command "
-            "with --resume to go on"
+            "with --resume to go on",
+            code=128 + signum,
         )
-        self.signum = signum
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a run that can be resumed."""
     add = parser.add_argument
-    add("--checkpoint-every", type=at_least(1), metavar="N", help="save every N steps")
+    add(
+        "--checkpoint-every",
+        type=at_least(1),
+        metavar="N",
+        help="save every N steps, so that a run that is stopped can go on (default: never)",
+    )
     add(
         "--resume",
         type=at_least(0),
         nargs="?",
         const=NEWEST,
         metavar="STEP",
-        help="go on from the newest checkpoint in --out, or from that of STEP",
+        help="go on from the newest checkpoint in --out, or from the one of STEP (default: a new "
+        "run)",
     )
 
 
@@ -154,8 +154,11 @@ def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
     like = {"state": fresh.state, "metrics": fresh.metrics}
     found = read(checkpoint.restore, plan.folder, like, step=step)
     checkpoint.discard(plan.folder, after=found.step)
-    if found.versions != versions():
-        say("other versions wrote the checkpoint: going on, but not bit by bit as it would have")
+    if found.config.get("versions") != versions():
+        say(
+            "other versions or another machine wrote the checkpoint: going on, but not bit by bit "
+            "as it would have"
+        )
     say(f"resumed after step {found.step}")
     return Progress(**found.state, history=found.config["history"], seconds=found.config["seconds"])
 
@@ -186,6 +189,7 @@ def save(plan: Plan, write: Save, progress: Progress) -> None:
         "epochs": plan.epochs,
         "history": progress.history,
         "seconds": progress.seconds,
+        "versions": versions(),
     }
     write(state, step=progress.step, config=config)
 
@@ -193,21 +197,22 @@ def save(plan: Plan, write: Save, progress: Progress) -> None:
 def check_room(plan: Plan, progress: Progress) -> None:
     """Checks that the disk can hold all the checkpoints that will be there at once."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((progress.state, progress.metrics)))
-    missing = KEEP + 1 - len(steps_in(plan.folder))  # one more while it is being written
+    there = list(plan.folder.iterdir()) if plan.folder.is_dir() else []
+    complete = sum(path.name.isdecimal() for path in there)
+    missing = KEEP + 1 - complete  # one more while it is being written
     free = shutil.disk_usage(plan.folder.parent).free
     if free < missing * size:
         raise OSError(
-            f"{missing * size:,} bytes must be free in {plan.folder} for checkpoints, there are "
-            f"{free:,}"
+            f"{in_words(missing * size)} must be free in {plan.folder} for checkpoints, there are "
+            f"{in_words(free)}"
         )
 
 
 @contextmanager
 def metrics_log(path: Path, history: list[dict[str, Any]]) -> Iterator[TextIO]:
     """Opens a file of one record per line, holding exactly the history."""
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text("".join(json.dumps(record) + "\n" for record in history))
-    os.replace(partial_path, path)
+    with whole_file(path) as other:
+        other.write_text("".join(json.dumps(record) + "\n" for record in history))
     with open(path, "a") as log:
         yield log
 
@@ -236,36 +241,3 @@ def pauses(plan: Plan) -> Iterator[Pause]:
                 raise StoppedError(signum, progress.step)
 
         yield pause
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], int | None]]:
-    """Notes the first SIGINT or SIGTERM instead of dying of it; the second acts as ever."""
-    noted: list[int] = []
-
-    def note(signum: int, _: Any) -> None:
-        noted.append(signum)
-        restore()
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: noted[0] if noted else None
-    finally:
-        restore()
-
-
-@contextmanager
-def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Ends the program with one line: 2 for what cannot be resumed, 1 for a disk that fails."""
-    try:
-        yield
-    except StoppedError as stopped:
-        parser.exit(128 + stopped.signum, f"{parser.prog}: {stopped}\n")
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except RefusedError as error:
-        parser.error(str(error))

@@ -84,6 +84,11 @@ def fixed(rule: Callable[..., moejax.Routing]) -> Callable:
     return lambda k: rule
 
 
+def asks_for_k(route: Route) -> bool:
+    """Whether the number of experts per image is open: `top_k` makes a rule for each."""
+    return route.rule(1) is not route.rule(2)
+
+
 ROUTES = {
     "softmax": Route(unchanged, fixed(moejax.softmax), nothing),
     "softmax-information": Route(unchanged, fixed(moejax.softmax), information),

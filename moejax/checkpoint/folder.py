@@ -112,12 +112,21 @@ def orbax() -> Iterator[ModuleType]:
     if unconfigured:
         logging.root.addHandler(stand_in)
     try:
-        import orbax.checkpoint as ocp
-
-        yield ocp
+        yield _imported()
     finally:
         if unconfigured:
             logging.root.removeHandler(stand_in)
+
+
+def _imported() -> ModuleType:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints need orbax-checkpoint, which is not installed: "
+            "pip install 'moejax[flax]' or pip install orbax-checkpoint."
+        ) from error
+    return orbax.checkpoint
 
 
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ The manifest is JSON, and carries a SHA-256 of its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -76,9 +77,12 @@ def stored(leaf: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that a result depends on."""
-    installed = {"moejax": moejax.__version__, "python": platform.python_version()}
-    return installed | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    """The versions of Python and of the libraries that a result depends on and that are there."""
+    found = {"moejax": moejax.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # flax may be absent
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manifest:

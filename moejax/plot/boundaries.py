@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from moejax.plot.style import color, new_figure
-
-CLASS_MARKS = (("#5c5c5c", "x"), ("#111111", "."))  # label 0, label 1
-
-
-class Plane(NamedTuple):
-    """A mixture evaluated on a grid of points.
-
-    Attributes:
-        x: first coordinates, shape [W].
-        y: second coordinates, shape [H].
-        experts: the score of each expert, shape [E, H, W]; its boundary is at zero.
-        gates: the gate of each expert, shape [E, H, W].
-        probability: of label 1 by the whole model, shape [H, W].
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    experts: np.ndarray
-    gates: np.ndarray
-    probability: np.ndarray
+from moejax.plot._plane import (
+    Plane,
+    add_key,
+    draw_boundary,
+    draw_experts,
+    draw_gate,
+    draw_points,
+    draw_probability,
+    draw_truth,
+)
+from moejax.plot.style import new_figure
 
 
 def grid(points: np.ndarray, *, size: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,12 +41,13 @@ def grid(points: np.ndarray, *, size: int = 160) -> tuple[np.ndarray, np.ndarray
     return x, y, np.stack([first.ravel(), second.ravel()], axis=-1)
 
 
-def data(points: np.ndarray, labels: np.ndarray) -> Figure:
+def data(points: np.ndarray, labels: np.ndarray, *, truth: np.ndarray | None = None) -> Figure:
     """The points, marked by label.
 
     Args:
         points: shape [N, 2].
         labels: 0 or 1, shape [N].
+        truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
         A figure.
@@ -68,46 +56,65 @@ def data(points: np.ndarray, labels: np.ndarray) -> Figure:
         >>> len(data(np.zeros((2, 2)), np.array([0, 1])).axes)
         1
     """
-    figure, axes = new_figure(width=5.4, height=3.8)
-    draw_points(axes[0, 0], points, labels)
-    axes[0, 0].set_title(f"{len(points):,} points")
+    figure, axes = new_figure(width=6, height=4)
+    ax, (x, y, _) = axes[0, 0], grid(points, size=2)
+    draw_points(ax, points, labels)
+    draw_truth(ax, truth)
+    ax.set(title=f"{len(points):,} points", xlim=x, ylim=y)
+    add_key(figure, 0, truth, model=False)
     return figure
 
 
-def boundaries(points: np.ndarray, labels: np.ndarray, plane: Plane) -> Figure:
+def boundaries(
+    points: np.ndarray, labels: np.ndarray, plane: Plane, *, truth: np.ndarray | None = None
+) -> Figure:
     """Four panels: the data, the line of each expert, the gate's regions, the model's boundary.
 
     Args:
         points: shape [N, 2].
         labels: 0 or 1, shape [N].
         plane: the mixture on a grid.
+        truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
-        A figure.
+        A figure; its last axes are the scale of the shades.
 
     Example:
         >>> x, y, _ = grid(np.zeros((1, 2)), size=4)
         >>> slope = np.add.outer(y, x)
         >>> plane = Plane(x, y, slope[None], np.ones((1, 4, 4)), 0.5 + slope)
         >>> len(boundaries(np.zeros((2, 2)), np.array([0, 1]), plane).axes)
-        4
+        5
     """
-    figure, axes = new_figure(2, 2, width=9, height=5.6)
-    panels = (
-        ("The data", lambda ax: None),
-        ("Each expert's line, where its score is 0", lambda ax: draw_experts(ax, plane)),
-        ("The gate: which expert has the largest share", lambda ax: draw_gate(ax, plane)),
-        ("The mixture: boundary at probability 1/2", lambda ax: draw_model(ax, plane)),
+    figure, axes = new_figure(2, 2, width=9, height=6)
+    titles = (
+        "The data",
+        "Each expert's line, where its score is 0",
+        "The gate: colour of the expert with the largest share",
+        "The mixture: its boundary, at probability 1/2",
     )
-    for ax, (title, draw) in zip(axes.flat, panels, strict=True):
-        draw(ax)
+    draw_experts(axes[0, 1], plane)
+    draw_gate(axes[1, 0], plane)
+    shades = draw_probability(axes[1, 1], plane)
+    draw_boundary(axes[1, 1], plane)
+    for ax, title in zip(axes.flat, titles, strict=True):
         draw_points(ax, points, labels)
-        ax.set(title=title, xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
-    axes[0, 1].legend(handles=_expert_handles(len(plane.experts)), loc="lower left", fontsize=8)
+        draw_truth(ax, truth)
+        ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
+        ax.set_title(title, fontsize=10)
+    figure.colorbar(shades, ax=axes[1, 1], shrink=0.68, label="probability of label 1")
+    add_key(figure, len(plane.experts), truth, model=True)
     return figure
 
 
-def boundary_frame(points: np.ndarray, labels: np.ndarray, plane: Plane, *, title: str) -> Figure:
+def boundary_frame(
+    points: np.ndarray,
+    labels: np.ndarray,
+    plane: Plane,
+    *,
+    title: str,
+    truth: np.ndarray | None = None,
+) -> Figure:
     """One panel with everything: the data, the line of each expert, the model's boundary.
 
     Args:
@@ -115,6 +122,7 @@ def boundary_frame(points: np.ndarray, labels: np.ndarray, plane: Plane, *, titl
         labels: 0 or 1, shape [N].
         plane: the mixture on a grid.
         title: above the panel.
+        truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
         A figure.
@@ -126,77 +134,50 @@ def boundary_frame(points: np.ndarray, labels: np.ndarray, plane: Plane, *, titl
         >>> len(boundary_frame(np.zeros((2, 2)), np.array([0, 1]), plane, title="step 0").axes)
         1
     """
-    figure, axes = new_figure(width=5.4, height=3.2)
-    ax = axes[0, 0]
-    draw_model(ax, plane)
-    draw_points(ax, points, labels)
-    draw_experts(ax, plane)
-    ax.legend(handles=_expert_handles(len(plane.experts)), loc="lower left", fontsize=8)
-    ax.set(title=title, xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
-    return figure
+    return next(boundary_frames(points, labels, [(plane, title)], truth=truth))
 
 
-def draw_points(ax: Axes, points: np.ndarray, labels: np.ndarray) -> None:
-    """Draws points marked by label, and says which mark is which."""
-    for label, (shade, marker) in enumerate(CLASS_MARKS):
-        own = points[labels == label]
-        ax.scatter(own[:, 0], own[:, 1], s=10, c=shade, marker=marker, linewidths=0.7, alpha=0.75)
-    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    handles = [
-        Line2D([], [], color=shade, marker=marker, linestyle="", label=f"label {label}")
-        for label, (shade, marker) in enumerate(CLASS_MARKS)
-    ]
-    ax.add_artist(ax.legend(handles=handles, loc="upper right", fontsize=8))
+def boundary_frames(
+    points: np.ndarray,
+    labels: np.ndarray,
+    planes: Iterable[tuple[Plane, str]],
+    *,
+    truth: np.ndarray | None = None,
+) -> Iterator[Figure]:
+    """The panel of `boundary_frame`, one mixture after the other, for `save_animation`.
 
+    Args:
+        points: shape [N, 2].
+        labels: 0 or 1, shape [N].
+        planes: mixtures on one grid, each with the title of its frame.
+        truth: the curve that separates the labels, shape [M, 2], where it is known.
 
-def draw_experts(ax: Axes, plane: Plane) -> None:
-    """Draws the line where each expert's score is zero."""
-    for expert, scores in enumerate(plane.experts):
-        _contour(ax, plane, scores, 0.0, color(expert))
+    Returns:
+        One figure again and again: only what moves is drawn anew, so use it before the next.
 
-
-def draw_gate(ax: Axes, plane: Plane) -> None:
-    """Shades each point by the expert with the largest gate, paler where the gate is undecided."""
-    best = plane.gates.argmax(axis=0)  # [H, W]
-    shades = ListedColormap([color(e) for e in range(len(plane.gates))])
-    extent = (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1])
-    uniform = 1 / len(plane.gates)
-    certainty = (plane.gates.max(axis=0) - uniform) / max(1 - uniform, 1e-9)
-    ax.imshow(
-        best,
-        cmap=shades,
-        vmin=-0.5,
-        vmax=len(plane.gates) - 0.5,
-        origin="lower",
-        extent=extent,
-        alpha=0.12 + 0.43 * np.clip(certainty, 0, 1),
-        interpolation="nearest",
-    )
-
-
-def draw_model(ax: Axes, plane: Plane) -> None:
-    """Shades the probability of label 1 and draws the boundary at one half."""
-    extent = (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1])
-    ax.imshow(
-        plane.probability,
-        cmap="PuOr",
-        vmin=0,
-        vmax=1,
-        origin="lower",
-        extent=extent,
-        alpha=0.5,
-        interpolation="bilinear",
-    )
-    _contour(ax, plane, plane.probability, 0.5, "#222222")
-
-
-def _contour(ax: Axes, plane: Plane, values: np.ndarray, level: float, shade: str) -> None:
-    # A line that misses the plane has no contour, and asking for it would warn.
-    if values.min() < level < values.max():
-        ax.contour(plane.x, plane.y, values, levels=[level], colors=[shade], linewidths=2)
-
-
-def _expert_handles(num_experts: int) -> list[Line2D]:
-    return [
-        Line2D([], [], color=color(e), linewidth=2, label=f"expert {e}") for e in range(num_experts)
-    ]
+    Example:
+        >>> x, y, _ = grid(np.zeros((1, 2)), size=4)
+        >>> slope = np.add.outer(y, x)
+        >>> plane = Plane(x, y, slope[None], np.ones((1, 4, 4)), 0.5 + slope)
+        >>> planes = [(plane, "0"), (plane, "1")]
+        >>> frames = boundary_frames(np.zeros((2, 2)), np.array([0, 1]), planes)
+        >>> [figure.axes[0].get_title() for figure in frames]
+        ['0', '1']
+    """
+    figure, axes = new_figure(width=5.4, height=3.8)
+    ax, shades, moving = axes[0, 0], None, []
+    for plane, title in planes:
+        if shades is None:
+            shades = draw_probability(ax, plane)
+            draw_points(ax, points, labels)
+            draw_truth(ax, truth)
+            ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]], title=title)
+            add_key(figure, len(plane.experts), truth, model=True)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # everything keeps the place that it has now
+        for line in moving:
+            line.remove()
+        shades.set_data(plane.probability)
+        moving = [*draw_experts(ax, plane), *draw_boundary(ax, plane)]
+        ax.set_title(title)
+        yield figure

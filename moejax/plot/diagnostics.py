@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from moejax.plot.style import color, new_figure
+from moejax.plot.style import WHOLE_MODEL, color, new_figure
 
 COLUMNS = 3
+MOST_TICKS = 8
+SHARE, NATS, COUNT = "share", "nats", "number of experts"
+UNITS = MappingProxyType(
+    {
+        "gate_entropy": NATS,
+        "mutual_information": NATS,
+        "expert_by_digit_information": NATS,
+        "confidence": SHARE,
+        "share_dropped": SHARE,
+        "expert_load": SHARE,
+        "choice_load": SHARE,
+        "effective_experts": COUNT,
+        "dead_experts": COUNT,
+    }
+)
 
 
-def diagnostics(history: Sequence[Mapping[str, Any]]) -> Figure:
+def diagnostics(
+    history: Sequence[Mapping[str, Any]], *, titles: Mapping[str, str] | None = None
+) -> Figure:
     """What `moejax.diagnostics` says per epoch: a panel for each quantity.
 
     Args:
         history: one record per epoch: ``epoch``, and quantities by name. A number is drawn as one
-            line; an array [E], such as the load, as one line per expert.
+            line of the whole model; an array [E], such as the load, as one line per expert.
+        titles: of quantities whose name does not say enough.
 
     Returns:
         A figure.
@@ -38,25 +59,50 @@ def diagnostics(history: Sequence[Mapping[str, Any]]) -> Figure:
     if not names:
         raise ValueError("There is nothing to draw: give at least one record with a quantity.")
     rows = -(-len(names) // COLUMNS)
-    figure, axes = new_figure(rows, min(len(names), COLUMNS), width=9, height=2.6 * rows)
-    epochs = [record["epoch"] for record in history]
+    columns = min(len(names), COLUMNS)
+    figure, axes = new_figure(rows, columns, width=3.2 * columns, height=2.7 * rows)
+    num_experts = max(np.size(history[0][name]) for name in names)
     for ax in axes.ravel()[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.ravel(), names, strict=False):
-        lines = np.array([np.atleast_1d(record[name]) for record in history]).T  # [E or 1, epochs]
-        for index, line in enumerate(lines):
-            ax.plot(epochs, line, marker="o", markersize=3, color=color(index), label=index)
-        ax.update_datalim([(epochs[0], 0)])  # so that a line that hardly moves has room above it
-        ax.set(xlabel="epoch", title=name.replace("_", " "), ylim=(0, None))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
+        _draw(ax, history, name, num_experts)
+        ax.set_title((titles or {}).get(name, name.replace("_", " ")), fontsize=10)
     _name_experts(figure)
     return figure
+
+
+def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
+    """Whole epochs along the axis, with room for the marks of the first and the last."""
+    ax.set(xlabel="epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
+    few = max(epochs) - min(epochs) < MOST_TICKS  # a locator puts fractions beside a single epoch
+    ax.xaxis.set_major_locator(
+        FixedLocator(range(min(epochs), max(epochs) + 1))
+        if few
+        else MaxNLocator(MOST_TICKS, integer=True)
+    )
+    ax.grid(alpha=0.3)
+
+
+def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts: int) -> None:
+    epochs = [record["epoch"] for record in history]
+    lines = np.array([np.atleast_1d(record[name]) for record in history]).T  # [E or 1, epochs]
+    for index, line in enumerate(lines):
+        shade = color(index) if len(lines) > 1 else WHOLE_MODEL
+        ax.plot(epochs, line, marker="o", markersize=4, color=shade, label=index, clip_on=False)
+    epoch_axis(ax, epochs)
+    unit = UNITS.get(name, "")
+    highest = float(np.nanmax(lines, initial=0.0))
+    ax.set(ylabel=unit, ylim=(0, 1.08 * highest or 1))
+    if unit == COUNT:
+        ax.set_ylim(0, max(1.08 * highest, num_experts, 1))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if unit == SHARE:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _name_experts(figure: Figure) -> None:
     handles, names = max(
         (ax.get_legend_handles_labels() for ax in figure.axes), key=lambda h: len(h[0])
     )
-    if len(handles) > 1:  # one line is no expert's
+    if len(handles) > 1:  # one line is the whole model's
         figure.legend(handles, names, title="expert", loc="outside right upper", frameon=False)

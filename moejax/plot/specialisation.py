@@ -17,20 +17,30 @@ def specialisation(by_class: np.ndarray) -> Figure:
         by_class: gate mass, shape [E, classes].
 
     Returns:
-        A figure; every column adds up to 100%.
+        A figure; every column adds up to 100%. An expert with less than a hundredth of an equal
+        share of the gate is named idle.
 
     Example:
         >>> len(specialisation(np.ones((2, 3))).axes)
         1
     """
     share = by_class / np.maximum(by_class.sum(axis=0), 1e-12)
-    return table(
+    figure = table(
         share,
         rows="expert",
         columns="digit",
         title="Share of each digit's gate, by expert",
         form=lambda value: f"{100 * value:.0f}%",
     )
+    names = [f"{e} (idle)" if idle else str(e) for e, idle in enumerate(idle_experts(by_class))]
+    figure.axes[0].set_yticks(range(len(names)), names)
+    return figure
+
+
+def idle_experts(by_class: np.ndarray) -> np.ndarray:
+    """Which experts have less than a hundredth of an equal share of the gate, bool [E]."""
+    load = by_class.sum(axis=1)
+    return load < 0.01 * load.mean()
 
 
 def table(
@@ -77,7 +87,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
         num_experts: E.
 
     Returns:
-        A figure with one row per expert; the row of an expert that serves no image is empty.
+        A figure with one row per expert; of an expert that serves no image it says so.
 
     Example:
         >>> len(images_by_expert(np.ones((3, 2, 2)), np.zeros(3), 2).axes)
@@ -100,4 +110,13 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
             ax.imshow(images[index], cmap="gray_r")
         for ax in row:
             ax.axis("off")
+        if not len(own):
+            row[0].text(
+                0,
+                0.5,
+                "has the largest gate for no image",
+                va="center",
+                fontsize=8,
+                color="#666666",
+            )
     return figure

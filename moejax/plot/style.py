@@ -1,9 +1,14 @@
-"""Colours, and the grid of axes that every picture starts from."""
+"""Colours by meaning, and the grid of axes that every picture starts from.
+
+A hue is an expert (or a model, where models are compared), in all pictures. Grey is everything
+else: labels, the whole model, what many runs have in common.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito: told apart with any colour vision.
@@ -15,12 +20,13 @@ _COLORS = (
     "#e69f00",
     "#56b4e9",
     "#999933",
-    "#666666",
+    "#882255",
 )
+WHOLE_MODEL = "#222222"
 
 
 def color(index: int) -> str:
-    """The colour of an expert or a curve; they repeat after eight.
+    """The colour of an expert or a model; they repeat after eight.
 
     Args:
         index: its number.
@@ -40,6 +46,8 @@ def new_figure(
 ) -> tuple[Figure, Any]:
     """A figure with a grid of axes, laid out so that nothing is clipped.
 
+    It is drawn by its own canvas: no window system is asked for, whichever is set.
+
     Args:
         rows: of axes.
         columns: of axes.
@@ -55,4 +63,5 @@ def new_figure(
         (1, 2)
     """
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

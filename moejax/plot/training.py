@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from moejax.plot.style import color, new_figure
+from moejax.plot.diagnostics import epoch_axis
+from moejax.plot.style import WHOLE_MODEL, color, new_figure
+
+STYLES = ("-", ":", "-.", "--")  # of runs: no hue, for none is an expert
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss and accuracy per epoch, train dotted and test solid, one colour per model.
+    """Loss and accuracy per epoch: training dotted and hollow, test solid, one colour per model.
 
     Args:
         histories: for each model one record per epoch, with ``epoch``, ``train_loss``,
@@ -30,7 +34,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for ax, name in zip(axes[0], ("loss", "accuracy"), strict=True):
         for index, (model, history) in enumerate(histories.items()):
             epochs = [record["epoch"] for record in history]
-            for split, style in (("train", ":"), ("test", "-")):
+            for split, style, fill in (("train", ":", "white"), ("test", "-", color(index))):
                 values = [record[f"{split}_{name}"] for record in history]
                 ax.plot(
                     epochs,
@@ -38,12 +42,14 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
                     style,
                     color=color(index),
                     marker="o",
-                    markersize=3,
+                    markersize=5,
+                    markerfacecolor=fill,
                     label=f"{model}, {split}",
                 )
-        ax.set(xlabel="epoch", ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
+        epoch_axis(ax, epochs)
+        ax.set_ylabel("cross-entropy, nats" if name == "loss" else name)
+        ax.margins(y=0.15)
+    axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     return figure
@@ -66,7 +72,7 @@ def loss(
         >>> len(loss({"this run": np.ones(3)}, np.ones((2, 3))).axes)
         1
     """
-    figure, axes = new_figure(width=5.4, height=3.6)
+    figure, axes = new_figure(width=5.4, height=3.8)
     ax = axes[0, 0]
     low, middle, high = np.quantile(seeds, [0.05, 0.5, 0.95], axis=0)
     ax.fill_between(
@@ -78,12 +84,12 @@ def loss(
         linewidth=0,
         label=f"middle 90% of {len(seeds)} seeds",
     )
-    ax.plot(middle, "--", color="#666666", linewidth=1, label="median seed")
-    for index, (name, losses) in enumerate(runs.items()):
-        ax.plot(losses, color=color(index), label=name)
-    ax.set(xlabel="step", ylabel=ylabel, ylim=(0, None), xlim=(0, len(low) - 1))
+    ax.plot(middle, "--", color="#666666", linewidth=1.2, label="median seed")
+    for style, (name, losses) in zip(STYLES, runs.items(), strict=False):
+        ax.plot(losses, style, color=WHOLE_MODEL, linewidth=1.6, label=name)
+    ax.set(xlabel="steps taken", ylabel=ylabel, ylim=(0, None), xlim=(0, max(len(low) - 1, 1)))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
