@@ -125,7 +125,7 @@ def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]
         "confidence": confidence(routing),
         "effective_experts": effective_experts(routing),
         # By share of the gate, for where every image chooses every expert none is without choices.
-        "dead_experts": jnp.sum(load < 0.01 / len(load)),
+        "dead_experts": jnp.sum(load < 0.05 / len(load)),
         "expert_by_digit_information": mutual_information(by_class),
         "expert_load": load,  # share of the gate
         "choice_load": expert_load(routing),  # share of the choices

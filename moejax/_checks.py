@@ -192,3 +192,42 @@ def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
             f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
             f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."
         )
+
+
+def check_layer(name: str, layer: Any) -> None:
+    """Refuses what is no layer where it is given, and says how to make one of it."""
+    of_flax = any(cls.__module__.startswith("flax.") for cls in type(layer).__mro__)
+    if not of_flax and callable(getattr(layer, "init", None)) and callable(layer.apply):
+        return
+    if of_flax:
+        advice = "moejax.adapters.from_linen(module), or from_nnx for an NNX module, makes one"
+    elif isinstance(layer, tuple) and len(layer) == 2:
+        advice = "write moejax.Layer(init, apply)"
+    else:
+        advice = "moejax.Layer(init, apply) makes one of two functions"
+    raise ValueError(
+        f"`{name}` must be a Layer, a pair of functions init(key) and apply(params, x), got a "
+        f"{type(layer).__name__}: {advice}."
+    )
+
+
+def check_key(key: Any) -> None:
+    """Refuses what is no PRNG key, such as a seed."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    old = dtype == jnp.uint32 and key.ndim == 1
+    if not (old or (typed and key.ndim == 0)):
+        got = key if is_number(key) else f"a {type(key).__name__}"
+        raise ValueError(
+            f"`init` takes a PRNG key, such as jax.random.key(0), which it splits; got {got}."
+        )
+
+
+def check_expert_params(params: Params, num_experts: int) -> None:
+    """Refuses parameters of another number of experts, before the router is blamed for them."""
+    counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(counts) == 1 and (count := counts.pop()) and count[0] != num_experts:
+        raise ValueError(
+            f"The parameters are of {count[0]} experts, and the model has {num_experts} "
+            "(`num_experts`): initialise them with this model, or build it with as many."
+        )

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 from moejax._arrays import at_least_float32
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
-from moejax._checks import check_mask, check_stacked
+from moejax._checks import (
+    check_expert_params,
+    check_key,
+    check_layer,
+    check_mask,
+    check_stacked,
+)
 from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
 from moejax.layers import stack
 from moejax.rules import softmax
@@ -55,7 +61,8 @@ def moe(
         nowhere and gets zeros.
 
     Raises:
-        ValueError: if shapes do not agree, at trace time.
+        ValueError: if the expert or the router is no layer; in apply, at trace time, if shapes do
+            not agree.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 2), num_experts=2)
@@ -68,6 +75,7 @@ def moe(
         Jacobs et al., `Adaptive Mixtures of Local Experts
         <https://doi.org/10.1162/neco.1991.3.1.79>`_, 1991
     """
+    check_layer("expert", expert)
     experts = stack(expert, num_experts)
 
     def apply(params: Params, tokens: Array, decision: Any) -> Array:
@@ -81,6 +89,7 @@ def moe(
         num_experts=num_experts,
         route=route,
         feature_ndim=feature_ndim,
+        check=check_expert_params,
     )
 
 
@@ -91,6 +100,7 @@ def routed(
     num_experts: int,
     route: Callable[..., Any],
     feature_ndim: int,
+    check: Callable[[Params, int], None] = lambda params, num_experts: None,
 ) -> Layer:
     """What `moe` is once its experts know how to run a decision.
 
@@ -100,12 +110,15 @@ def routed(
         num_experts: E.
         route: as in `moe`.
         feature_ndim: as in `moe`.
+        check: refuses parameters of the experts that do not fit E, before the router runs.
 
     Returns:
         The layer of `moe`.
     """
+    check_layer("router", router)
 
     def init(key: Array) -> Params:
+        check_key(key)
         router_key, experts_key = jax.random.split(key)
         return {"router": router.init(router_key), "experts": experts.init(experts_key)}
 
@@ -118,6 +131,7 @@ def routed(
             check_mask(mask, leading)
             mask = mask.reshape(-1)  # [T]
             tokens = padded_by_example(tokens, mask)
+        check(params["experts"], num_experts)
         with jax.named_scope("route"):
             decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
         with jax.named_scope("execute"):

@@ -1,7 +1,9 @@
 """Runs an experiment's script in this process, as `python experiments/NAME.py ARGUMENTS` would."""
 
 import runpy
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -10,10 +12,23 @@ import pytest
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
+@contextmanager
+def own_signals():
+    """A script takes the process's signals; here they are given back."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def run(name, *arguments):
     script = str(EXPERIMENTS / f"{name}.py")
     path = [str(EXPERIMENTS), *sys.path]
-    with mock.patch.object(sys, "argv", [script, *arguments]), mock.patch.object(sys, "path", path):
+    argv = mock.patch.object(sys, "argv", [script, *arguments])
+    with own_signals(), argv, mock.patch.object(sys, "path", path):
         return runpy.run_path(script, run_name="__main__")
 
 

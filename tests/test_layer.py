@@ -1,5 +1,6 @@
 """The composed layer: shapes, masks, keys, transformations and errors."""
 
+import re
 from functools import partial
 
 import jax
@@ -262,3 +263,49 @@ def test_functions_with_bare_keywords_are_given_none(execute, key):
     )
     y, _ = layer.apply(layer.init(key), tokens(T, D), key=key, mask=jnp.ones(T, bool))
     assert y.shape == (T, O)
+
+
+LAYER = moejax.linear(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ((LAYER.init, LAYER.apply), "a tuple: write moejax.Layer(init, apply)"),
+        (LAYER.apply, "a function: moejax.Layer(init, apply) makes one of two functions"),
+        (jnp.ones(2), "moejax.Layer(init, apply)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["expert", "router"])
+def test_what_is_no_layer_is_refused_where_it_is_given(name, value, advice):
+    layers = {"expert": LAYER, "router": LAYER} | {name: value}
+    with pytest.raises(ValueError, match=rf"`{name}` must be a Layer.*{re.escape(advice)}"):
+        moejax.moe(**layers, num_experts=3)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_module_of_flax_is_refused_by_the_name_of_its_bridge(kind):
+    flax = pytest.importorskip(f"flax.{kind}")
+    module = flax.Dense(2) if kind == "linen" else flax.Linear(2, 3, rngs=flax.Rngs(0))
+    with pytest.raises(ValueError, match=r"`expert` must be a Layer.*from_linen.*from_nnx"):
+        moejax.moe(module, LAYER, num_experts=3)
+
+
+def test_parameters_of_another_number_of_experts_are_named_as_such():
+    few, many = (moejax.moe(LAYER, moejax.linear(2, n), num_experts=n) for n in (3, 4))
+    params = few.init(jax.random.key(0))
+    with pytest.raises(ValueError, match="parameters are of 3 experts, and the model has 4"):
+        many.apply(params, jnp.ones((5, 2)))
+
+
+@pytest.mark.parametrize("key", [0, 0.5, None, jnp.ones(2), jax.random.split(jax.random.key(0))])
+def test_init_says_what_a_key_is(key):
+    model = moejax.moe(LAYER, LAYER, num_experts=3)
+    with pytest.raises(ValueError, match=r"takes a PRNG key, such as jax.random.key\(0\)"):
+        model.init(key)
+
+
+def test_keys_of_both_kinds_are_taken():
+    model = moejax.moe(LAYER, LAYER, num_experts=3)
+    jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
+    assert model.init(jax.random.PRNGKey(0))["experts"]["kernel"].shape == (3, 2, 3)

@@ -107,7 +107,8 @@ def test_the_convolutional_expert(tmp_path):
 
 
 def test_inspection_shows_the_step(tmp_path, capsys):
-    run("mnist", "--out", str(tmp_path), *SMALL, "--model", "dense", "--inspect")
+    small = "--dataset digits --hidden 16 --epochs 2 --model dense".split()
+    run("mnist", "--out", str(tmp_path), *small, "--inspect")
     printed = capsys.readouterr().out
     sections = [printed.index(phase) for phase in ("after zeroing", "after backward", "after the")]
     assert sections == sorted(sections)

@@ -317,5 +317,5 @@ def test_a_folder_that_cannot_be_written_is_reported_before_training(tmp_path, c
 def test_too_little_room_is_reported_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     command = ["--out", str(tmp_path), *DIGITS, "--checkpoint-every", "5"]
-    assert "bytes must be free in" in refusal("mnist", *command, capsys=capsys, code=1)
+    assert " must be free in" in refusal("mnist", *command, capsys=capsys, code=1)
     assert not list(tmp_path.iterdir())

@@ -117,7 +117,9 @@ def add_key(figure: Figure, num_experts: int, truth: np.ndarray | None, model: b
             Line2D([], [], color=WHOLE_MODEL, linestyle=":", label="true boundary of the labels")
         )
     if model:
-        handles.append(Line2D([], [], color=WHOLE_MODEL, linewidth=2, label="boundary of the mixture"))
+        handles.append(
+            Line2D([], [], color=WHOLE_MODEL, linewidth=2, label="boundary of the mixture")
+        )
     handles += [
         Line2D([], [], color=color(e), linewidth=2, label=f"expert {e}")
         for e in range(min(num_experts, MOST_IN_KEY))

@@ -34,8 +34,9 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
     frames = [_pixels(figure) for figure in figures]
     if not frames:
         raise ValueError("An animation needs at least one figure, got none.")
-    # One palette for all frames, so that colours do not flicker.
-    palette = Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)])).quantize(200)
+    # One palette for all frames, so that colours do not flicker; it covers thin lines, too.
+    sample = Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)]))
+    palette = sample.quantize(200, method=Image.Quantize.MAXCOVERAGE)
     pictures = [Image.fromarray(frame) for frame in frames]
     first, *rest = (
         picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures

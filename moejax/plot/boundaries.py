@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moejax.plot._plane import (
@@ -165,19 +167,42 @@ def boundary_frames(
         ['0', '1']
     """
     figure, axes = new_figure(width=5.4, height=3.8)
-    ax, shades, moving = axes[0, 0], None, []
-    for plane, title in planes:
+    ax, shades = axes[0, 0], None
+    moving: list[Any] = []
+    for number, (plane, title) in enumerate(planes):
         if shades is None:
             shades = draw_probability(ax, plane)
             draw_points(ax, points, labels)
             draw_truth(ax, truth)
             ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]], title=title)
             add_key(figure, len(plane.experts), truth, model=True)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # everything keeps the place that it has now
         for line in moving:
             line.remove()
+        if number == 1:
+            _freeze(figure)
         shades.set_data(plane.probability)
         moving = [*draw_experts(ax, plane), *draw_boundary(ax, plane)]
         ax.set_title(title)
         yield figure
+
+
+def _freeze(figure: Figure) -> None:
+    # Ticks, labels and the key take most of the time of a frame, and never change: a picture of
+    # them takes their place.
+    [ax] = figure.axes
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # everything keeps the place that it has now
+    inside = [*ax.images, *ax.lines, *ax.collections, ax.title]
+    for artist in inside:
+        artist.set_visible(False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    still = np.asarray(canvas.buffer_rgba()).copy()
+    for artist in inside:
+        artist.set_visible(True)
+    for legend in list(figure.legends):
+        legend.remove()
+    ax.xaxis.set_visible(False)
+    ax.yaxis.set_visible(False)
+    ax.patch.set_visible(False)
+    figure.figimage(still, zorder=-1)

@@ -17,7 +17,7 @@ def specialisation(by_class: np.ndarray) -> Figure:
         by_class: gate mass, shape [E, classes].
 
     Returns:
-        A figure; every column adds up to 100%. An expert with less than a hundredth of an equal
+        A figure; every column adds up to 100%. An expert with less than a twentieth of an equal
         share of the gate is named idle.
 
     Example:
@@ -38,9 +38,9 @@ def specialisation(by_class: np.ndarray) -> Figure:
 
 
 def idle_experts(by_class: np.ndarray) -> np.ndarray:
-    """Which experts have less than a hundredth of an equal share of the gate, bool [E]."""
+    """Which experts have less than a twentieth of an equal share of the gate, bool [E]."""
     load = by_class.sum(axis=1)
-    return load < 0.01 * load.mean()
+    return load < 0.05 * load.mean()
 
 
 def table(
@@ -100,7 +100,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
         row[0].text(
             -0.15,
             0.5,
-            f"expert {expert}\n{len(own) / len(top):.0%}",
+            f"expert {expert}\n{len(own) / len(top):.1%}",
             ha="right",
             va="center",
             fontsize=8,
@@ -111,7 +111,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
         for ax in row:
             ax.axis("off")
         if not len(own):
-            row[0].text(
+            note = row[0].text(
                 0,
                 0.5,
                 "has the largest gate for no image",
@@ -119,4 +119,5 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
                 fontsize=8,
                 color="#666666",
             )
+            note.set_in_layout(False)  # or it would widen the column of images below it
     return figure

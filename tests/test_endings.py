@@ -1,0 +1,188 @@
+"""How an experiment ends: real processes, interrupted at every moment or started in a bad place."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from commands import EXPERIMENTS, refusal, run
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TOY = "--samples 30 --steps 20 --seeds 2".split()
+DIGITS = "--dataset digits --hidden 4 --experts 2".split()
+QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def start(name, *arguments, **environment):
+    script = EXPERIMENTS / f"{name}.py"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(command, env=os.environ | QUICK | environment, **pipes)
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def catches(process, signum):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signum - 1) & 1)
+
+
+MOMENTS = {
+    "imports": ("toy", TOY, lambda out: True),
+    "compiling": ("toy", [*TOY, "--no-cache"], lambda out: (out / "data.png").exists()),
+    "training": ("mnist", [*DIGITS, "--epochs", "100000"], lambda out: epochs(out) > 2),
+    "drawing": ("toy", TOY, lambda out: (out / "boundaries.png").exists()),
+}
+
+
+def epochs(out):
+    with contextlib.suppress(OSError):
+        return len((out / "metrics.jsonl").read_text().splitlines())
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        ("imports", signal.SIGINT),
+        ("compiling", signal.SIGTERM),
+        ("training", signal.SIGINT),
+        ("drawing", signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_a_run_with_one_line(moment, signum, tmp_path):
+    name, arguments, come = MOMENTS[moment]
+    process = start(name, "--out", str(tmp_path), *arguments)
+    wait_for(lambda: catches(process, signal.SIGTERM) and come(tmp_path), process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    lines = [line for line in err.splitlines() if not line.startswith("training, ")]
+    assert lines == [f"{name}.py: {signum.name}: stopped before the end"]
+    assert not list(tmp_path.glob(".*"))  # no file that is half written
+
+
+def test_a_run_ends_well_in_a_poor_place(tmp_path):
+    """An ASCII terminal, a path that is not, a notebook's backend, and a reader that goes away."""
+    out = tmp_path / "Fräulein"
+    process = start(
+        "toy",
+        *("--out", str(out), *TOY),
+        PYTHONIOENCODING="ascii",
+        MPLBACKEND="module://no_such_package",
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 0, err
+    assert "Error" not in err
+    assert {path.name for path in out.iterdir()} >= {"summary.json", "loss.png", "training.gif"}
+    with Image.open(out / "training.gif") as animation:
+        assert animation.n_frames > 5
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    process = start("toy", "--out", str(tmp_path), *TOY, JAX_PLATFORMS="cuda")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.startswith("toy.py: ")
+    assert "JAX_PLATFORMS=cuda" in err
+    assert err.count("\n") == 1, err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys)
+    assert f"another run writes to --out {tmp_path}" in message
+    os.close(handle)  # as the system does for a run that is killed
+    run("toy", "--out", str(tmp_path), *TOY)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e38".split()
+    message = refusal("mnist", "--out", str(tmp_path), *hot, capsys=capsys, code=1)
+    assert "the loss is not finite at step" in message
+    assert "try a smaller --learning-rate" in message
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys, code=1)
+    assert message == "toy.py: [Errno 28] No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("toy", ["--samples", str(10**12)], "this run would take"),
+        (
+            "toy",
+            ["--experts", "100000000"],
+            "choose a smaller --samples, --steps, --seeds or --exp",
+        ),
+        ("mnist", ["--hidden", "99999999999"], "of memory, and this machine has"),
+        ("mnist", ["--experts", "100000000"], "choose a smaller --experts, --hidden or --batch"),
+        ("toy", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),
+        ("mnist", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),
+        ("toy", ["--samples", "²"], "must be a whole number of at least 2, got ²"),
+        ("toy", ["--samples", "9" * 5000], "must be a whole number of at least 2, got 999"),
+        ("toy", ["--out", ""], "argument --out: must name a folder, got nothing"),
+        ("toy", ["--out", __file__], "--out must be a folder, got the file"),
+        ("mnist", ["--data-dir", ""], "argument --data-dir: must name a folder, got nothing"),
+        ("mnist", ["--coordinator", "a:1"], "do nothing without --mesh and --processes"),
+        ("mnist", ["--top-k", "3"], "--top-k does nothing with --model soft"),
+        (
+            "mnist",
+            ["--route", "switch", "--top-k", "3"],
+            "--top-k does nothing with --route switch",
+        ),
+        ("mnist", ["--model", "dense", "--experts", "3"], "--experts does nothing with"),
+        ("mnist", ["--dataset", "digits", "--data-dir", "."], "--data-dir does nothing with"),
+        ("mnist", ["--mesh", "expert=²"], "must be like data=2,expert=4, got expert=²"),
+        ("mnist", [*DIGITS, "--epochs", str(10**15)], "--epochs must be at most"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, arguments, message, capsys, tmp_path):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path)]
+    assert message in refusal(name, *out, *arguments, capsys=capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["toy", "mnist"])
+def test_help_says_what_each_option_does_and_its_default(name, capsys):
+    with pytest.raises(SystemExit):
+        run(name, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    options = shown.split(" --")[1:]
+    assert len(options) > 7
+    assert "(default: 0)" in shown
+
+
+def test_the_largest_seed_is_another_one(tmp_path):
+    summaries = []
+    for seed in (0, 2**32 - 1):
+        out = tmp_path / str(seed)
+        run("toy", "--out", str(out), *TOY, "--seed", str(seed))
+        summaries.append((out / "summary.json").read_text())
+    assert summaries[0] != summaries[1]
