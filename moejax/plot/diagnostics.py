@@ -71,7 +71,7 @@ def diagnostics(
     return figure
 
 
-def epoch_axis(ax: Axes, epochs: Sequence[float]) -> None:
+def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
     """Whole epochs along the axis, with room for the marks of the first and the last."""
     ax.set(xlabel="epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
     few = max(epochs) - min(epochs) < MOST_TICKS  # a locator puts fractions beside a single epoch
