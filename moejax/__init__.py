@@ -37,7 +37,7 @@ from moejax.losses import (
 )
 from moejax.mixed import Bank, constant_experts, copy_experts, moe_of, networks, zero_experts
 from moejax.moe_layer import moe, with_shared
-from moejax.routers import cosine, jittered, noisy, slots, soft_capped, tempered
+from moejax.routers import biased, cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
     by_token_weight,
@@ -88,6 +88,7 @@ __all__ = [
     "Routing",
     "SoftSlots",
     "bernoulli_log_likelihood",
+    "biased",
     "by_choice",
     "by_token_weight",
     "by_weight",

@@ -174,3 +174,12 @@ def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
             f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
             f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."
         )
+
+
+def check_present(missing: set[tuple[str, str]]) -> None:
+    """Refuses variables of a Linen module that lack some of its layer's params."""
+    if missing:
+        raise ValueError(
+            "The variables must hold every parameter of the layer, but lack "
+            f"{sorted('/'.join(place) for place in missing)}: pass all that `init` returned."
+        )

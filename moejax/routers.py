@@ -56,6 +56,50 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
     return Layer(init, apply)
 
 
+def biased(router: Layer, num_experts: int) -> Layer:
+    """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
+
+    The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` makes the
+    next step's. In a Flax module (`moejax.interop.flax`) it is a variable of its own; keep it from
+    an optimizer that decays weights.
+
+    Args:
+        router: ``x [T, D] -> logits [T, E]``.
+        num_experts: E.
+
+    Returns:
+        A layer with params ``{"router": ..., "balance_bias": [E]}``, the bias zero at first, and
+        ``apply(params, x, *, key=None)``, which gives ``(logits, bias)``.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> model = moejax.moe(
+        ...     moejax.glu(4, 8), biased(moejax.linear(4, 3), 3), num_experts=3,
+        ...     route=partial(moejax.sigmoid_top_k, k=2))
+        >>> params = model.init(jax.random.key(0))
+        >>> y, routing = model.apply(params, jnp.ones((5, 4)))
+        >>> bias = params["router"]["balance_bias"]
+        >>> moejax.update_balance_bias(bias, routing, rate=1e-3).shape
+        (3,)
+
+    References:
+        Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
+    """
+    check_count("num_experts", num_experts)
+
+    def init(key: Array) -> Params:
+        bias = jnp.zeros(num_experts, jnp.float32)
+        return {"router": router.init(key), "balance_bias": bias}
+
+    def apply(params: Params, x: Array, *, key: Array | None = None) -> tuple[Array, Array]:
+        logits = router.apply(params["router"], x, **only_accepted(router, key=key))
+        return logits, jax.lax.stop_gradient(params["balance_bias"])
+
+    return Layer(init, apply)
+
+
 def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
 
