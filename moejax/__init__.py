@@ -36,7 +36,7 @@ from moejax.losses import (
     router_z_loss,
 )
 from moejax.mixed import Bank, constant_experts, copy_experts, moe_of, networks, zero_experts
-from moejax.moe_layer import moe, with_shared
+from moejax.moe_layer import moe, outputs_of, with_shared
 from moejax.routers import biased, cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
@@ -134,6 +134,7 @@ __all__ = [
     "networks",
     "noisy",
     "noisy_top_k",
+    "outputs_of",
     "positions",
     "relu",
     "router_z_loss",

@@ -152,8 +152,8 @@ def check_array(output: Any) -> None:
     """Refuses an expert that returns something besides its output, as a layer of `moe` does."""
     if not hasattr(output, "shape"):
         raise ValueError(
-            f"An expert must return one array, got a {type(output).__name__}: give it an apply "
-            "such as `lambda params, x: layer.apply(params, x)[0]`."
+            f"An expert must return one array, got a {type(output).__name__}: wrap a mixture in "
+            "`outputs_of`."
         )
 
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from moejax._arrays import at_least_float32
 from moejax._calling import only_accepted
 from moejax._checks import check_count, check_widths, is_number
+from moejax._comparing import comparable
 from moejax.base import Array, Layer, Params
 from moejax.layers import linear
 
 
+@comparable
 def noisy(router: Layer, noise_router: Layer) -> Layer:
     """A router that also learns how much noise its logits get.
 
@@ -56,6 +58,7 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
     return Layer(init, apply)
 
 
+@comparable
 def biased(router: Layer, num_experts: int) -> Layer:
     """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
 
@@ -100,6 +103,7 @@ def biased(router: Layer, num_experts: int) -> Layer:
     return Layer(init, apply)
 
 
+@comparable
 def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
 
@@ -150,6 +154,7 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     return Layer(init, apply)
 
 
+@comparable
 def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
     """The router of `soft_slots`, ``l_tec = scale cos(x_t, mu_ec)``.
 
@@ -198,6 +203,7 @@ def _unit(x: Array, *, axis: int, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=axis, keepdims=True) + eps)
 
 
+@comparable
 def jittered(router: Layer, *, epsilon: float) -> Layer:
     """A router that reads ``x u`` with u uniform in ``[1 - epsilon, 1 + epsilon]``.
 
@@ -235,6 +241,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     return Layer(router.init, apply)
 
 
+@comparable
 def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
 
@@ -257,6 +264,7 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     return _with_logits(router, lambda logits: logits / jnp.asarray(temperature, logits.dtype))
 
 
+@comparable
 def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
     """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
 
