@@ -36,8 +36,8 @@ from moejax.losses import (
     router_z_loss,
 )
 from moejax.mixed import Bank, constant_experts, copy_experts, moe_of, networks, zero_experts
-from moejax.moe_layer import moe, with_shared
-from moejax.routers import cosine, jittered, noisy, slots, soft_capped, tempered
+from moejax.moe_layer import moe, outputs_of, with_shared
+from moejax.routers import biased, cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
     by_token,
@@ -90,6 +90,7 @@ __all__ = [
     "Routing",
     "SoftSlots",
     "bernoulli_log_likelihood",
+    "biased",
     "by_choice",
     "by_token",
     "by_token_weight",
@@ -136,6 +137,7 @@ __all__ = [
     "networks",
     "noisy",
     "noisy_top_k",
+    "outputs_of",
     "positions",
     "relu",
     "router_z_loss",

@@ -170,8 +170,8 @@ def check_array(output: Any) -> None:
     """Refuses an expert that returns something besides its output, as a layer of `moe` does."""
     if not hasattr(output, "shape"):
         raise ValueError(
-            f"An expert must return one array, got a {type(output).__name__}: give it an apply "
-            "such as `lambda params, x: layer.apply(params, x)[0]`."
+            f"An expert must return one array, got a {type(output).__name__}: wrap a mixture in "
+            "`outputs_of`."
         )
 
 
@@ -230,4 +230,13 @@ def check_expert_params(params: Params, num_experts: int) -> None:
         raise ValueError(
             f"The parameters are of {count[0]} experts, and the model has {num_experts} "
             "(`num_experts`): initialise them with this model, or build it with as many."
+        )
+
+
+def check_present(missing: set[tuple[str, str]]) -> None:
+    """Refuses variables of a Linen module that lack some of its layer's params."""
+    if missing:
+        raise ValueError(
+            "The variables must hold every parameter of the layer, but lack "
+            f"{sorted('/'.join(place) for place in missing)}: pass all that `init` returned."
         )

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_count, check_input, check_widths
+from moejax._comparing import comparable
 from moejax.base import Array, Layer, Matmul, Params
 
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
 Activation = Callable[[Array], Array]
 
 
+@comparable
 def fan_in_uniform(fan_in: int) -> Initializer:
     """Uniform within ``±1/sqrt(fan_in)``: how ``torch.nn.Linear`` starts its weight and bias.
 
@@ -43,6 +45,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
     return init
 
 
+@comparable
 def linear(
     d_in: int,
     d_out: int,
@@ -98,6 +101,7 @@ def linear(
     return Layer(init, apply)
 
 
+@comparable
 def mlp(
     *widths: int, activation: Activation = jax.nn.relu, layer: Callable[..., Layer] = linear
 ) -> Layer:
@@ -146,6 +150,7 @@ def mlp(
 _unbiased = partial(linear, bias=False)
 
 
+@comparable
 def glu(
     d_model: int,
     d_hidden: int,
@@ -192,6 +197,7 @@ def glu(
     return Layer(init, apply)
 
 
+@comparable
 def stack(layer: Layer, num_experts: int) -> Layer:
     """E copies of a layer, each with its own parameters: ``y_e = f(params_e, x)``.
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from moejax._comparing import comparable
 from moejax.base import Array, Params
 from moejax.schedules.expert_parallel import check_axis, check_tokens, expert_parallel, placed
 
@@ -86,6 +87,7 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(mesh.axis_names))
 
 
+@comparable
 def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """A rule that decides on each device for that device's own tokens.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moejax._checks import check_problem, takes
+from moejax._comparing import comparable
 from moejax.base import Array, Expert, Params, Routing
 from moejax.schedules._mesh.exchange import Exchange, exchange_for
 from moejax.schedules._mesh.rounds import make_plan, one_round, sum_of_rounds
@@ -21,6 +22,7 @@ from moejax.schedules.dropless import dropless
 Schedule = Callable[[Expert, Params, Array, Routing], Array]
 
 
+@comparable
 def expert_parallel(
     mesh: Mesh,
     *,
