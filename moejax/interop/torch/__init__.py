@@ -24,11 +24,25 @@ Example:
     (2, 2, 1)
 """
 
-from moejax.interop.torch.layouts import Layout, Tensor, at, glu, linear, mlp, moe, stack
+from moejax.interop.torch.layouts import (
+    Layout,
+    Part,
+    Tensor,
+    at,
+    glu,
+    linear,
+    mlp,
+    moe,
+    parts,
+    stack,
+    stacked,
+)
 from moejax.interop.torch.state_dicts import StateDict, from_torch, to_torch
+from moejax.interop.torch.tensors import tensors
 
 __all__ = [
     "Layout",
+    "Part",
     "StateDict",
     "Tensor",
     "at",
@@ -37,6 +51,9 @@ __all__ = [
     "linear",
     "mlp",
     "moe",
+    "parts",
     "stack",
+    "stacked",
+    "tensors",
     "to_torch",
 ]
