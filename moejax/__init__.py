@@ -19,7 +19,7 @@ from moejax.diagnostics import (
     mutual_information,
     share_dropped,
 )
-from moejax.layers import fan_in_uniform, glu, linear, mlp, stack
+from moejax.layers import between, fan_in_uniform, gated, glu, linear, mlp, stack
 from moejax.likelihood import (
     bernoulli_log_likelihood,
     categorical_log_likelihood,
@@ -40,6 +40,7 @@ from moejax.moe_layer import moe, outputs_of, with_shared
 from moejax.routers import biased, cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
+    by_score,
     by_token,
     by_token_weight,
     by_weight,
@@ -54,8 +55,10 @@ from moejax.rules import (
     sinkhorn,
     soft_slots,
     softmax,
+    sparsemixer,
     switch,
     top_k,
+    top_p,
     update_balance_bias,
     update_l1_coefficient,
 )
@@ -64,6 +67,7 @@ from moejax.schedules.capacity import capacity
 from moejax.schedules.dense import dense, mixture
 from moejax.schedules.dropless import dropless
 from moejax.schedules.grouped_matmul import grouped_matmul
+from moejax.schedules.scale_inputs import scale_inputs
 from moejax.schedules.slots import gather_slots, mix_slots
 
 __version__ = "0.1.0"
@@ -90,8 +94,10 @@ __all__ = [
     "Routing",
     "SoftSlots",
     "bernoulli_log_likelihood",
+    "between",
     "biased",
     "by_choice",
+    "by_score",
     "by_token",
     "by_token_weight",
     "by_weight",
@@ -112,6 +118,7 @@ __all__ = [
     "expert_load",
     "fan_in_uniform",
     "gate_entropy",
+    "gated",
     "gather_slots",
     "gaussian_log_likelihood",
     "glu",
@@ -141,6 +148,7 @@ __all__ = [
     "positions",
     "relu",
     "router_z_loss",
+    "scale_inputs",
     "share_dropped",
     "sigmoid_top_k",
     "sinkhorn",
@@ -148,10 +156,12 @@ __all__ = [
     "soft_capped",
     "soft_slots",
     "softmax",
+    "sparsemixer",
     "stack",
     "switch",
     "tempered",
     "top_k",
+    "top_p",
     "update_balance_bias",
     "update_l1_coefficient",
     "with_shared",

@@ -133,6 +133,15 @@ def check_input(x: Array, kernel: Array) -> None:
         raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
 
 
+def check_gate(gate: Array, y: Array) -> None:
+    """Refuses a gate that would broadcast the output to another shape."""
+    if gate.shape[:-1] != y.shape[:-1] or gate.shape[-1] not in (1, y.shape[-1]):
+        raise ValueError(
+            f"The gate of `gated` must return one number per token, [..., 1], or per output, "
+            f"{list(y.shape)}, got {list(gate.shape)}: use linear(D, 1)."
+        )
+
+
 def checked_logits(logits: Array) -> Array:
     """Logits in float32 at the least, once their shape and dtype are known to be right."""
     if logits.ndim != 2 or logits.shape[-1] < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):

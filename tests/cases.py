@@ -9,6 +9,12 @@ import moejax
 
 T, D, O, E = 6, 4, 3, 4  # noqa: E741
 
+
+def root_softplus(logits):
+    """The score of DeepSeek-V4."""
+    return jnp.sqrt(jax.nn.softplus(logits))
+
+
 RULES = {
     "softmax": moejax.softmax,
     "top_2": partial(moejax.top_k, k=2),
@@ -19,6 +25,19 @@ RULES = {
     "gshard_top_2": partial(moejax.gshard_top_2, key=jax.random.key(8)),
     "sigmoid_top_2": partial(moejax.sigmoid_top_k, bias=jnp.arange(E) / 8, k=2, scale=2.5),
     "sigmoid_groups": partial(moejax.sigmoid_top_k, k=2, num_groups=2, kept_groups=1),
+    "by_score": partial(moejax.by_score, k=2, scale=2.5),
+    "by_score_groups": partial(
+        moejax.by_score,
+        k=2,
+        score=root_softplus,
+        bias=jnp.arange(E) / 8,
+        num_groups=2,
+        group_best=1,
+    ),
+    "sparsemixer": partial(moejax.sparsemixer, epsilon=0.3),
+    "sparsemixer_drawn": partial(moejax.sparsemixer, epsilon=0.3, key=jax.random.key(9)),
+    "top_p": partial(moejax.top_p, p=0.6),
+    "top_p_3": partial(moejax.top_p, p=0.8, k=3),
     "relu": moejax.relu,
     "hashed": partial(moejax.hashed, token_ids=jnp.arange(T), table=jnp.arange(T) % E),
     "sinkhorn": moejax.sinkhorn,
@@ -53,5 +72,8 @@ EXPERTS = {
     "linear": moejax.linear(D, O),
     "mlp": moejax.mlp(D, 5, O, activation=jnp.tanh),
     "glu": moejax.glu(D, 5),
+    "clamped": moejax.glu(D, 5, combine=lambda gate, up: (jnp.clip(up, -1, 1) + 1) * gate),
+    "gated": moejax.gated(moejax.glu(D, 5), moejax.linear(D, 1)),
+    "between": moejax.between(moejax.linear(D, 2), moejax.glu(2, 5), moejax.linear(2, O)),
     "fourier": moejax.Layer(init_fourier, fourier),
 }

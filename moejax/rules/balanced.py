@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moejax._checks import check_k, check_mask, checked_logits, takes
 from moejax.base import Array, Routing
+from moejax.rules.by_score import Groups, check_bias, check_choice, choose
 from moejax.rules.limit import mask_tokens
 
 
@@ -22,6 +23,7 @@ def sigmoid_top_k(
 ) -> Routing:
     """Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
 
+    `by_score` with a sigmoid, normalised by logarithms: it stays exact where scores underflow.
     ``s = sigmoid(logits)``; the choice is by ``s + b``, the weights are s without b, divided by
     their sum over the k and multiplied by ``scale``. With groups, experts compete only within the
     ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
@@ -55,14 +57,9 @@ def sigmoid_top_k(
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
     logits = checked_logits(logits)
-    _check_sigmoid(logits, bias, k, num_groups, kept_groups, renormalize)
-    affinity = jax.nn.sigmoid(logits)
-    ranked_by = affinity if bias is None else affinity + bias.astype(affinity.dtype)[None]
-    # An expert switched off by -inf stays off, although its bias grows while it gets no token.
-    ranked_by = jnp.where(logits > -jnp.inf, ranked_by, -jnp.inf)
-    if kept_groups < num_groups:
-        ranked_by = _only_best_groups(ranked_by, num_groups, kept_groups)
-    experts = jax.lax.top_k(ranked_by, k)[1]
+    groups = Groups(num_groups, kept_groups)
+    check_choice("sigmoid_top_k", logits, bias, k, groups, renormalize)
+    experts = choose(logits, jax.nn.sigmoid(logits), bias, k, groups)
     # Softmax of log s is s / sum s, and stays finite where every s underflows.
     log_affinity = jax.nn.log_sigmoid(logits)
     kept = jnp.take_along_axis(log_affinity, experts, axis=-1)
@@ -110,7 +107,7 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
             f"The counts must hold one number per expert, [E], got {list(counts.shape)}: sum them "
             "over decisions, and map over layers with `jax.vmap`."
         )
-    _check_bias(bias, counts.size)
+    check_bias(bias, counts.size)
     return bias + rate * _below_mean(counts).astype(bias.dtype)
 
 
@@ -196,53 +193,3 @@ def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
         return jnp.where(price > -jnp.inf, price, 0)
 
     return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros_like(logits[0]))
-
-
-def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Array:
-    num_tokens, num_experts = ranked_by.shape
-    # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
-    grouped = ranked_by.reshape(num_tokens, num_groups, num_experts // num_groups)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]  # [T, groups, 2]
-    # A group of one expert that is left counts for that one; a group of none is out.
-    left = best > -jnp.inf
-    best = jnp.where(left.any(axis=-1), jnp.where(left, best, 0).sum(axis=-1), -jnp.inf)
-    groups = jax.lax.top_k(best, kept_groups)[1]
-    every = jnp.arange(num_groups, dtype=groups.dtype)[None, None]
-    kept = (groups[..., None] == every).any(axis=1)  # [T, groups]
-    # Not zero: with a negative bias, zero would win over every expert that is allowed.
-    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
-
-
-def _check_sigmoid(
-    logits: Array,
-    bias: Array | None,
-    k: int,
-    num_groups: int,
-    kept_groups: int,
-    renormalize: bool,
-) -> None:
-    check_k(k, logits)
-    num_experts = logits.shape[-1]
-    if bias is not None:
-        _check_bias(bias, num_experts)
-    if num_groups < 1 or num_experts % num_groups:
-        raise ValueError(
-            f"`num_groups` must divide the number of experts ({num_experts}), got {num_groups}."
-        )
-    if not 1 <= kept_groups <= num_groups or kept_groups * (num_experts // num_groups) < k:
-        raise ValueError(
-            f"`kept_groups` must be between 1 and `num_groups` ({num_groups}) and leave at least "
-            f"k = {k} experts to choose from, got {kept_groups}."
-        )
-    if k == 1 and renormalize:
-        raise ValueError(
-            "`sigmoid_top_k(k=1, renormalize=True)` gives every token a constant weight, so the "
-            "router gets exactly zero gradient: pass renormalize=False."
-        )
-
-
-def _check_bias(bias: Array, num_experts: int) -> None:
-    if bias.shape != (num_experts,):
-        raise ValueError(
-            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
-        )

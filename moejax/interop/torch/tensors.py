@@ -22,7 +22,7 @@ def as_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         Tensors by name, which share the memory of the arrays where they can.
 
     Raises:
-        ImportError: without PyTorch.
+        ImportError: without PyTorch; names the command that installs it.
 
     Example:
         >>> from moejax import conversion
@@ -31,6 +31,10 @@ def as_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         >>> conversion.as_tensors(state_dict)["weight"].dtype  # doctest: +SKIP
         torch.bfloat16
     """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Tensors need PyTorch: pip install 'moejax[torch]'.") from error
     return {name: _tensor(np.asarray(array)) for name, array in state_dict.items()}
 
 
