@@ -1,4 +1,4 @@
-"""The table: a new rule or schedule joins every property test with one line here."""
+"""The table: a new rule, schedule or expert joins every test of its kind with one line here."""
 
 from functools import partial
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 import moejax
+from moejax.sharding import expert_parallel
 
-T, D, O, E = 6, 4, 3, 4  # noqa: E741
+T, D, O, E, C = 8, 4, 3, 4, 3  # noqa: E741
+AUTO = jax.sharding.AxisType.Auto
+MESH = jax.make_mesh((4, 2), ("data", "expert"), (AUTO, AUTO))  # each device has two experts
 
 
 def root_softplus(logits):
@@ -44,14 +47,32 @@ RULES = {
     "sinkhorn_2": partial(moejax.sinkhorn, k=2),
 }
 
+# Rules by which the slots of experts choose tokens.
+SLOT_RULES = {
+    "expert_choice": partial(moejax.expert_choice, capacity=C),
+    "soft_slots": moejax.soft_slots,
+}
+
 # Each with room for every token, so that nothing is dropped.
-SCHEDULES = {
+ONE_DEVICE = {
     "dense": moejax.dense,
     "dropless": moejax.dropless,
     "capacity": partial(moejax.capacity, factor=E),
 }
+SCHEDULES = {**ONE_DEVICE, "expert_parallel": expert_parallel(MESH, local=moejax.dense)}
+SLOT_SCHEDULES = {"gather_slots": moejax.gather_slots, "mix_slots": moejax.mix_slots}
+
+# Which schedule runs the decisions of which rule.
+PAIRS = [(schedule, rule) for schedule in SCHEDULES for rule in RULES]
+PAIRS += zip(SLOT_SCHEDULES, SLOT_RULES, strict=True)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def logits_for(rule, seed=2):
+    """Router outputs of the shape that a rule takes."""
+    shape = (T, E, C) if rule == "soft_slots" else (T, E)
+    return 2 * jax.random.normal(jax.random.key(seed), shape)
 
 
 def fourier(params, x):
@@ -68,6 +89,17 @@ def init_fourier(key):
     }
 
 
+def pixelwise(params, x):
+    """A user's own expert on images, ``[T, 3, 2, D] -> [T, 2, O]``: colours mixed, rows summed."""
+    colours = jnp.einsum("thwd,do->thwo", x, params["kernel"].astype(x.dtype))
+    return jnp.tanh(colours + params["bias"].astype(x.dtype)).sum(axis=1)
+
+
+def init_pixelwise(key):
+    one, two = jax.random.split(key)
+    return {"kernel": jax.random.normal(one, (D, O)), "bias": jax.random.normal(two, (1, 1, 1, O))}
+
+
 EXPERTS = {
     "linear": moejax.linear(D, O),
     "mlp": moejax.mlp(D, 5, O, activation=jnp.tanh),
@@ -76,4 +108,13 @@ EXPERTS = {
     "gated": moejax.gated(moejax.glu(D, 5), moejax.linear(D, 1)),
     "between": moejax.between(moejax.linear(D, 2), moejax.glu(2, 5), moejax.linear(2, O)),
     "fourier": moejax.Layer(init_fourier, fourier),
+    "pixelwise": moejax.Layer(init_pixelwise, pixelwise),
 }
+
+
+def problem(expert, dtype=jnp.float32):
+    """Parameters of E experts, and tokens in a dtype; images for an expert that takes them."""
+    features = (3, 2, D) if expert == "pixelwise" else (D,)
+    keys = jax.random.split(jax.random.key(1))
+    params = moejax.stack(EXPERTS[expert], E).init(keys[0])
+    return params, jax.random.normal(keys[1], (T, *features)).astype(dtype)

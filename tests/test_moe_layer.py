@@ -212,7 +212,7 @@ def test_all_tokens_on_one_expert_and_the_others_empty(key):
             lambda p: moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E + 1).apply(
                 p, tokens(T, D)
             ),
-            "must return one logit per token and expert, \\[6, 5\\], got \\[6, 4\\]",
+            f"must return one logit per token and expert, \\[{T}, 5\\], got \\[{T}, 4\\]",
         ),
     ],
 )
