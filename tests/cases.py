@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import moejax
+from moejax.schedules._sorted.gated_sum import gated_sum
+from moejax.schedules._sorted.policy import policy_for_dropless
 from moejax.sharding import expert_parallel
 
 T, D, O, E, C = 8, 4, 3, 4, 3  # noqa: E741
@@ -53,10 +55,20 @@ SLOT_RULES = {
     "soft_slots": moejax.soft_slots,
 }
 
+
+def on_accelerators(expert, params, x, routing):
+    """`dropless` as accelerators run it."""
+    num_tokens, num_experts = routing.scores.shape
+    k = routing.experts.shape[1]
+    policy = policy_for_dropless(expert, num_tokens, num_experts, k, platform="gpu")
+    return gated_sum(expert, params, x, routing.experts, routing.weights, policy)
+
+
 # Each with room for every token, so that nothing is dropped.
 ONE_DEVICE = {
     "dense": moejax.dense,
     "dropless": moejax.dropless,
+    "dropless on accelerators": on_accelerators,
     "capacity": partial(moejax.capacity, factor=E),
 }
 SCHEDULES = {**ONE_DEVICE, "expert_parallel": expert_parallel(MESH, local=moejax.dense)}

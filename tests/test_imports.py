@@ -16,27 +16,30 @@ LAZY = {"flax", "optax", "orbax", "matplotlib", "tensorflow_datasets", "torch", 
 
 # A module imports only from lines above its own. Each one stands here; so must a new one.
 LAYERS = [
-    ["_arrays"],
+    ["_version", "_arrays", "_comparing"],
     ["base"],
     ["_calling", "_checks", "_sorting"],
     ["layers", "routers"],
-    ["rules.softmax", "rules.relu", "rules.hashed", "rules.slots", "rules.limit"],
-    ["rules.noisy", "rules.balanced"],
-    ["rules"],
+    ["rules.by_score", "rules.softmax", "rules.sparsemixer", "rules.top_p", "rules.relu"],
+    ["rules.hashed", "rules.slots", "rules.limit", "rules.noisy", "rules.balanced", "rules"],
     ["losses", "likelihood", "diagnostics"],
-    ["schedules._sorted", "schedules._sorted.slots", "schedules._sorted.overflow"],
-    ["schedules._sorted.products", "schedules._sorted.batched", "schedules._sorted.gated_sum"],
+    ["schedules._sorted", "schedules._sorted.products", "schedules._sorted.policy"],
+    ["schedules._sorted.slots", "schedules._sorted.overflow", "schedules._sorted.batched"],
+    ["schedules._sorted.grouped", "schedules._sorted.gated_sum"],
     ["schedules.dense", "schedules.slots", "schedules.dropless", "schedules.capacity"],
-    ["schedules.grouped_matmul", "schedules._mesh", "schedules._mesh.exchange"],
-    ["schedules._mesh.rounds", "schedules.expert_parallel", "schedules"],
+    ["schedules.scale_inputs", "schedules.grouped_matmul"],
+    ["schedules._mesh", "schedules._mesh.exchange", "schedules._mesh.rounds"],
+    ["schedules.expert_parallel", "schedules"],
     ["moe_layer", "mixed", "sharding"],
-    ["interop.flax", "interop.safetensors", "interop.torch.layouts", "interop.torch.state_dicts"],
-    ["interop.torch", "interop"],
-    ["training.step", "training.epoch", "training.inspection", "training"],
-    ["checkpoint.manifest", "checkpoint.folder", "checkpoint.write", "checkpoint.read"],
+    ["interop.flax.paths", "interop.flax.incoming", "interop.flax.linen", "interop.flax.nnx"],
+    ["interop.flax", "interop.safetensors"],
+    ["interop.torch.layouts", "interop.torch.tensors", "interop.torch.checks"],
+    ["interop.torch.state_dicts", "interop.torch", "interop"],
+    ["training.step", "training.batches", "training.epoch", "training.inspection", "training"],
+    ["checkpoint.folder", "checkpoint.manifest", "checkpoint.write", "checkpoint.read"],
     ["checkpoint"],
-    ["plot.style", "plot.boundaries", "plot.diagnostics", "plot.training", "plot.specialisation"],
-    ["plot.animation", "plot"],
+    ["plot.style", "plot._plane", "plot.boundaries", "plot.diagnostics", "plot.training"],
+    ["plot.specialisation", "plot.animation", "plot"],
     ["__init__"],
 ]
 # What a model is made of does not know how it is trained, kept or drawn, and these know no model.
@@ -131,7 +134,7 @@ def test_imports_go_one_way(module):
 def test_what_trains_keeps_and_draws_is_apart(module):
     own = module.split(".")[0]
     others = {name for name, _ in imports(MODULES[module]) if name.split(".")[0] != own}
-    assert others <= {"base"}, f"{module} imports {others - {'base'}}"
+    assert others <= {"base", "_version"}, f"{module} imports {others}"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -110,7 +110,7 @@ def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[A
     one, row = jax.eval_shape(lambda *both: jax.tree.map(lambda a: a[0], both), params, x)
     converted: dict[int, Apply] = {}
     shared: list[Array] = []
-    for size in {*(group.capacity for group in policy.groups), *policy.blocks}:
+    for size in {*(group.capacity for group in policy.groups), *policy.blocks} - {0}:
         rows = jax.eval_shape(partial(jnp.broadcast_to, shape=(size, *row.shape)), row)
         converted[size], shared = jax.closure_convert(expert, one, rows)
     return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
