@@ -8,7 +8,7 @@ use, such as ``moejax.training.train_step``. So are `adapters` (`interop.flax`),
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
-from moejax._version import __version__ as __version__
+from moejax._version import VERSION as __version__
 from moejax.base import DenseRouting, ExpertChoice, Layer, Routing, SoftSlots
 from moejax.diagnostics import (
     confidence,

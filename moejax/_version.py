@@ -1,3 +1,3 @@
 """The version, in a file that the build and the checkpoints read."""
 
-__version__ = "0.1.0"
+VERSION = "0.1.0"

@@ -166,7 +166,11 @@ def test_slots_of_an_expert_are_filled_from_its_own_tokens():
     expert = moejax.Layer(lambda key: jnp.ones(()), lambda params, x: x * params)
     params = jnp.array([jnp.inf, 1.0, 2.0, 3.0])
     for schedule in (moejax.dropless, partial(moejax.capacity, factor=2.0)):
-        loss = lambda p, s=schedule: jnp.sum(s(expert.apply, p, x, decision(experts, 4))[:30] ** 2)
+
+        def loss(params, schedule=schedule):
+            y = schedule(expert.apply, params, x, decision(experts, 4))
+            return jnp.sum(y[:30] ** 2)
+
         value, gradient = jax.value_and_grad(loss)(params)
         close(value, 30 * D * 9.0)
         close(gradient, jnp.array([0.0, 540.0, 540.0, 0.0]))

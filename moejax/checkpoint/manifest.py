@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._version import __version__
+from moejax._version import VERSION
 
 Manifest = dict[str, Any]
 
@@ -78,7 +78,7 @@ def stored(leaf: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that a result depends on and that are there."""
-    found = {"moejax": __version__, "python": platform.python_version()}
+    found = {"moejax": VERSION, "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # flax may be absent
             found[name] = importlib.metadata.version(name)
