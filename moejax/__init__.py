@@ -8,7 +8,7 @@ use, such as ``moejax.training.train_step``. So are `adapters` (`interop.flax`),
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
-from moejax._version import VERSION as __version__
+from moejax._version import VERSION
 from moejax.base import DenseRouting, ExpertChoice, Layer, Routing, SoftSlots
 from moejax.diagnostics import (
     confidence,
@@ -70,6 +70,8 @@ from moejax.schedules.dropless import dropless
 from moejax.schedules.grouped_matmul import grouped_matmul
 from moejax.schedules.scale_inputs import scale_inputs
 from moejax.schedules.slots import gather_slots, mix_slots
+
+__version__ = VERSION
 
 # Imported at their first use: `import moejax` must stay light.
 _MODULES = MappingProxyType(
