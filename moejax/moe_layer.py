@@ -152,7 +152,7 @@ def padded_by_example(tokens: Array, mask: Array) -> Array:
     Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
     computed anyway brings no new value and no new gradient.
     """
-    if not len(tokens):
+    if tokens.shape[0] == 0:
         return tokens
     example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0)[None]  # [1, ...]
     kept = mask.reshape(-1, *[1] * (tokens.ndim - 1))
@@ -184,7 +184,7 @@ def _decide(
     keyed = only_accepted(router, key=router_key)
     outputs = router.apply(params, _router_input(tokens), **keyed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    _check_logits(outputs[0], len(tokens), num_experts)
+    _check_logits(outputs[0], tokens.shape[0], num_experts)
     extras = {"key": route_key, "mask": mask}
     given = {k: v for k, v in extras.items() if accepts(route, k) and not keeps_own(route, k, v)}
     check_rule(route, outputs, given)

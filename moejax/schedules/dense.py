@@ -48,7 +48,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
         (5, 2)
     """
-    check_gates(gates, params, len(x))
+    check_gates(gates, params, x.shape[0])
     return _blend(hashable(expert), params, x, gates)
 
 
@@ -59,7 +59,7 @@ def _blend(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
     outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)
-    check_outputs(outputs.shape[1:], len(x))
+    check_outputs(outputs.shape[1:], x.shape[0])
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
     return y.astype(output_dtype(x, outputs))
@@ -99,11 +99,11 @@ def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     token, the first one that chose it; and one that nobody chose has no gradient.
     """
     chosen = routing.chooses.T  # [E, T]
-    own = jnp.where(chosen, jnp.arange(len(x))[None], jnp.argmax(chosen, axis=1)[:, None])
+    own = jnp.where(chosen, jnp.arange(x.shape[0])[None], jnp.argmax(chosen, axis=1)[:, None])
     params = gradient_where(chosen.any(axis=1), params)
     outputs = jax.vmap(expert)(params, x[own])  # [E, T, O]
     check_array(outputs)
-    check_outputs(outputs.shape[1:], len(x))
+    check_outputs(outputs.shape[1:], x.shape[0])
     outputs = jnp.where(chosen.reshape(chosen.shape + (1,) * (outputs.ndim - 2)), outputs, 0)
     gates, blended = _promote(routing.gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)

@@ -47,7 +47,7 @@ def outputs_of_slots(apply: Apply, policy: Policy, slots: Slots, operands: Opera
     x = operands.tokens
 
     def one(params: Params, choice: Array) -> PerExpert:
-        return PerExpert(by_slot=apply(params, x[choice % len(x)], operands.shared))
+        return PerExpert(by_slot=apply(params, x[choice % x.shape[0]], operands.shared))
 
     return _every_expert(one, policy, slots, operands.params, slots.choice).by_slot
 
@@ -76,9 +76,9 @@ def cotangents(
     x, weights = operands.tokens, operands.choices
 
     def one(params: Params, choice: Array, gates: Array) -> PerExpert:
-        given = Operands(params, x[choice % len(x)], shared=operands.shared)
+        given = Operands(params, x[choice % x.shape[0]], shared=operands.shared)
         to_outputs = gates.reshape(gates.shape + (1,) * (cotangent.ndim - 1))
-        to_outputs *= cotangent[choice % len(x)]
+        to_outputs *= cotangent[choice % x.shape[0]]
 
         def outputs_of(some: Operands) -> Array:
             params, x, _, shared = merge(some, given)
