@@ -53,13 +53,11 @@ def sort_queue(queue: Array, num_experts: int) -> Sorted:
         # Expert and place in one integer: sorting one array of integers is several times as fast
         # on CPU as a stable sort of pairs.
         keys = jnp.sort(ids * size + jnp.arange(size, dtype=jnp.int32), stable=False)
-        order = keys % max(size, 1)
-    else:
-        order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-        keys = ids[order]
-        size = 1
-    bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
-    return Sorted(order, jnp.searchsorted(keys, bounds).astype(jnp.int32))
+        bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
+        return Sorted(keys % max(size, 1), jnp.searchsorted(keys, bounds).astype(jnp.int32))
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    counts = jnp.zeros(num_experts + 1, jnp.int32).at[ids].add(1)
+    return Sorted(order, jnp.cumsum(counts, dtype=jnp.int32) - counts)
 
 
 def places_in_queue(queue: Array, num_experts: int) -> Array:

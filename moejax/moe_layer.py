@@ -152,7 +152,7 @@ def _decide(
     keyed = only_accepted(router, key=router_key)
     outputs = router.apply(params, _router_input(tokens), **keyed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    _check_logits(outputs[0], len(tokens), num_experts)
+    _check_logits(outputs[0], tokens.shape[0], num_experts)
     extras = {"key": route_key, "mask": mask}
     given = {k: v for k, v in extras.items() if accepts(route, k) and not keeps_own(route, k, v)}
     check_rule(route, outputs, given)

@@ -45,12 +45,12 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
         (5, 2)
     """
-    check_gates(gates, params, len(x))
+    check_gates(gates, params, x.shape[0])
     expert = with_product(expert, side_by_side)
     over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
     outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)
-    check_outputs(outputs.shape[1:], len(x))
+    check_outputs(outputs.shape[1:], x.shape[0])
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
     return y.astype(output_dtype(x, outputs))

@@ -40,7 +40,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
         decision.weights.astype(dtype), outputs.astype(dtype)
     )
-    y = jnp.zeros((len(x), *outputs.shape[2:]), dtype)
+    y = jnp.zeros((x.shape[0], *outputs.shape[2:]), dtype)
     y = y.at[decision.tokens].add(weighted, mode="drop")  # T, an empty slot, is out of bounds
     return y.astype(output_dtype(x, outputs))
 
