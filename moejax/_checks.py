@@ -171,7 +171,9 @@ def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Par
     params, x = jax.tree.map(jnp.asarray, (params, x))
     check_stacked(params, num_experts)
     if x.shape[0] != num_tokens:
-        raise ValueError(f"`x` must hold the {num_tokens} tokens that were routed, got {x.shape[0]}.")
+        raise ValueError(
+            f"`x` must hold the {num_tokens} tokens that were routed, got {x.shape[0]}."
+        )
     return params, x
 
 
@@ -196,7 +198,7 @@ def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:
 def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
     # One gate for all experts would broadcast; params may be empty, and then have no axis E.
     leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
-    if len(gates.shape) != 2 or gates.shape[:1] != (num_tokens,) or leading - {gates.shape[1:]}:
+    if len(gates.shape) != 2 or gates.shape[0] != num_tokens or leading - {gates.shape[1:]}:
         raise ValueError(
             f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
             f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."

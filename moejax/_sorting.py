@@ -55,8 +55,9 @@ def sort_queue(queue: Array, num_experts: int) -> Sorted:
         keys = jnp.sort(ids * size + jnp.arange(size, dtype=jnp.int32), stable=False)
         bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
         return Sorted(keys % max(size, 1), jnp.searchsorted(keys, bounds).astype(jnp.int32))
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
     counts = jnp.zeros(num_experts + 1, jnp.int32).at[ids].add(1)
-    return Sorted(jnp.argsort(ids, stable=True).astype(jnp.int32), jnp.cumsum(counts) - counts)
+    return Sorted(order, jnp.cumsum(counts, dtype=jnp.int32) - counts)
 
 
 def places_in_queue(queue: Array, num_experts: int) -> Array:

@@ -48,7 +48,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
         <https://arxiv.org/abs/2202.09368>`_, 2022
     """
     logits = checked_logits(logits)
-    num_tokens = len(logits)
+    num_tokens = logits.shape[0]
     if not (is_integer(capacity) and 1 <= capacity <= num_tokens):
         raise ValueError(
             f"`capacity` must be an integer between 1 and the number of tokens ({num_tokens}), "
