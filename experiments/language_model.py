@@ -103,13 +103,13 @@ def compete(
     for plan in [plan for each in every.values() for plan in each if not args.resume]:
         check_fresh(plan.folder)
     windows = windows_of(text.validation, text.kinds, args.context, args.windows)
-    train_text, windows = place((jnp.asarray(text.train), windows), mesh)
+    characters, windows = place((jnp.asarray(text.train), windows), mesh)
     say("\n" + HEADER)
     with bar(args.steps * args.seeds * len(networks)) as tick:
         return {
-            name: [train(plan, programs, train_text, windows, tick) for plan in every[name]]
+            name: [train(plan, programs, characters, windows, tick) for plan in every[name]]
             for name, network in networks.items()
-            for programs in [compiled(args, network, train_text, mesh)]
+            for programs in [compiled(args, network, characters, mesh)]
         }
 
 

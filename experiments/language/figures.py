@@ -31,8 +31,11 @@ def curves(runs: Runs) -> Figure:
             ax.fill_between(where, low, high, color=color(index), alpha=0.2, linewidth=0)
             ax.plot(where, every.mean(axis=0), color=color(index), label=name)
     for ax, label in zip(axes, ("steps", "seconds of training"), strict=True):
-        ax.set(xlabel=label, yscale="log")
-        ax.grid(alpha=0.3, which="both")
+        ax.set(xlabel=label)
+        ax.grid(alpha=0.3)
+    # The first steps are steep and much the same for all: without them the rest can be told apart.
+    early = max(losses(each).max(axis=0)[len(steps(each)) // 8] for each in runs.values())
+    axes[0].set_ylim(None, early)
     axes[0].set_ylabel("validation loss, nats per character")
     axes[0].legend(frameon=False)
     return figure
