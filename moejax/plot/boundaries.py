@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moejax.plot._plane import (
@@ -165,7 +167,8 @@ def boundary_frames(
         ['0', '1']
     """
     figure, axes = new_figure(width=5.4, height=3.8)
-    ax, shades, moving = axes[0, 0], None, []
+    ax, shades = axes[0, 0], None
+    moving: list[Any] = []
     for number, (plane, title) in enumerate(planes):
         if shades is None:
             shades = draw_probability(ax, plane)
@@ -192,8 +195,9 @@ def _freeze(figure: Figure) -> None:
     inside = [*ax.images, *ax.lines, *ax.collections, ax.title]
     for artist in inside:
         artist.set_visible(False)
-    figure.canvas.draw()
-    still = np.asarray(figure.canvas.buffer_rgba()).copy()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    still = np.asarray(canvas.buffer_rgba()).copy()
     for artist in inside:
         artist.set_visible(True)
     for legend in list(figure.legends):
