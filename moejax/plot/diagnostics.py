@@ -71,12 +71,12 @@ def diagnostics(
     return figure
 
 
-def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
+def epoch_axis(ax: Axes, epochs: Sequence[float]) -> None:
     """Whole epochs along the axis, with room for the marks of the first and the last."""
     ax.set(xlabel="epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
     few = max(epochs) - min(epochs) < MOST_TICKS  # a locator puts fractions beside a single epoch
     ax.xaxis.set_major_locator(
-        FixedLocator(range(min(epochs), max(epochs) + 1))
+        FixedLocator(range(int(min(epochs)), int(max(epochs)) + 1))
         if few
         else MaxNLocator(MOST_TICKS, integer=True)
     )
