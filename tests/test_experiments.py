@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 
 import pytest
 
@@ -48,3 +49,10 @@ def is_private(node):
         root = root.value
     hidden = node.attr.startswith("_") and not node.attr.endswith("__")
     return hidden and isinstance(root, ast.Name) and root.id == "moejax"
+
+
+def test_the_readme_names_every_script_and_nothing_that_is_not_there():
+    readme = (EXPERIMENTS / "README.md").read_text()
+    linked = set(re.findall(r"\]\(([\w./]+)\)", readme))
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} <= linked
+    assert not [name for name in linked if not (EXPERIMENTS / name).exists()]
