@@ -50,7 +50,7 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
     first_key, second_key = (None, None) if key is None else jax.random.split(key)
     nobody = jnp.zeros(logits.shape, bool)
     first, first_weight = _one_expert(logits, nobody, epsilon, first_key)
-    taken = first[:, None] == jnp.arange(logits.shape[-1], dtype=first.dtype)
+    taken = first[:, None] == jnp.arange(logits.shape[-1], dtype=first.dtype)[None]
     second, second_weight = _one_expert(logits, taken, epsilon, second_key)
     experts = jnp.stack([first, second], axis=-1)  # [T, 2]
     weights = jnp.stack([first_weight, second_weight], axis=-1)

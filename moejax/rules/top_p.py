@@ -50,7 +50,7 @@ def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
     before = jnp.cumsum(weights, axis=-1) - weights
     enough = before >= jnp.asarray(p).astype(before.dtype)
     # The first choice stays, whatever the rounding of p.
-    left_out = enough & (jnp.arange(k) > 0)
+    left_out = enough & (jnp.arange(k) > 0)[None]
     return Routing(
         jnp.where(left_out, num_experts, experts), jnp.where(left_out, 0, weights), scores, logits
     )
