@@ -82,7 +82,9 @@ def one_hot(labels: A, num_classes: int = 10) -> A:
         array([[0., 0., 1.],
                [1., 0., 0.]], dtype=float32)
     """
-    return (labels[..., None] == np.arange(num_classes, dtype=labels.dtype)).astype(np.float32)
+    classes = np.arange(num_classes, dtype=labels.dtype)
+    classes = classes.reshape(*[1] * labels.ndim, num_classes)
+    return (labels[..., None] == classes).astype(np.float32)
 
 
 def _unit_interval(images: A) -> A:

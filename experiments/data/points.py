@@ -52,4 +52,4 @@ def toy(key: jax.Array, num_samples: int = 1000) -> Points:
     means = jnp.stack([side, jnp.full_like(side, 2.0)], axis=1)  # [N, 2]
     x = means + jax.random.normal(key, (num_samples, 2), jnp.float32)
     y = (jnp.sum(x**2, axis=1) > 13).astype(jnp.float32)
-    return Points(x - jnp.asarray([0.0, 2.0], jnp.float32), y)
+    return Points(x - jnp.asarray([[0.0, 2.0]], jnp.float32), y)

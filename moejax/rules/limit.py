@@ -231,7 +231,7 @@ def mask_tokens(routing: Routing, mask: Array) -> Routing:
         ValueError: if the mask is not booleans [T].
 
     Example:
-        >>> routing = mask_tokens(switch(jnp.eye(2)), jnp.array([True, False]))
+        >>> routing = mask_tokens(moejax.switch(jnp.eye(2)), jnp.array([True, False]))
         >>> routing.experts
         Array([[0],
                [2]], dtype=int32)

@@ -45,7 +45,7 @@ def scale_inputs(schedule: Schedule) -> Schedule:
         params, x = check_problem(params, x, decision.scores.shape)
         outputs = schedule(expert, params, _scaled(x, decision.weights), _one_each(decision))
         k = decision.experts.shape[1]
-        by_choice = outputs.reshape(k, len(x), *outputs.shape[1:])  # [K T, ...] -> [K, T, ...]
+        by_choice = outputs.reshape(k, x.shape[0], *outputs.shape[1:])  # [K T, ...] -> [K, T, ...]
         return by_choice.sum(axis=0)
 
     return takes(Routing)(execute)
@@ -55,7 +55,7 @@ def _scaled(x: Array, weights: Array) -> Array:
     """Each choice's input ``w_tk x_t``, all first choices before any second one, [K T, ...]."""
     dtype = np.promote_types(x.dtype, weights.dtype)
     by_choice = weights.T.reshape(*weights.T.shape, *[1] * (x.ndim - 1))  # [K, T, 1 ...]
-    scaled = by_choice.astype(dtype) * x.astype(dtype)  # [K, T, ...]
+    scaled = by_choice.astype(dtype) * x.astype(dtype)[None]  # [K, T, ...]
     return scaled.astype(x.dtype).reshape(-1, *x.shape[1:])
 
 
