@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax._compiling import compiled
+
 Array = jax.Array
 
 
+@compiled("num_experts")
 def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
     """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
     if values.shape[1] * num_experts <= 64:

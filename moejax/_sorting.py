@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moejax._checks import check_num_choices
+from moejax._compiling import compiled
 from moejax.base import Array
 
 
@@ -35,6 +36,7 @@ def sort_by_expert(experts: Array, num_experts: int) -> Sorted:
     return sort_queue(experts.T.reshape(-1), num_experts)  # [K * T]
 
 
+@compiled("num_experts")
 def sort_queue(queue: Array, num_experts: int) -> Sorted:
     """Sorts one queue of choices by expert, stably.
 
@@ -60,6 +62,7 @@ def sort_queue(queue: Array, num_experts: int) -> Sorted:
     return Sorted(order, jnp.cumsum(counts, dtype=jnp.int32) - counts)
 
 
+@compiled("num_experts")
 def places_in_queue(queue: Array, num_experts: int) -> Array:
     """How many choices of the same expert come before each choice of a queue.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from moejax._checks import takes
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 from moejax.losses import entropy, mean_over_tokens
 
 
 @takes(Routing)
+@compiled()
 def expert_load(routing: Routing) -> Array:
     """The share of all choices that goes to each expert, ``f_e = n_e / sum n``.
 
@@ -32,6 +34,7 @@ def expert_load(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def dead_experts(routing: Routing) -> Array:
     """How many experts no token chose.
 
@@ -49,6 +52,7 @@ def dead_experts(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def share_dropped(before: Routing, after: Routing) -> Array:
     """The share of choices that found no slot, ``1 - n_after / n_before``.
 
@@ -70,6 +74,7 @@ def share_dropped(before: Routing, after: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def gate_entropy(routing: Routing) -> Array:
     """The mean entropy of a token's gates, ``mean_t H(g_t)``, g normalised to sum to one.
 
@@ -87,6 +92,7 @@ def gate_entropy(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def confidence(routing: Routing) -> Array:
     """The mean of a token's largest gate, ``mean_t max_e g_te``, g normalised to sum to one.
 
@@ -104,6 +110,7 @@ def confidence(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def effective_experts(routing: Routing) -> Array:
     """How many experts share the work, ``exp H(mean_t g_t)``: the perplexity of the mean gate.
 
@@ -156,6 +163,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
     return table.at[labels].add(gates, mode="drop").T
 
 
+@compiled()
 def mutual_information(table: Array) -> Array:
     """How much the expert tells about the class, ``I = sum_ec p_ec log(p_ec / (p_e p_c))``.
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import takes
+from moejax._compiling import compiled
 from moejax.base import Array, ExpertChoice, Routing, SoftSlots
 
 
 @takes(Routing)
+@compiled()
 def load_balancing_loss(routing: Routing) -> Array:
     """How far the load is from uniform, ``E sum_e f_e P_e``.
 
@@ -44,6 +46,7 @@ def load_balancing_loss(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def importance_loss(routing: Routing) -> Array:
     """How unequally the gates are spread, ``Var(I) / (Mean(I)^2 + 1e-10)``.
 
@@ -68,6 +71,7 @@ def importance_loss(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def load_loss(routing: Routing) -> Array:
     """How unequally the experts are chosen, smoothly: ``Var(L) / (Mean(L)^2 + 1e-10)``.
 
@@ -100,6 +104,7 @@ def load_loss(routing: Routing) -> Array:
     return _squared_variation(jnp.where(routing.present[:, None], routing.chances, 0).sum(axis=0))
 
 
+@compiled()
 def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
     """How large the logits are, ``mean_t logsumexp(logits_t)^2``.
 
@@ -122,6 +127,7 @@ def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
 
 
 @takes(Routing, ExpertChoice)
+@compiled()
 def entropy_loss(routing: Routing) -> Array:
     """How undecided the router is, ``mean_t H(p_t)`` in nats: small when it is sure of a token.
 
@@ -139,6 +145,7 @@ def entropy_loss(routing: Routing) -> Array:
 
 
 @takes(Routing, ExpertChoice)
+@compiled()
 def mutual_information_loss(routing: Routing) -> Array:
     """Minus what the expert tells about the token, ``mean_t H(p_t) - H(mean_t p_t)`` in nats.
 
@@ -165,6 +172,7 @@ def mutual_information_loss(routing: Routing) -> Array:
 
 
 @takes(Routing)
+@compiled()
 def l1_loss(routing: Routing) -> Array:
     """The size of the gates, ``mean_t sum_e |g_te|``: what keeps `relu` routing sparse.
 

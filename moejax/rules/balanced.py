@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_k, check_mask, checked_logits, takes
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 from moejax.rules.by_score import Groups, check_bias, check_choice, choose
 from moejax.rules.limit import mask_tokens
@@ -111,6 +112,7 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
     return bias + rate * _below_mean(counts).astype(bias.dtype)
 
 
+@compiled("k", "iterations")
 def sinkhorn(
     logits: Array, *, k: int = 1, iterations: int = 20, mask: Array | None = None
 ) -> Routing:

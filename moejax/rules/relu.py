@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import checked_logits, is_number, takes
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
 
+@compiled()
 def relu(logits: Array) -> Routing:
     """Sends every token to the experts with a positive logit, ``g = relu(logits)``.
 
