@@ -248,7 +248,7 @@ def test_names_must_name_every_layer():
 
 def test_two_tensors_of_one_name_are_refused(key):
     layout = conversion.mlp(3, 3, 3, names=("fc", "fc"))
-    with pytest.raises(ValueError, match="`fc.bias` is used twice"):
+    with pytest.raises(ValueError, match=r"`fc.bias` is used twice"):
         conversion.to_torch(layout, moejax.mlp(3, 3, 3).init(key))
     with pytest.raises(ValueError, match="is used twice"):
         conversion.from_torch(layout, {"fc.weight": np.ones((3, 3)), "fc.bias": np.ones(3)})

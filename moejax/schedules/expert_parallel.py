@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from moejax._arrays import vary_together
 from moejax._checks import check_problem, takes
 from moejax._comparing import comparable
 from moejax.base import Array, Expert, Params, Routing
@@ -83,6 +84,8 @@ def expert_parallel(
         _check_experts(mesh, axis, routing.num_experts)
 
         def on_device(params: Params, x: Array, routing: Routing) -> Array:
+            # Once here, or every round would sum the parameters' gradients over the data axes.
+            params, x, routing = vary_together((params, x, routing))
             output = output_like(expert, params, x)
             if routing.experts.size == 0:
                 return jnp.zeros(output.shape, output.dtype)

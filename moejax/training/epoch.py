@@ -44,7 +44,7 @@ def train_epoch(
 
     Example:
         >>> from moejax.training import init_state, train_step
-        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p[None] - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> state, metrics = train_epoch(step, state, jnp.ones((5, 1)), batch_size=2)
         >>> metrics["loss"].shape
@@ -94,7 +94,7 @@ def train_until(
 
     Example:
         >>> from moejax.training import init_state, train_step
-        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p[None] - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> data, order = jnp.ones((5, 1)), epoch_order(state, 0, 5)
         >>> metrics = empty_metrics(step, state, data, batch_size=2)
@@ -151,7 +151,7 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
 
     Example:
         >>> from moejax.training import init_state, train_step
-        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p[None] - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> empty_metrics(step, state, jnp.ones((5, 1)), batch_size=2)
         {'loss': Array([0., 0., 0.], dtype=float32)}
@@ -186,7 +186,7 @@ def scan_batches(
 
     Example:
         >>> from moejax.training import init_state, train_step
-        >>> step = train_step(lambda p, x, key: (jnp.sum((p - x) ** 2), {}), optax.sgd(0.1))
+        >>> step = train_step(lambda p, x, key: (jnp.sum((p[None] - x) ** 2), {}), optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> batches = jnp.array([[0, 1], [2, 3]])
         >>> state, metrics = scan_batches(step, state, jnp.ones((4, 1)), batches)
