@@ -13,18 +13,22 @@ layer    a sparse layer against its peers, and under collapsed routing
 grouped  the product behind it
 scaling  the layer for more experts, and for more tokens
 load     what mnist.py does before its first epoch and after its last
+traffic  bytes that a training step sends between devices, read from the compiled program
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.layers import Result, grouped_suite, layer_suite, scaling_suite
-from benchmarks.report import draw, print_table
-from benchmarks.runs import load_suite, mnist_suite, toy_suite
+from benchmarks.layers import grouped_suite, layer_suite, scaling_suite
+from benchmarks.report import draw, print_table, print_traffic
+from benchmarks.timing import Result
+from benchmarks.traffic import traffic_suite
+from benchmarks.whole_runs import load_suite, mnist_suite, toy_suite
 from parts.command_line import (
     OneLineParser,
     output_folder,
@@ -37,13 +41,28 @@ from parts.command_line import (
 
 ROUNDS = 7
 SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]
+
+
+class Suite(NamedTuple):
+    """Problems, and how their results are shown.
+
+    Attributes:
+        run: ``(rounds, quick) -> results``.
+        show: prints one of them.
+    """
+
+    run: Callable[[int, bool], Iterator[Result]]
+    show: Callable[[Result], None]
+
+
 SUITES = {
-    "toy": toy_suite,
-    "mnist": mnist_suite,
-    "layer": layer_suite,
-    "grouped": grouped_suite,
-    "scaling": scaling_suite,
-    "load": load_suite,
+    "toy": Suite(toy_suite, print_table),
+    "mnist": Suite(mnist_suite, print_table),
+    "layer": Suite(layer_suite, print_table),
+    "grouped": Suite(grouped_suite, print_table),
+    "scaling": Suite(scaling_suite, print_table),
+    "load": Suite(load_suite, print_table),
+    "traffic": Suite(traffic_suite, print_traffic),
 }
 
 
@@ -60,9 +79,10 @@ def main() -> None:
     results: list[Result] = []
     settings = "".join(f", {name}={value}" for name, value in environment().items())
     say(f"{os.cpu_count()} cores of {processor()}{settings}\n")
-    for suite in [options.suite] if options.suite else SUITES:
-        for result in SUITES[suite](2 if options.quick else ROUNDS, options.quick):
-            print_table(result)
+    for name in [options.suite] if options.suite else SUITES:
+        suite = SUITES[name]
+        for result in suite.run(2 if options.quick else ROUNDS, options.quick):
+            suite.show(result)
             results.append(result)
             write_json(folder / "summary.json", summary(results))
     pictures = draw(results, folder)

@@ -8,6 +8,7 @@ use, such as ``moejax.training.train_step``. So are `adapters` (`interop.flax`),
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
+from moejax._version import VERSION
 from moejax.base import DenseRouting, ExpertChoice, Layer, Routing, SoftSlots
 from moejax.diagnostics import (
     confidence,
@@ -19,7 +20,7 @@ from moejax.diagnostics import (
     mutual_information,
     share_dropped,
 )
-from moejax.layers import fan_in_uniform, glu, linear, mlp, stack
+from moejax.layers import between, fan_in_uniform, gated, glu, linear, mlp, stack
 from moejax.likelihood import (
     bernoulli_log_likelihood,
     categorical_log_likelihood,
@@ -36,10 +37,12 @@ from moejax.losses import (
     router_z_loss,
 )
 from moejax.mixed import Bank, constant_experts, copy_experts, moe_of, networks, zero_experts
-from moejax.moe_layer import moe, with_shared
-from moejax.routers import cosine, jittered, noisy, slots, soft_capped, tempered
+from moejax.moe_layer import moe, outputs_of, with_shared
+from moejax.routers import biased, cosine, jittered, noisy, slots, soft_capped, tempered
 from moejax.rules import (
     by_choice,
+    by_score,
+    by_token,
     by_token_weight,
     by_weight,
     capacity_for,
@@ -53,8 +56,10 @@ from moejax.rules import (
     sinkhorn,
     soft_slots,
     softmax,
+    sparsemixer,
     switch,
     top_k,
+    top_p,
     update_balance_bias,
     update_l1_coefficient,
 )
@@ -63,9 +68,10 @@ from moejax.schedules.capacity import capacity
 from moejax.schedules.dense import dense, mixture
 from moejax.schedules.dropless import dropless
 from moejax.schedules.grouped_matmul import grouped_matmul
+from moejax.schedules.scale_inputs import scale_inputs
 from moejax.schedules.slots import gather_slots, mix_slots
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Imported at their first use: `import moejax` must stay light.
 _MODULES = MappingProxyType(
@@ -89,7 +95,11 @@ __all__ = [
     "Routing",
     "SoftSlots",
     "bernoulli_log_likelihood",
+    "between",
+    "biased",
     "by_choice",
+    "by_score",
+    "by_token",
     "by_token_weight",
     "by_weight",
     "capacity",
@@ -109,6 +119,7 @@ __all__ = [
     "expert_load",
     "fan_in_uniform",
     "gate_entropy",
+    "gated",
     "gather_slots",
     "gaussian_log_likelihood",
     "glu",
@@ -134,9 +145,11 @@ __all__ = [
     "networks",
     "noisy",
     "noisy_top_k",
+    "outputs_of",
     "positions",
     "relu",
     "router_z_loss",
+    "scale_inputs",
     "share_dropped",
     "sigmoid_top_k",
     "sinkhorn",
@@ -144,10 +157,12 @@ __all__ = [
     "soft_capped",
     "soft_slots",
     "softmax",
+    "sparsemixer",
     "stack",
     "switch",
     "tempered",
     "top_k",
+    "top_p",
     "update_balance_bias",
     "update_l1_coefficient",
     "with_shared",

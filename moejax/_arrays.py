@@ -16,9 +16,10 @@ def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
     """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
     if values.shape[1] * num_experts <= 64:
         # XLA fuses a few comparisons with what is around them, which it does not do for a scatter.
-        ids = jnp.arange(num_experts, dtype=experts.dtype)
-        choices = zip(experts.T, values.T, strict=True)
-        return reduce(jnp.add, [jnp.where(e[:, None] == ids, v[:, None], 0) for e, v in choices])
+        ids = jnp.arange(num_experts, dtype=experts.dtype)[None]  # [1, E]
+        columns = [slice(k, k + 1) for k in range(values.shape[1])]
+        laid_out = [jnp.where(experts[:, k] == ids, values[:, k], 0) for k in columns]  # [T, E]
+        return reduce(jnp.add, laid_out)
 
     def of_token(experts: Array, values: Array) -> Array:
         # As an index, a negative id would count from the end; one of E or more is dropped.

@@ -65,7 +65,10 @@ def is_number(value: Any) -> bool:
 
 
 def positive_like(name: str, value: Array | float, of: str, array: Array) -> Array:
-    """The value in the dtype of an array to which it broadcasts; a number must be positive."""
+    """The value in the dtype and rank of an array to which it broadcasts, or a scalar.
+
+    A number must be positive; of an array that may be traced nothing is known.
+    """
     converted = jnp.asarray(value).astype(array.dtype)
     sizes = zip(converted.shape[::-1], array.shape[::-1], strict=False)
     fits = converted.ndim <= array.ndim and all(size in (1, whole) for size, whole in sizes)
@@ -74,7 +77,8 @@ def positive_like(name: str, value: Array | float, of: str, array: Array) -> Arr
             f"`{name}` must be positive and broadcast to the {of} {list(array.shape)}, got "
             f"{value if is_number(value) else list(converted.shape)}."
         )
-    return converted
+    missing = range(array.ndim - converted.ndim) if converted.ndim else ()
+    return jnp.expand_dims(converted, tuple(missing))
 
 
 def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
@@ -90,6 +94,15 @@ def check_count(name: str, count: int) -> None:
     """Refuses a number of things that is no positive integer."""
     if not (is_integer(count) and count >= 1):
         raise ValueError(f"`{name}` must be an integer, at least 1, got {count}.")
+
+
+def check_num_choices(count: int) -> None:
+    """Refuses more choices than int32 can number. A symbolic count is a promise to stay below."""
+    if isinstance(count, int) and count >= 2**31:
+        raise ValueError(
+            f"At most 2^31 - 1 choices (tokens times experts per token) can be put in order at "
+            f"once, got {count}: split the tokens, as with `jax.lax.map`."
+        )
 
 
 def check_stacked(params: Params, num_experts: int) -> None:
@@ -120,6 +133,15 @@ def check_input(x: Array, kernel: Array) -> None:
         raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
 
 
+def check_gate(gate: Array, y: Array) -> None:
+    """Refuses a gate that would broadcast the output to another shape."""
+    if gate.shape[:-1] != y.shape[:-1] or gate.shape[-1] not in (1, y.shape[-1]):
+        raise ValueError(
+            f"The gate of `gated` must return one number per token, [..., 1], or per output, "
+            f"{list(y.shape)}, got {list(gate.shape)}: use linear(D, 1)."
+        )
+
+
 def checked_logits(logits: Array) -> Array:
     """Logits in float32 at the least, once their shape and dtype are known to be right."""
     if logits.ndim != 2 or logits.shape[-1] < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -148,8 +170,10 @@ def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Par
     num_tokens, num_experts = shape
     params, x = jax.tree.map(jnp.asarray, (params, x))
     check_stacked(params, num_experts)
-    if len(x) != num_tokens:
-        raise ValueError(f"`x` must hold the {num_tokens} tokens that were routed, got {len(x)}.")
+    if x.shape[0] != num_tokens:
+        raise ValueError(
+            f"`x` must hold the {num_tokens} tokens that were routed, got {x.shape[0]}."
+        )
     return params, x
 
 
@@ -157,8 +181,8 @@ def check_array(output: Any) -> None:
     """Refuses an expert that returns something besides its output, as a layer of `moe` does."""
     if not hasattr(output, "shape"):
         raise ValueError(
-            f"An expert must return one array, got a {type(output).__name__}: give it an apply "
-            "such as `lambda params, x: layer.apply(params, x)[0]`."
+            f"An expert must return one array, got a {type(output).__name__}: wrap a mixture in "
+            "`outputs_of`."
         )
 
 
@@ -174,7 +198,7 @@ def check_outputs(shape: tuple[int, ...], num_tokens: int) -> None:
 def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
     # One gate for all experts would broadcast; params may be empty, and then have no axis E.
     leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
-    if len(gates.shape) != 2 or len(gates) != num_tokens or leading - {gates.shape[1:]}:
+    if len(gates.shape) != 2 or gates.shape[0] != num_tokens or leading - {gates.shape[1:]}:
         raise ValueError(
             f"`gates` must be [T, E] for {num_tokens} tokens and E the leading axis of every leaf "
             f"of the params, got {list(gates.shape)} and leaves {[[*axis] for axis in leading]}."
@@ -218,4 +242,13 @@ def check_expert_params(params: Params, num_experts: int) -> None:
             f"The parameters must be of as many experts as the model's `num_experts` "
             f"({num_experts}), got parameters of {count[0]} experts: initialise them with this "
             "model, or build it with as many."
+        )
+
+
+def check_present(missing: set[tuple[str, str]]) -> None:
+    """Refuses variables of a Linen module that lack some of its layer's params."""
+    if missing:
+        raise ValueError(
+            "The variables must hold every parameter of the layer, but lack "
+            f"{sorted('/'.join(place) for place in missing)}: pass all that `init` returned."
         )

@@ -1,4 +1,4 @@
-"""The order in which choices are served: sorted by expert, stably, in integers."""
+"""The queue of each expert: choices sorted by expert, in the order in which they are served."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from moejax._checks import check_num_choices
 from moejax.base import Array
 
 
@@ -22,22 +23,59 @@ class Sorted(NamedTuple):
 
 
 def sort_by_expert(experts: Array, num_experts: int) -> Sorted:
-    """Sorts choices by expert, stably, in integers throughout.
+    """Sorts choices by expert; an expert serves first choices first, then in the order of tokens.
 
     Args:
-        experts: expert ids in [0, E], where E means nowhere, shape [T, K].
+        experts: expert ids, of which any outside of [0, E) means nowhere, shape [T, K].
         num_experts: E.
+
+    Returns:
+        The choices in their new order; choice k of token t has the number ``k T + t``.
     """
-    ids = experts.T.reshape(-1).astype(jnp.int32)  # [K * T]
-    size = ids.size
-    if (num_experts + 1) * size < 2**31:
-        # Expert and choice in one integer: sorting one array of integers is several times as
-        # fast on CPU as a stable sort of pairs.
+    return sort_queue(experts.T.reshape(-1), num_experts)  # [K * T]
+
+
+def sort_queue(queue: Array, num_experts: int) -> Sorted:
+    """Sorts one queue of choices by expert, stably.
+
+    Args:
+        queue: the expert of each choice, first come first served; an id outside of [0, E) means
+            nowhere, shape [N].
+        num_experts: E.
+
+    Returns:
+        Places in the queue, sorted by expert, [N], and where each expert starts among them.
+    """
+    check_num_choices(queue.size)
+    ids, size = _ids(queue, num_experts), queue.size
+    # Under `jax.export` the size may be a symbol, whose product nobody can compare.
+    if isinstance(size, int) and (num_experts + 1) * size < 2**31:
+        # Expert and place in one integer: sorting one array of integers is several times as fast
+        # on CPU as a stable sort of pairs.
         keys = jnp.sort(ids * size + jnp.arange(size, dtype=jnp.int32), stable=False)
-        order = keys % max(size, 1)
-    else:
-        order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-        keys = ids[order]
-        size = 1
-    bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
-    return Sorted(order, jnp.searchsorted(keys, bounds).astype(jnp.int32))
+        bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
+        return Sorted(keys % max(size, 1), jnp.searchsorted(keys, bounds).astype(jnp.int32))
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    counts = jnp.zeros(num_experts + 1, jnp.int32).at[ids].add(1)
+    return Sorted(order, jnp.cumsum(counts, dtype=jnp.int32) - counts)
+
+
+def places_in_queue(queue: Array, num_experts: int) -> Array:
+    """How many choices of the same expert come before each choice of a queue.
+
+    Args:
+        queue: as in `sort_queue`, shape [N].
+        num_experts: E.
+
+    Returns:
+        Places from 0, int32 [N]; choices that go nowhere wait for one another.
+    """
+    order, starts = sort_queue(queue, num_experts)
+    # A sort and not a cumulative sum over a one-hot [N, E]: it is exact, and takes less memory.
+    places = jnp.arange(queue.size, dtype=jnp.int32) - starts[_ids(queue, num_experts)[order]]
+    return jnp.zeros(queue.size, jnp.int32).at[order].set(places, unique_indices=True)
+
+
+def _ids(queue: Array, num_experts: int) -> Array:
+    nowhere = (queue < 0) | (queue >= num_experts)
+    return jnp.where(nowhere, num_experts, queue).astype(jnp.int32)

@@ -74,7 +74,7 @@ class Routing(NamedTuple):
     weight zero, runs in no expert, takes no capacity and enters no loss.
 
     Attributes:
-        experts: chosen experts, integers in [0, E], shape [T, K].
+        experts: chosen experts, integers in [0, E] of a dtype that holds E, shape [T, K].
         weights: their gates, at least float32, shape [T, K].
         scores: probabilities (or normalised scores) over all experts, shape [T, E].
         logits: the router's output before any noise, shape [T, E].
@@ -90,13 +90,24 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """E, read from the shape of the scores."""
-        return self.scores.shape[-1]
+        """E, read from the shape of the scores; every reader of the ids asks for it.
+
+        Raises:
+            ValueError: if the ids cannot hold E, "nowhere", which would wrap round to an expert.
+        """
+        num_experts, ids = self.scores.shape[-1], self.experts.dtype
+        if not jnp.issubdtype(ids, jnp.integer) or jnp.iinfo(ids).max < num_experts:
+            raise ValueError(
+                f"`experts` must be integers that can hold the number of experts, {num_experts}, "
+                f"which means nowhere, got {ids}: cast them with experts.astype(jnp.int32)."
+            )
+        return num_experts
 
     @property
     def chosen(self) -> Array:
         """Which choices go to an expert at all, shape [T, K]."""
-        return self.experts < self.num_experts
+        num_experts = self.num_experts
+        return (self.experts >= 0) & (self.experts < num_experts)
 
     @property
     def gates(self) -> Array:
@@ -111,7 +122,7 @@ class Routing(NamedTuple):
 
     @property
     def counts(self) -> Array:
-        """How many choices go to each expert, int32 [E]."""
+        """How many choices go to each expert, int32 [E], which holds fewer than 2^31 choices."""
         ones = jnp.ones_like(self.experts, jnp.int32)
         return by_expert(self.experts, ones, self.num_experts).sum(axis=0)
 

@@ -147,7 +147,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
     gates = _normalized_gates(routing)  # [T, E]
     if labels.shape != gates.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"`labels` must hold one integer per token, [{len(gates)}], got "
+            f"`labels` must hold one integer per token, [{gates.shape[0]}], got "
             f"{labels.dtype}{list(labels.shape)}."
         )
     table = jnp.zeros((num_classes, routing.num_experts), gates.dtype)

@@ -1,4 +1,4 @@
-"""Layers of which experts and routers are built: linear, mlp, glu, and their stacking.
+"""Layers of which experts and routers are built: linear, mlp, glu, and what wraps and stacks them.
 
 Every built-in layer takes its matrix product as an argument, ``matmul``. One source then serves
 ``vmap`` (plain products, one per expert) and a grouped product over rows sorted by expert.
@@ -10,17 +10,22 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moejax._checks import check_count, check_input, check_widths
+from moejax._calling import accepts
+from moejax._checks import check_count, check_gate, check_input, check_widths
+from moejax._comparing import comparable
 from moejax.base import Array, Layer, Matmul, Params
 
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
 Activation = Callable[[Array], Array]
+Combine = Callable[[Array, Array], Array]  # (gate [..., F], up [..., F]) -> [..., F]
 
 
+@comparable
 def fan_in_uniform(fan_in: int) -> Initializer:
     """Uniform within ``±1/sqrt(fan_in)``: how ``torch.nn.Linear`` starts its weight and bias.
 
@@ -43,6 +48,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
     return init
 
 
+@comparable
 def linear(
     d_in: int,
     d_out: int,
@@ -50,6 +56,7 @@ def linear(
     bias: bool = True,
     kernel_init: Initializer | None = None,
     bias_init: Initializer | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
 ) -> Layer:
     """An affine map, ``y = x W + b``.
 
@@ -62,6 +69,8 @@ def linear(
         bias: whether to add ``b``.
         kernel_init: initializer of ``W``; uniform within ``±1/sqrt(D)`` by default.
         bias_init: initializer of ``b``; uniform within ``±1/sqrt(D)`` by default.
+        param_dtype: dtype in which ``W`` and ``b`` start. Layers made of linear ones take it by
+            their ``layer``: ``mlp(2, 4, layer=partial(linear, param_dtype=jnp.bfloat16))``.
 
     Returns:
         A layer with params ``{"kernel": [D, O], "bias": [O]}``.
@@ -81,9 +90,9 @@ def linear(
 
     def init(key: Array) -> Params:
         kernel_key, bias_key = jax.random.split(key)
-        params = {"kernel": kernel_init(kernel_key, (d_in, d_out), jnp.float32)}
+        params = {"kernel": kernel_init(kernel_key, (d_in, d_out), param_dtype)}
         if bias:
-            params["bias"] = bias_init(bias_key, (d_out,), jnp.float32)
+            params["bias"] = bias_init(bias_key, (d_out,), param_dtype)
         return params
 
     def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
@@ -98,6 +107,7 @@ def linear(
     return Layer(init, apply)
 
 
+@comparable
 def mlp(
     *widths: int, activation: Activation = jax.nn.relu, layer: Callable[..., Layer] = linear
 ) -> Layer:
@@ -146,19 +156,26 @@ def mlp(
 _unbiased = partial(linear, bias=False)
 
 
+@comparable
 def glu(
     d_model: int,
     d_hidden: int,
     *,
     activation: Activation = jax.nn.silu,
+    combine: Combine | None = None,
     layer: Callable[..., Layer] = _unbiased,
 ) -> Layer:
     """A gated linear unit, ``y = (a(x W_gate) * (x W_up)) W_down``; SwiGLU with the default.
+
+    With ``combine``, any ``y = c(x W_gate, x W_up) W_down``: GPT-OSS clamps both and adds 1 to the
+    second.
 
     Args:
         d_model: input and output width D.
         d_hidden: hidden width F.
         activation: applied to the gate.
+        combine: ``(gate, up) -> hidden``, all of shape [..., F]; None for
+            ``activation(gate) * up``.
         layer: makes each of the three layers from its two widths; `linear` without bias by default.
 
     Returns:
@@ -172,26 +189,115 @@ def glu(
         >>> layer = glu(4, 8)
         >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((3, 4))).shape
         (3, 4)
+        >>> def clamped(gate, up):
+        ...     return jax.nn.silu(jnp.minimum(gate, 7)) * jnp.clip(up, -7, 7)
+        >>> layer = glu(4, 8, combine=clamped)
 
     References:
         Shazeer, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_, 2020
     """
     check_widths("glu", d_model, d_hidden)
     up, down = layer(d_model, d_hidden), layer(d_hidden, d_model)
+    combine = combine or (lambda gate, up: activation(gate) * up)
 
     def init(key: Array) -> Params:
         gate_key, up_key, down_key = jax.random.split(key, 3)
         return {"gate": up.init(gate_key), "up": up.init(up_key), "down": down.init(down_key)}
 
     def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
-        gate = activation(up.apply(params["gate"], x, matmul=matmul))
-        return down.apply(
-            params["down"], gate * up.apply(params["up"], x, matmul=matmul), matmul=matmul
+        hidden = combine(
+            up.apply(params["gate"], x, matmul=matmul), up.apply(params["up"], x, matmul=matmul)
         )
+        return down.apply(params["down"], hidden, matmul=matmul)
 
     return Layer(init, apply)
 
 
+@comparable
+def gated(layer: Layer, gate: Layer) -> Layer:
+    """A layer behind a gate of its own, ``y = sigmoid(G(x)) * L(x)``.
+
+    It makes the shared expert of `with_shared` one that a token can switch off.
+
+    Args:
+        layer: L, any ``x -> [T, O]``.
+        gate: G, ``x -> [T, 1]`` for one gate per token, or [T, O] for one per output.
+
+    Returns:
+        A layer with params ``{"layer": ..., "gate": ...}``.
+
+    Raises:
+        ValueError: in apply, if the gate's output would change the shape of the layer's.
+
+    Example:
+        >>> shared = gated(glu(4, 8), linear(4, 1, bias=False))
+        >>> shared.apply(shared.init(jax.random.key(0)), jnp.ones((3, 4))).shape
+        (3, 4)
+
+    References:
+        Qwen Team, `Qwen1.5-MoE <https://qwenlm.github.io/blog/qwen-moe/>`_, 2024
+    """
+
+    def init(key: Array) -> Params:
+        layer_key, gate_key = jax.random.split(key)
+        return {"layer": layer.init(layer_key), "gate": gate.init(gate_key)}
+
+    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+        y = _apply(layer, params["layer"], x, matmul)
+        opened = jax.nn.sigmoid(_apply(gate, params["gate"], x, matmul))
+        check_gate(opened, y)
+        return opened * y
+
+    return Layer(init, apply)
+
+
+@comparable
+def between(before: Layer, model: Layer, after: Layer) -> Layer:
+    """A layer in another space, ``y = A(M(B(x)))``: experts in a narrower one, for example.
+
+    Args:
+        before: B, ``x [T, D] -> [T, D']``.
+        model: M, a mixture or any layer of width D'. What it returns beside its output, such as
+            the decision of `moe`, is returned, and ``key`` and ``mask`` are passed to it.
+        after: A, from the width of M's output to that of y.
+
+    Returns:
+        A layer with params ``{"before": ..., "model": ..., "after": ...}`` that is applied as
+        ``model`` is.
+
+    Example:
+        >>> mixture = moejax.moe(glu(2, 4), linear(2, 3), num_experts=3)
+        >>> model = between(linear(8, 2), mixture, linear(2, 8))
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 8)))
+        >>> y.shape, routing.weights.shape
+        ((5, 8), (5, 3))
+
+    References:
+        NVIDIA, `Nemotron 3 <https://arxiv.org/abs/2512.20856>`_, 2025 (latent experts)
+    """
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, 3)
+        layers = {"before": before, "model": model, "after": after}
+        return {name: one.init(k) for (name, one), k in zip(layers.items(), keys, strict=True)}
+
+    def apply(params: Params, x: Array, **options: Any) -> Any:
+        output = model.apply(params["model"], before.apply(params["before"], x), **options)
+        if isinstance(output, tuple):
+            y, *evidence = output
+            return after.apply(params["after"], y), *evidence
+        return after.apply(params["after"], output)
+
+    return Layer(init, apply)
+
+
+def _apply(layer: Layer, params: Params, x: Array, matmul: Matmul) -> Array:
+    if accepts(layer.apply, "matmul"):
+        return layer.apply(params, x, matmul=matmul)
+    return layer.apply(params, x)
+
+
+@comparable
 def stack(layer: Layer, num_experts: int) -> Layer:
     """E copies of a layer, each with its own parameters: ``y_e = f(params_e, x)``.
 

@@ -81,7 +81,7 @@ def gaussian_log_likelihood(
     _check_targets(means, targets)
     means = at_least_float32(means)
     variance = positive_like("variance", variance, "means", means)
-    error = means - targets.astype(means.dtype)
+    error = means - targets.astype(means.dtype)[None]
     log_p = -0.5 * (error**2 / variance + jnp.log(variance) + math.log(2 * math.pi))
     return _sum_features(log_p)
 
@@ -106,7 +106,7 @@ def bernoulli_log_likelihood(logits: Array, labels: Array) -> Array:
     """
     _check_targets(logits, labels)
     logits = at_least_float32(logits)
-    labels = labels.astype(logits.dtype)
+    labels = labels.astype(logits.dtype)[None]
     log_p = labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)
     return _sum_features(log_p)
 
@@ -134,7 +134,7 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     log_p = jax.nn.log_softmax(at_least_float32(logits))
     log_p = jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0]  # [E, T]
     # As an index, a negative label would count from the end; one too large is NaN already.
-    return jnp.where(labels < 0, jnp.nan, log_p).T
+    return jnp.where(labels[None] < 0, jnp.nan, log_p).T
 
 
 def _nll(log_gates: Array, log_likelihoods: Array) -> Array:

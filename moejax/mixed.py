@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moejax._arrays import at_least_float32, output_dtype
 from moejax._checks import check_count, check_stacked, check_widths, takes
+from moejax._comparing import comparable
 from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
 from moejax.layers import stack
 from moejax.moe_layer import default_schedule, routed
@@ -36,6 +37,7 @@ class Bank(NamedTuple):
     apply: Callable[[Params, Array, Routing], Array]
 
 
+@comparable
 def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None) -> Bank:
     """Experts that are networks, as in `moe`.
 
@@ -63,6 +65,7 @@ def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None
     return Bank(num_experts, stack(expert, num_experts).init, apply)
 
 
+@comparable
 def zero_experts(num_experts: int) -> Bank:
     """Experts that return zero, ``E(x) = 0``: a token that chooses one leaves that choice out.
 
@@ -86,6 +89,7 @@ def zero_experts(num_experts: int) -> Bank:
     return Bank(num_experts, lambda key: {}, lambda params, x, routing: jnp.zeros((), x.dtype))
 
 
+@comparable
 def copy_experts(num_experts: int) -> Bank:
     """Experts that return the token, ``E(x) = x``: a token that chooses one skips the layer.
 
@@ -114,6 +118,7 @@ def copy_experts(num_experts: int) -> Bank:
     return Bank(num_experts, lambda key: {}, apply)
 
 
+@comparable
 def constant_experts(num_experts: int, width: int) -> Bank:
     """Experts that return a learned vector whatever the token, ``E_e(x) = v_e``.
 
@@ -147,6 +152,7 @@ def constant_experts(num_experts: int, width: int) -> Bank:
     return Bank(num_experts, init, apply)
 
 
+@comparable
 def moe_of(
     *banks: Bank, router: Layer, route: Callable[..., Routing], feature_ndim: int = 1
 ) -> Layer:

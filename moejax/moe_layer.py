@@ -18,6 +18,7 @@ from moejax._checks import (
     check_mask,
     check_stacked,
 )
+from moejax._comparing import comparable
 from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
 from moejax.layers import stack
 from moejax.rules import softmax
@@ -26,6 +27,7 @@ from moejax.schedules.dense import dense
 from moejax.schedules.dropless import dropless
 
 
+@comparable
 def moe(
     expert: Layer,
     router: Layer,
@@ -93,6 +95,7 @@ def moe(
     )
 
 
+@comparable
 def routed(
     experts: Layer,
     router: Layer,
@@ -149,7 +152,9 @@ def padded_by_example(tokens: Array, mask: Array) -> Array:
     Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
     computed anyway brings no new value and no new gradient.
     """
-    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0) if len(tokens) else tokens
+    if tokens.shape[0] == 0:
+        return tokens
+    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0)[None]  # [1, ...]
     kept = mask.reshape(-1, *[1] * (tokens.ndim - 1))
     return jnp.where(kept, tokens, jax.lax.stop_gradient(example))
 
@@ -179,7 +184,7 @@ def _decide(
     keyed = only_accepted(router, key=router_key)
     outputs = router.apply(params, _router_input(tokens), **keyed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    _check_logits(outputs[0], len(tokens), num_experts)
+    _check_logits(outputs[0], tokens.shape[0], num_experts)
     extras = {"key": route_key, "mask": mask}
     given = {k: v for k, v in extras.items() if accepts(route, k) and not keeps_own(route, k, v)}
     check_rule(route, outputs, given)
@@ -211,6 +216,39 @@ def default_schedule(decision: Any) -> Schedule:
     return dense if isinstance(decision, DenseRouting) else dropless
 
 
+@comparable
+def outputs_of(layer: Layer) -> Layer:
+    """A layer that returns its output alone: a mixture as an expert of a mixture.
+
+    Only the outer decision then remains as evidence: the losses cannot read the inner ones.
+
+    Args:
+        layer: whose apply returns ``(y, decision)``, as from `moe`; its y has the shape [T, ...]
+            for x [T, ...].
+
+    Returns:
+        A layer with the same params, and ``apply(params, x) -> y``.
+
+    Example:
+        >>> inner = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 2), num_experts=2)
+        >>> outer = moejax.moe(outputs_of(inner), moejax.linear(4, 3), num_experts=3)
+        >>> y, routing = outer.apply(outer.init(jax.random.key(0)), jnp.ones((5, 4)))
+        >>> y.shape, routing.num_experts
+        ((5, 4), 3)
+
+    References:
+        Jordan & Jacobs, `Hierarchical Mixtures of Experts and the EM Algorithm
+        <https://doi.org/10.1162/neco.1994.6.2.181>`_, 1994
+    """
+
+    def apply(params: Params, x: Array) -> Array:
+        y, _ = layer.apply(params, x)
+        return y
+
+    return Layer(layer.init, apply)
+
+
+@comparable
 def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
     """A mixture beside an expert that always runs, ``y = S(x) + sum_e g_e E_e(x)``.
 

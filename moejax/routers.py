@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from moejax._arrays import at_least_float32
 from moejax._calling import only_accepted
 from moejax._checks import check_count, check_widths, is_number
+from moejax._comparing import comparable
 from moejax.base import Array, Layer, Params
 from moejax.layers import linear
 
 
+@comparable
 def noisy(router: Layer, noise_router: Layer) -> Layer:
     """A router that also learns how much noise its logits get.
 
@@ -56,6 +58,52 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
     return Layer(init, apply)
 
 
+@comparable
+def biased(router: Layer, num_experts: int) -> Layer:
+    """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
+
+    The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` makes the
+    next step's. In a Flax module (`moejax.interop.flax`) it is a variable of its own; keep it from
+    an optimizer that decays weights.
+
+    Args:
+        router: ``x [T, D] -> logits [T, E]``.
+        num_experts: E.
+
+    Returns:
+        A layer with params ``{"router": ..., "balance_bias": [E]}``, the bias zero at first, and
+        ``apply(params, x, *, key=None)``, which gives ``(logits, bias)``.
+
+    Raises:
+        ValueError: if ``num_experts`` is not a positive integer.
+
+    Example:
+        >>> model = moejax.moe(
+        ...     moejax.glu(4, 8), biased(moejax.linear(4, 3), 3), num_experts=3,
+        ...     route=partial(moejax.sigmoid_top_k, k=2))
+        >>> params = model.init(jax.random.key(0))
+        >>> y, routing = model.apply(params, jnp.ones((5, 4)))
+        >>> bias = params["router"]["balance_bias"]
+        >>> moejax.update_balance_bias(bias, routing, rate=1e-3).shape
+        (3,)
+
+    References:
+        Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
+    """
+    check_count("num_experts", num_experts)
+
+    def init(key: Array) -> Params:
+        bias = jnp.zeros(num_experts, jnp.float32)
+        return {"router": router.init(key), "balance_bias": bias}
+
+    def apply(params: Params, x: Array, *, key: Array | None = None) -> tuple[Array, Array]:
+        logits = router.apply(params["router"], x, **only_accepted(router, key=key))
+        return logits, jax.lax.stop_gradient(params["balance_bias"])
+
+    return Layer(init, apply)
+
+
+@comparable
 def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
 
@@ -106,6 +154,7 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     return Layer(init, apply)
 
 
+@comparable
 def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
     """The router of `soft_slots`, ``l_tec = scale cos(x_t, mu_ec)``.
 
@@ -154,6 +203,7 @@ def _unit(x: Array, *, axis: int, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=axis, keepdims=True) + eps)
 
 
+@comparable
 def jittered(router: Layer, *, epsilon: float) -> Layer:
     """A router that reads ``x u`` with u uniform in ``[1 - epsilon, 1 + epsilon]``.
 
@@ -191,6 +241,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     return Layer(router.init, apply)
 
 
+@comparable
 def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
 
@@ -213,6 +264,7 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     return _with_logits(router, lambda logits: logits / jnp.asarray(temperature, logits.dtype))
 
 
+@comparable
 def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
     """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from moejax._comparing import comparable
 from moejax.base import Array, Params
 from moejax.schedules.expert_parallel import check_axis, check_tokens, expert_parallel, placed
 
@@ -86,6 +87,7 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(mesh.axis_names))
 
 
+@comparable
 def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """A rule that decides on each device for that device's own tokens.
 
@@ -125,7 +127,6 @@ def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
             mesh=mesh,
             in_specs=(jax.P(axes), jax.P(axes), jax.P()),
             out_specs=jax.P(axes),
-            check_vma=False,  # as in `expert_parallel`
         )
         return decide(placed(outputs, mesh, jax.P(axes)), placed(extras, mesh, jax.P(axes)), key)
 

@@ -1,4 +1,4 @@
-"""The table: a new rule or schedule joins every property test with one line here."""
+"""The table: a new rule, schedule or expert joins every test of its kind with one line here."""
 
 from functools import partial
 
@@ -6,8 +6,19 @@ import jax
 import jax.numpy as jnp
 
 import moejax
+from moejax.schedules._sorted.gated_sum import gated_sum
+from moejax.schedules._sorted.policy import policy_for_dropless
+from moejax.sharding import expert_parallel
 
-T, D, O, E = 6, 4, 3, 4  # noqa: E741
+T, D, O, E, C = 8, 4, 3, 4, 3  # noqa: E741
+AUTO = jax.sharding.AxisType.Auto
+MESH = jax.make_mesh((4, 2), ("data", "expert"), (AUTO, AUTO))  # each device has two experts
+
+
+def root_softplus(logits):
+    """The score of DeepSeek-V4."""
+    return jnp.sqrt(jax.nn.softplus(logits))
+
 
 RULES = {
     "softmax": moejax.softmax,
@@ -19,20 +30,61 @@ RULES = {
     "gshard_top_2": partial(moejax.gshard_top_2, key=jax.random.key(8)),
     "sigmoid_top_2": partial(moejax.sigmoid_top_k, bias=jnp.arange(E) / 8, k=2, scale=2.5),
     "sigmoid_groups": partial(moejax.sigmoid_top_k, k=2, num_groups=2, kept_groups=1),
+    "by_score": partial(moejax.by_score, k=2, scale=2.5),
+    "by_score_groups": partial(
+        moejax.by_score,
+        k=2,
+        score=root_softplus,
+        bias=jnp.arange(E) / 8,
+        num_groups=2,
+        group_best=1,
+    ),
+    "sparsemixer": partial(moejax.sparsemixer, epsilon=0.3),
+    "sparsemixer_drawn": partial(moejax.sparsemixer, epsilon=0.3, key=jax.random.key(9)),
+    "top_p": partial(moejax.top_p, p=0.6),
+    "top_p_3": partial(moejax.top_p, p=0.8, k=3),
     "relu": moejax.relu,
     "hashed": partial(moejax.hashed, token_ids=jnp.arange(T), table=jnp.arange(T) % E),
     "sinkhorn": moejax.sinkhorn,
     "sinkhorn_2": partial(moejax.sinkhorn, k=2),
 }
 
-# Each with room for every token, so that nothing is dropped.
-SCHEDULES = {
-    "dense": moejax.dense,
-    "dropless": moejax.dropless,
-    "capacity": partial(moejax.capacity, factor=E),
+# Rules by which the slots of experts choose tokens.
+SLOT_RULES = {
+    "expert_choice": partial(moejax.expert_choice, capacity=C),
+    "soft_slots": moejax.soft_slots,
 }
 
+
+def on_accelerators(expert, params, x, routing):
+    """`dropless` as accelerators run it."""
+    num_tokens, num_experts = routing.scores.shape
+    k = routing.experts.shape[1]
+    policy = policy_for_dropless(expert, num_tokens, num_experts, k, platform="gpu")
+    return gated_sum(expert, params, x, routing.experts, routing.weights, policy)
+
+
+# Each with room for every token, so that nothing is dropped.
+ONE_DEVICE = {
+    "dense": moejax.dense,
+    "dropless": moejax.dropless,
+    "dropless on accelerators": on_accelerators,
+    "capacity": partial(moejax.capacity, factor=E),
+}
+SCHEDULES = {**ONE_DEVICE, "expert_parallel": expert_parallel(MESH, local=moejax.dense)}
+SLOT_SCHEDULES = {"gather_slots": moejax.gather_slots, "mix_slots": moejax.mix_slots}
+
+# Which schedule runs the decisions of which rule.
+PAIRS = [(schedule, rule) for schedule in SCHEDULES for rule in RULES]
+PAIRS += zip(SLOT_SCHEDULES, SLOT_RULES, strict=True)
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def logits_for(rule, seed=2):
+    """Router outputs of the shape that a rule takes."""
+    shape = (T, E, C) if rule == "soft_slots" else (T, E)
+    return 2 * jax.random.normal(jax.random.key(seed), shape)
 
 
 def fourier(params, x):
@@ -49,9 +101,32 @@ def init_fourier(key):
     }
 
 
+def pixelwise(params, x):
+    """A user's own expert on images, ``[T, 3, 2, D] -> [T, 2, O]``: colours mixed, rows summed."""
+    colours = jnp.einsum("thwd,do->thwo", x, params["kernel"].astype(x.dtype))
+    return jnp.tanh(colours + params["bias"].astype(x.dtype)).sum(axis=1)
+
+
+def init_pixelwise(key):
+    one, two = jax.random.split(key)
+    return {"kernel": jax.random.normal(one, (D, O)), "bias": jax.random.normal(two, (1, 1, 1, O))}
+
+
 EXPERTS = {
     "linear": moejax.linear(D, O),
     "mlp": moejax.mlp(D, 5, O, activation=jnp.tanh),
     "glu": moejax.glu(D, 5),
+    "clamped": moejax.glu(D, 5, combine=lambda gate, up: (jnp.clip(up, -1, 1) + 1) * gate),
+    "gated": moejax.gated(moejax.glu(D, 5), moejax.linear(D, 1)),
+    "between": moejax.between(moejax.linear(D, 2), moejax.glu(2, 5), moejax.linear(2, O)),
     "fourier": moejax.Layer(init_fourier, fourier),
+    "pixelwise": moejax.Layer(init_pixelwise, pixelwise),
 }
+
+
+def problem(expert, dtype=jnp.float32):
+    """Parameters of E experts, and tokens in a dtype; images for an expert that takes them."""
+    features = (3, 2, D) if expert == "pixelwise" else (D,)
+    keys = jax.random.split(jax.random.key(1))
+    params = moejax.stack(EXPERTS[expert], E).init(keys[0])
+    return params, jax.random.normal(keys[1], (T, *features)).astype(dtype)

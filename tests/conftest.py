@@ -1,4 +1,4 @@
-"""Strict mode: several devices, no silent promotion, and every warning an error (pyproject)."""
+"""Strict mode: several devices, no silent promotion of dtypes or ranks, warnings are errors."""
 
 import os
 
@@ -12,6 +12,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
@@ -36,5 +37,5 @@ def x64():
 @pytest.fixture
 def standard_promotion():
     """JAX's usual promotion, for code that calls libraries which rely on it."""
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

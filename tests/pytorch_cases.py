@@ -2,7 +2,7 @@
 
 import numpy as np
 
-import pytorch.twins as twins
+from pytorch import twins
 
 WIDTHS = (5, 4, 3)
 TWINS = {

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.whole_runs import SCRIPT
 from commands import refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -34,6 +35,25 @@ def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
     assert all(contender in printed for contender, _ in timed)
     assert summary["environment"]["OMP_NUM_THREADS"] == "2"
     assert f"cores of {summary['versions']['processor']}" in printed
+
+
+def test_traffic_is_counted(tmp_path, capsys):
+    run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "traffic")
+    [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
+    rows, width = 32 * 2, 4 * 8  # choices on each device, bytes of one row
+    alone, mixed = result["records"]
+    assert (alone["data"], alone["expert"]) == (1, 4)
+    assert (mixed["data"], mixed["expert"]) == (2, 2)
+    np.testing.assert_allclose(alone["least_exchange"], 3 * rows * 3 / 4 * width)
+    np.testing.assert_allclose(mixed["least_exchange"], 3 * rows / 2 * width)
+    for record in (alone, mixed):
+        assert record["exchange"] >= record["least_exchange"]
+        assert record["gradients"] >= record["least_gradients"]
+    assert "   1 x 4 " in capsys.readouterr().out
+
+
+def test_the_experiment_that_is_timed_is_there():
+    assert SCRIPT.is_file()
 
 
 def test_an_unknown_suite_is_refused(capsys):

@@ -87,6 +87,88 @@ def test_every_leaf_returns_bit_by_bit(tmp_path, abstract):
     assert jax.tree.structure(restored.state) == jax.tree.structure(state)
 
 
+ORDERED = ["f2", "f4", "f8", "i2", "u4", "i8", "c8", "c16"]
+BYTES = ["?", "i1", "u1", "bfloat16", "int4", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+
+
+@pytest.mark.parametrize("dtype", [*(f">{name}" for name in ORDERED), *ORDERED, *BYTES])
+def test_every_dtype_and_layout_of_numpy(tmp_path, dtype):
+    grid = np.arange(12.0).reshape(3, 4).astype(np.dtype(dtype))
+    state = {
+        "rows": grid,
+        "fortran": np.asfortranarray(grid),
+        "strided": grid[::2, ::-1],
+        "transposed": grid.T,
+        "broadcast": np.broadcast_to(grid[:1], (3, 4)),
+        "scalar": grid[1, 1],
+        "zero-dimensional": grid[1, 1].reshape(()),
+        "empty": grid[:0],
+    }
+    checkpoint.save(tmp_path, state, step=1)
+    restored = checkpoint.restore(tmp_path, jax.tree.map(np.zeros_like, state)).state
+    assert bits(restored) == bits(state)
+
+
+def test_the_order_of_bytes_is_that_of_like(tmp_path):
+    checkpoint.save(tmp_path, {"x": np.array([1, 2], ">f4")}, step=1)
+    for like in (np.zeros(2, "<f4"), np.zeros(2, ">f4"), jnp.zeros(2)):
+        restored = checkpoint.restore(tmp_path, {"x": like}).state["x"]
+        assert restored.dtype == like.dtype
+        np.testing.assert_array_equal(restored, [1, 2])
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, "U3", "M8[s]", object, "V2", "uint4"])
+def test_a_dtype_that_cannot_be_stored_names_the_leaf(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"of a dtype that JAX has, but `a\.names` is"):
+        checkpoint.save(tmp_path, {"a": {"names": np.zeros(2, dtype)}}, step=1)
+
+
+@pytest.mark.parametrize("path", ["~/run", "file://{home}/run", "file:{home}/a%20run"])
+def test_a_folder_by_its_other_names(tmp_path, monkeypatch, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = path.format(home=tmp_path)
+    checkpoint.save(folder, {"x": jnp.ones(2)}, step=1)
+    checkpoint.save(folder, {"x": jnp.ones(2)}, step=2)
+    name = "a run" if "%20" in path else "run"
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert sorted(entry.name for entry in (tmp_path / name).iterdir()) == ["1", "2"]
+    assert checkpoint.restore(folder, {"x": jnp.zeros(2)}).step == 2
+    checkpoint.discard(folder, after=1)
+    assert checkpoint.latest(folder) == 1
+
+
+ADDRESSES = ["s3://bucket/run", "gs://bucket", "file://host/run", Path("s3://bucket/run")]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_elsewhere_is_refused_by_name(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    uses = [
+        lambda: checkpoint.save(address, jnp.ones(1), step=1),
+        lambda: checkpoint.restore(address, jnp.ones(1)),
+        lambda: checkpoint.latest(address),
+        lambda: checkpoint.discard(address, after=0),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=f"on this machine.*got {address}"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_entries_of_others_are_left_alone(two):
+    folder, states = two
+    (folder / "30").write_text("notes")
+    (folder / "notes.orbax-checkpoint-tmp").write_text("notes")
+    for name in ("00000040", "\N{ARABIC-INDIC DIGIT FIVE}0", "best"):
+        shutil.copytree(folder / "20", folder / name)
+    assert checkpoint.latest(folder) == 20
+    assert checkpoint.restore(folder, states[10]).step == 20
+    checkpoint.save(folder, states[10], step=25, keep=1)
+    left = {"25", "30", "notes.orbax-checkpoint-tmp", "00000040", "\N{ARABIC-INDIC DIGIT FIVE}0"}
+    assert {path.name for path in folder.iterdir()} == left | {"best"}
+
+
 def test_state_of_one_array(tmp_path):
     checkpoint.save(tmp_path, jnp.arange(3), step=0)
     assert checkpoint.restore(tmp_path, jnp.zeros(3, jnp.int32)).state.tolist() == [0, 1, 2]

@@ -24,12 +24,34 @@ LAYERS = {
         },
     ),
 }
+
+
+def fused(interleaved=False, axis=0):
+    """A gated layer whose gate and up are one tensor, [2 F, D] or its transpose."""
+    shape, axes = ((10, 3), (1, 0)) if axis == 0 else ((3, 10), (0, 1))
+    whole = conversion.Tensor("gate_up.weight", shape, axes)
+    gate, up = conversion.parts(whole, 2, axis=axis, interleaved=interleaved)
+    down = conversion.at("down", conversion.linear(5, 3, bias=False))
+    return {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": down}
+
+
+LAYERS |= {
+    "fused halves": (moejax.glu(3, 5), fused()),
+    "interleaved": (moejax.glu(3, 5), fused(interleaved=True)),
+    "interleaved along the other axis": (moejax.glu(3, 5), fused(interleaved=True, axis=1)),
+    "in one tensor": (moejax.stack(moejax.glu(3, 5), 6), conversion.stacked(fused(), 6)),
+    "in another shape": (
+        moejax.stack(moejax.linear(3, 2, bias=False), 6),
+        {"kernel": conversion.Tensor("w", (6, 2, 3), (0, 2, 1), stored=(12, 3))},
+    ),
+}
 LAYERS |= {
     f"mixture of {name}": (
         moejax.moe(layer, moejax.mlp(3, 4, 6), num_experts=6),
         conversion.moe(layout, conversion.mlp(3, 4, 6), num_experts=6),
     )
     for name, (layer, layout) in LAYERS.items()
+    if name not in {"in one tensor", "in another shape"}
 }
 LAYERS["mixture of mixtures"] = (
     moejax.moe(LAYERS["mixture of mlp"][0], moejax.linear(3, 2), num_experts=2),
@@ -60,6 +82,101 @@ def test_every_expert_gets_its_own_weights(key):
     state_dict = conversion.to_torch(layout, params)
     inner = params["experts"]["experts"]["layers"][1]["kernel"]  # [2, 6, 5, 2]
     same(state_dict["experts.1.experts.4.2.weight"], np.asarray(inner[1, 4].T))
+
+
+def test_halves_and_every_other_row(key):
+    params = moejax.glu(3, 5).init(key)
+    gate, up = (np.asarray(params[name]["kernel"]).T for name in ("gate", "up"))  # [F, D]
+    halves = conversion.to_torch(fused(), params)
+    same(halves["gate_up.weight"], np.concatenate([gate, up]))
+    others = conversion.to_torch(fused(interleaved=True), params)
+    same(others["gate_up.weight"][::2], gate)
+    same(others["gate_up.weight"][1::2], up)
+
+
+def test_all_experts_in_one_tensor(key):
+    params = moejax.stack(moejax.linear(3, 2), 4).init(key)
+    state_dict = conversion.to_torch(conversion.stacked(conversion.linear(3, 2), 4), params)
+    assert {name: array.shape for name, array in state_dict.items()} == {
+        "weight": (4, 2, 3),
+        "bias": (4, 2),
+    }
+    same(state_dict["weight"][1], np.asarray(params["kernel"][1]).T)
+
+
+def without(layout, name):
+    return {key: value for key, value in layout.items() if key != name}
+
+
+GATE, UP = fused()["gate"], fused()["up"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (conversion.mlp(3, 3, 3, names=("fc", "fc")), "`fc.bias` is used twice, by .*layers.0"),
+        (
+            {"a": conversion.linear(3, 2), "b": conversion.linear(3, 2)},
+            r"`bias` is used twice, by \['a.bias', 'b.bias'\]",
+        ),
+        ({"gate": GATE, "up": GATE}, "A part of `gate_up.weight` is used twice"),
+        ({"gate": GATE}, "Parts of `gate_up.weight` are missing: 5 of 10 along axis 0"),
+        (
+            {
+                "gate": GATE,
+                "whole": {"kernel": conversion.Tensor("gate_up.weight", (10, 3), (1, 0))},
+            },
+            "`gate_up.weight` is used twice",
+        ),
+        (
+            {
+                "gate": GATE,
+                "up": conversion.parts(conversion.Tensor("gate_up.weight", (10, 4), (1, 0)), 2)[1],
+            },
+            "`gate_up.weight` must have one shape",
+        ),
+        (
+            {"w": conversion.Tensor("w", (6, 2, 3), (0, 2, 1), stored=(12, 4))},
+            "`w` of shape .* as many numbers, got \\(12, 4\\)",
+        ),
+    ],
+)
+def test_every_number_is_in_one_parameter(layout, message):
+    params = jax.tree.map(lambda tensor: np.zeros(tensor.param_shape), layout)
+    with pytest.raises(ValueError, match=message):
+        conversion.to_torch(layout, params)
+    with pytest.raises(ValueError, match=message):
+        conversion.from_torch(layout, {})
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(
+        ValueError, match="Axis 0 of `gate_up` must divide into 2 equal parts, got 7"
+    ):
+        conversion.parts(conversion.Tensor("gate_up", (7, 3), (1, 0)), 2)
+    with pytest.raises(ValueError, match=r"`{}\.bias` cannot hold all experts"):
+        conversion.stacked(conversion.stack(conversion.linear(3, 2), 2), 4)
+
+
+def test_parts_of_two_dtypes_are_named(key):
+    params = moejax.glu(3, 5).init(key)
+    params["up"]["kernel"] = params["up"]["kernel"].astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"The parts of `gate_up\.weight` must have one dtype"):
+        conversion.to_torch(fused(), params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tensors_of_torch_in_every_dtype(dtype, key):
+    torch = pytest.importorskip("torch")
+    layout = conversion.linear(3, 2)
+    params = jax.tree.map(
+        lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), moejax.linear(3, 2).init(key)
+    )
+    module = torch.nn.Linear(3, 2, dtype=getattr(torch, dtype))
+    module.load_state_dict(conversion.as_tensors(conversion.to_torch(layout, params)))
+    jax.tree.map(same, conversion.from_torch(layout, module.state_dict()), params)
+    # Parameters that have gradients will do, too.
+    jax.tree.map(same, conversion.from_torch(layout, dict(module.named_parameters())), params)
 
 
 def test_params_do_not_share_memory():
@@ -127,6 +244,45 @@ def test_params_of_another_shape_or_structure_are_named(key):
 def test_names_must_name_every_layer():
     with pytest.raises(ValueError, match="each of the 2 layers"):
         conversion.mlp(3, 5, 2, names=["fc1"])
+
+
+def test_two_tensors_of_one_name_are_refused(key):
+    layout = conversion.mlp(3, 3, 3, names=("fc", "fc"))
+    with pytest.raises(ValueError, match=r"has \['fc.bias', 'fc.weight'\] more than once"):
+        conversion.to_torch(layout, moejax.mlp(3, 3, 3).init(key))
+    with pytest.raises(ValueError, match="must have its own name"):
+        conversion.from_torch(layout, {"fc.weight": np.ones((3, 3)), "fc.bias": np.ones(3)})
+
+
+DTYPES = ["float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_pytorch_travels_bit_by_bit(dtype):
+    torch = pytest.importorskip("torch")
+    layout = conversion.linear(3, 2)
+    params = {"kernel": np.arange(6.0).reshape(3, 2), "bias": np.array([0.5, -0.0])}
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    tensors = conversion.as_tensors(conversion.to_torch(layout, params))
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    np.testing.assert_array_equal(tensors["weight"].double(), params["kernel"].T.astype(float))
+    back = conversion.from_torch(layout, tensors)
+    jax.tree.map(same, back, params)
+    assert np.signbit(back["bias"][1])
+
+
+def test_a_tensor_of_pytorch_may_be_a_parameter_or_a_view():
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.arange(6, dtype=torch.bfloat16).reshape(3, 2).T)
+    params = conversion.from_torch(conversion.linear(3, 2, bias=False), {"weight": weight})
+    np.testing.assert_array_equal(params["kernel"].astype(float), np.arange(6).reshape(3, 2))
+
+
+def test_a_tensor_that_numpy_cannot_hold_is_named():
+    torch = pytest.importorskip("torch")
+    weight = torch.ones((2, 3), device="meta")
+    with pytest.raises(ValueError, match="`weight` must be readable as a NumPy array"):
+        conversion.from_torch(conversion.linear(3, 2, bias=False), {"weight": weight})
 
 
 def test_torch_is_not_imported():

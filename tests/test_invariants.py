@@ -14,10 +14,21 @@ import moejax
 from cases import EXPERTS, RULES, SCHEDULES, D, E, T
 
 # Noise is drawn, and ids are given, by position.
-BY_POSITION = {"noisy_top_2", "gshard_top_2", "hashed"}
+BY_POSITION = {"noisy_top_2", "gshard_top_2", "hashed", "sparsemixer_drawn"}
 # The bias and the groups belong to numbered experts.
-BY_EXPERT = {"sigmoid_top_2", "sigmoid_groups"}
-SUMS = {"softmax": 1, "top_2": 1, "top_all": 1, "noisy_top_2": 1, "sigmoid_top_2": 2.5}
+BY_EXPERT = {"sigmoid_top_2", "sigmoid_groups", "by_score_groups"}
+# A weight of its own for each expert.
+RAW = {"relu", "sigmoid_groups", "sparsemixer", "sparsemixer_drawn"}
+# The gradient is an estimate, and not that of the value.
+ESTIMATED = {"sparsemixer_drawn"}
+SUMS = {
+    "softmax": 1,
+    "top_2": 1,
+    "top_all": 1,
+    "noisy_top_2": 1,
+    "sigmoid_top_2": 2.5,
+    "by_score": 2.5,
+}
 OVER_ALL_TOKENS = {"sinkhorn", "sinkhorn_2"}
 
 seeds = st.integers(0, 2**31 - 1)
@@ -63,7 +74,7 @@ def test_a_decision_is_well_formed(rule, seed, scale):
     np.testing.assert_allclose(gates.sum(axis=-1), routing.weights.sum(axis=-1), rtol=1e-5)
     if rule in SUMS:
         np.testing.assert_allclose(gates.sum(axis=-1), SUMS[rule], rtol=1e-5)
-    elif rule not in {"relu", "sigmoid_groups"}:
+    elif rule not in RAW:
         assert float(gates.sum(axis=-1).max()) <= 1 + 1e-5
 
 
@@ -161,7 +172,7 @@ def test_extreme_logits_leave_every_other_token_exact(rule):
     _, with_extremes = decide(rule)(extreme, EVERY)
     assert bool(jnp.isfinite(with_extremes).all())
     if rule not in OVER_ALL_TOKENS:
-        others = jnp.array([0, 1, 3, 5])
+        others = jnp.array([t for t in range(T) if t not in (2, 4)])
         np.testing.assert_array_equal(with_extremes[others], gates[others])
 
 
@@ -187,7 +198,7 @@ def test_no_schedule_lets_it_spoil_the_outputs_of_others(schedule):
     assert bool(jnp.isnan(y[2]).all())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - ESTIMATED))
 def test_gradients_in_float64(rule, x64):
     logits = jnp.asarray(2 * np.random.default_rng(1).normal(size=(T, E)))
 

@@ -129,8 +129,8 @@ def test_weights_are_not_rounded_before_the_sum(schedule):
     """Two experts that nearly cancel: with weights rounded to bfloat16 nothing would be left."""
     expert = lambda params, x: params * jnp.ones_like(x)  # noqa: E731
     params = jnp.array([256.0, -256.0], jnp.bfloat16)
-    x = jnp.ones((1, 1), jnp.bfloat16)
-    routing = moejax.top_k(jnp.log(jnp.array([[0.501, 0.499]])), k=2)
+    x = jnp.ones((T, 1), jnp.bfloat16)
+    routing = moejax.top_k(jnp.log(jnp.array([[0.501, 0.499]] * T)), k=2)
     y = SCHEDULES[schedule](expert, params, x, routing)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(float(y[0, 0]), 0.512, rtol=2**-8)
+    np.testing.assert_allclose(y.astype(jnp.float32), 0.512, rtol=2**-8)

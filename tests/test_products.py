@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moejax.schedules._sorted.products import few_rows
+from moejax.schedules._sorted.products import transposing_matmul
 
 EXPERTS, ROWS, D_IN, D_OUT = 2, 5, 3, 4
 
@@ -27,7 +27,7 @@ def gradients(product, x, kernel):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_is_a_matrix_product(dtype, batched):
     both = operands(dtype)
-    product = batched(few_rows)
+    product = batched(transposing_matmul)
     np.testing.assert_array_equal(product(*both), jnp.matmul(*both))
     tolerance = {jnp.float32: 1e-6, jnp.bfloat16: 2e-2}[dtype]
     pairs = zip(gradients(product, *both), gradients(jnp.matmul, *both), strict=True)
@@ -40,10 +40,10 @@ def test_it_is_a_matrix_product(dtype, batched):
 
 def test_derivatives_against_finite_differences(x64):
     x, kernel = operands(jnp.float64)
-    check_grads(few_rows, (x[0], kernel[0]), order=2, modes=["rev"])
+    check_grads(transposing_matmul, (x[0], kernel[0]), order=2, modes=["rev"])
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on CPU alone x is copied transposed")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of it on CPU")
 def test_no_product_on_cpu_reads_its_left_operand_by_columns():
     """Two products in a chunk, as in the batched pass: the plain one shows what to look for."""
 
@@ -52,4 +52,4 @@ def test_no_product_on_cpu_reads_its_left_operand_by_columns():
 
     by_columns = "lhs_batch_dims={0}, lhs_contracting_dims={1}"
     assert by_columns in program(jnp.matmul).compile().as_text()
-    assert by_columns not in program(few_rows).compile().as_text()
+    assert by_columns not in program(transposing_matmul).compile().as_text()

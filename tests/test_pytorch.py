@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import moejax
-import pytorch.twins as twins
 from moejax.interop import torch as conversion
+from pytorch import twins
 from pytorch_cases import TWINS, problem
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -106,7 +106,7 @@ def test_a_module_takes_the_weights_and_gives_them_back(torch, key):
     layer, layout = moejax.glu(4, 8), conversion.glu(4, 8, gate="w1", up="w3", down="w2")
     params, x = layer.init(key), np.asarray(jax.random.normal(key, (3, 4)))
     module, state_dict = SwiGLU(), conversion.to_torch(layout, params)
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})
+    module.load_state_dict(conversion.as_tensors(state_dict))
     theirs = module(torch.from_numpy(x.copy())).detach().numpy()
     np.testing.assert_allclose(theirs, layer.apply(params, jnp.asarray(x)), atol=1e-6)
     back = conversion.from_torch(layout, module.state_dict())
@@ -114,20 +114,20 @@ def test_a_module_takes_the_weights_and_gives_them_back(torch, key):
 
 
 def test_noise_is_on_in_training_only(torch):
-    import pytorch.baseline as pytorch_baseline
+    from pytorch import modules
 
     torch.manual_seed(0)
-    module, x = pytorch_baseline.sparse(4, (5, 4, 3)), torch.randn(8, 5)
+    module, x = modules.sparse(4, (5, 4, 3)), torch.randn(8, 5)
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.equal(module(x), module(x))
 
 
 def test_an_expert_sees_only_its_own_rows(torch):
-    import pytorch.baseline as pytorch_baseline
+    from pytorch import modules
 
     torch.manual_seed(0)
-    module, seen = pytorch_baseline.hard(4, (5, 4, 3)), []
+    module, seen = modules.hard(4, (5, 4, 3)), []
     for expert in module.experts:
         expert.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     module(torch.randn(8, 5))
@@ -135,7 +135,7 @@ def test_an_expert_sees_only_its_own_rows(torch):
 
 
 def test_without_torch_the_stored_run_needs_none():
-    code = "import sys, twins; assert 'torch' not in sys.modules"
+    code = "import sys, pytorch.twins; assert 'torch' not in sys.modules"
 
     experiments = Path(__file__).parent.parent / "experiments"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiments), *sys.path])}

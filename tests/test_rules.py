@@ -64,7 +64,7 @@ def test_chances_are_frequencies_under_fresh_noise():
     clean, scale, k = LOGITS[0], 1.0, 3
     noisy = clean + jax.random.normal(jax.random.key(1), clean.shape)
     chances = choose_noisy(clean[None], noisy[None], jnp.float32(scale), k=k).chances[0]
-    fresh = clean + jax.random.normal(jax.random.key(2), (20_000, 8))
+    fresh = clean[None] + jax.random.normal(jax.random.key(2), (20_000, 8))
     for e in range(8):
         others = jnp.sort(jnp.delete(noisy, e))[-k]  # the k-th best of the others
         np.testing.assert_allclose(chances[e], jnp.mean(fresh[:, e] > others), atol=0.015)
@@ -112,6 +112,41 @@ def test_bias_update_is_that_of_deepseek():
     np.testing.assert_allclose(bias, [-0.01, 0, 0.01, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32, jnp.float32])
+def test_bias_update_takes_counts_that_are_large(dtype):
+    """The product of E and a count, and the sum of all, are larger than an int32 can hold."""
+    popular = jnp.full(256, 10_000).at[3].set(12_000_000).astype(dtype)
+    bias = moejax.update_balance_bias(jnp.zeros(256), popular, rate=0.5)
+    np.testing.assert_array_equal(bias, np.where(np.arange(256) == 3, -0.5, 0.5))
+    largest = jnp.full(256, 2**31 - 128).astype(dtype)  # a float32, too
+    np.testing.assert_array_equal(moejax.update_balance_bias(bias, largest, rate=0.5), bias)
+    one_less = largest.at[7].add(jnp.asarray(-128, jnp.int32).astype(dtype))
+    if dtype != jnp.float32:
+        bias = moejax.update_balance_bias(jnp.zeros(256), one_less, rate=0.5)
+        np.testing.assert_array_equal(bias, np.where(np.arange(256) == 7, 0.5, -0.5))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bias_update_is_exact(seed):
+    counts = np.random.default_rng(seed).integers(2, 5, 7)
+    expected = np.sign(counts.sum() - 7 * counts)
+    bias = moejax.update_balance_bias(jnp.zeros(7), jnp.asarray(counts), rate=1.0)
+    np.testing.assert_array_equal(bias, expected)
+
+
+def test_bias_update_of_several_decisions_and_layers():
+    halves = [moejax.sigmoid_top_k(half, k=2) for half in (LOGITS[:32], LOGITS[32:])]
+    update = partial(moejax.update_balance_bias, rate=0.1)
+    once = update(jnp.zeros(8), moejax.sigmoid_top_k(LOGITS, k=2))
+    np.testing.assert_array_equal(update(jnp.zeros(8), sum(half.counts for half in halves)), once)
+    layers = jnp.stack([half.counts for half in halves])
+    each = jax.jit(jax.vmap(update))(jnp.zeros((2, 8)), layers)
+    for row, half in zip(each, halves, strict=True):
+        np.testing.assert_array_equal(row, update(jnp.zeros(8), half))
+    with pytest.raises(ValueError, match=r"one number per expert, \[E\], got \[2, 8\]"):
+        update(jnp.zeros(8), layers)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (4, 8)])
 def test_bias_update_does_not_broadcast(shape):
     with pytest.raises(ValueError, match="one number per expert"):
@@ -119,7 +154,7 @@ def test_bias_update_does_not_broadcast(shape):
 
 
 def test_bias_balances_what_logits_do_not():
-    logits = LOGITS + jnp.arange(8.0) / 2  # everybody wants the last experts
+    logits = LOGITS + jnp.arange(8.0)[None] / 2  # everybody wants the last experts
 
     def step(bias, _):
         routing = moejax.sigmoid_top_k(logits, bias, k=2)
@@ -209,7 +244,7 @@ def test_sinkhorn_is_the_textbook_loop(k):
 
 
 def test_sinkhorn_balances():
-    logits = LOGITS + jnp.arange(8.0)
+    logits = LOGITS + jnp.arange(8.0)[None]
     assert int(moejax.switch(logits).counts.max()) >= 30
     assert int(moejax.sinkhorn(logits).counts.max()) <= 16  # 8 each is perfect
 

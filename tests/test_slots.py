@@ -1,4 +1,4 @@
-"""Expert choice and Soft MoE: published numbers, the obvious loop, masks, and `moe`."""
+"""Expert choice and Soft MoE: published numbers, masks, and `moe`."""
 
 from functools import partial
 
@@ -9,77 +9,16 @@ import pytest
 from jax.test_util import check_grads
 
 import moejax
-from cases import DTYPES, EXPERTS, D, E, O, T
+from cases import EXPERTS, C, D, E, T
 from reference import golden
 
-C = 3
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 EXPERT = EXPERTS["mlp"]
-PARAMS = moejax.stack(EXPERT, E).init(jax.random.key(0))
 X = jax.random.normal(jax.random.key(1), (T, D))
 LOGITS = 2 * jax.random.normal(jax.random.key(2), (T, E))
 SLOT_LOGITS = 2 * jax.random.normal(jax.random.key(3), (T, E, C))
 
 
-def one_expert(params, e, row):
-    return EXPERT.apply(jax.tree.map(lambda leaf: leaf[e], params), row[None])[0]
-
-
-def gather_loop(params, x, decision):
-    rows = [jnp.zeros(O)] * len(x)
-    for e in range(E):
-        for c in range(decision.tokens.shape[1]):
-            t = int(decision.tokens[e, c])
-            if t < len(x):
-                rows[t] = rows[t] + decision.weights[e, c] * one_expert(params, e, x[t])
-    return jnp.stack(rows)
-
-
-def mix_loop(params, x, decision):
-    rows = [jnp.zeros(O)] * len(x)
-    for e in range(E):
-        for c in range(C):
-            slot = sum(decision.dispatch[t, e, c] * x[t] for t in range(len(x)))
-            output = one_expert(params, e, slot)
-            rows = [row + decision.combine[t, e, c] * output for t, row in enumerate(rows)]
-    return jnp.stack(rows)
-
-
-KINDS = {
-    "expert_choice": (
-        partial(moejax.expert_choice, capacity=C),
-        moejax.gather_slots,
-        gather_loop,
-        LOGITS,
-    ),
-    "soft": (moejax.soft_slots, moejax.mix_slots, mix_loop, SLOT_LOGITS),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_schedule_is_the_loop_in_value_and_gradient(kind, dtype):
-    route, schedule, loop, logits = KINDS[kind]
-    weight = jnp.cos(jnp.arange(T * O, dtype=jnp.float32)).reshape(T, O)
-
-    def fast(params, x, logits):
-        y = schedule(EXPERT.apply, params, x, route(logits))
-        return jnp.sum(weight * y.astype(jnp.float32)), y
-
-    def slow(params, x, logits):
-        y = loop(params, x, route(logits))
-        return jnp.sum(weight * y), y
-
-    x = X.astype(DTYPES[dtype])
-    grad = partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-    (_, y), gradients = jax.jit(grad(fast))(PARAMS, x, logits)
-    (_, expected), expected_gradients = grad(slow)(PARAMS, x.astype(jnp.float32), logits)
-    assert y.dtype == DTYPES[dtype]
-    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
-        a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
-    )
-    close(y, expected)
-    jax.tree.map(close, gradients, expected_gradients)
+KINDS = ["expert_choice", "soft"]
 
 
 def test_expert_choice_is_that_of_vmoe():
@@ -132,7 +71,7 @@ def model(kind):
 def test_masked_tokens_change_nothing(kind):
     layer = model(kind)
     params = layer.init(jax.random.key(0))
-    mask = jnp.array([True, True, False, True, False, True])
+    mask = jnp.array([True, True, False, True, False, True, True, True])
     apply = jax.jit(lambda x: layer.apply(params, x, mask=mask)[0])
     y = apply(X)
     np.testing.assert_array_equal(y, apply(jnp.where(mask[:, None], X, 1e6)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 
 import moejax
 from benchmarks.peers import Shape, one_hot, ragged_dot, torch_layers
-from benchmarks.timing import BACKWARD, FORWARD, Contender, both_modes, measure
+from benchmarks.timing import BACKWARD, FORWARD, Contender, Result, both_modes, measure
 
 OPERATIONS = 10**12  # forward, from which a peer that computes too much is left out
 SHAPES = [
@@ -28,22 +27,6 @@ BY_EXPERTS = [Shape(T=4096, D=256, F=512, E=2**n, K=2) for n in range(3, 9)]
 BY_TOKENS = [Shape(T=4**n, D=256, F=512, E=64, K=2) for n in range(8)]
 DROPLESS = "dropless"
 GROUPED_MM = "transformers grouped_mm"
-
-
-class Result(NamedTuple):
-    """What one problem gave.
-
-    Attributes:
-        suite: the suite's name.
-        sizes: what the problem is.
-        records: one per contender.
-        skipped: why a peer is not among them.
-    """
-
-    suite: str
-    sizes: dict[str, Any]
-    records: list[dict[str, Any]]
-    skipped: dict[str, str]
 
 
 def layer_suite(rounds: int, quick: bool) -> Iterator[Result]:

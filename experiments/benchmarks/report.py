@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.layers import DROPLESS, Result
+from benchmarks.layers import DROPLESS
 from benchmarks.peers import Shape
-from benchmarks.timing import BACKWARD, FORWARD
-from moejax.plot.style import color, new_figure
+from benchmarks.timing import BACKWARD, FORWARD, Result
+from moejax.plot import color, new_figure
 from parts.command_line import say
 
 
@@ -26,6 +26,30 @@ def print_table(result: Result) -> None:
         say(f"other processes took {busy:.0%} of the machine meanwhile")
     for name, reason in result.skipped.items():
         say(f"{name} left out: {reason}")
+    say()
+
+
+def print_traffic(result: Result) -> None:
+    """Prints one row per mesh."""
+    sizes = ", ".join(f"{name}={value}" for name, value in result.sizes.items())
+    say(f"{result.suite}: MB sent by every device in one step (least possible), {sizes} per device")
+    say("data x expert        exchange          gradients       total   XLA alone")
+    for record in result.records:
+        exchange, gradients, total, alone, *least = (
+            record[name] / 1e6
+            for name in (
+                "exchange",
+                "gradients",
+                "total",
+                "partitioner_alone",
+                "least_exchange",
+                "least_gradients",
+            )
+        )
+        say(
+            f"{record['data']:4d} x {record['expert']:<6d} {exchange:8.2f} ({least[0]:6.2f}) "
+            f"{gradients:8.2f} ({least[1]:6.2f}) {total:11.2f} {alone:11.2f}"
+        )
     say()
 
 

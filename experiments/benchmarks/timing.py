@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from benchmarks.busy import busy_elsewhere, processor_seconds
+from benchmarks.other_processes import busy_elsewhere, processor_seconds
 from parts.command_line import compiled
 
 SIDE = 2048  # of the product whose rate is the limit
@@ -45,6 +45,22 @@ class Contender(NamedTuple):
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
+
+
+class Result(NamedTuple):
+    """What one problem gave.
+
+    Attributes:
+        suite: the suite's name.
+        sizes: what the problem is.
+        records: one per contender.
+        skipped: why a peer is not among them.
+    """
+
+    suite: str
+    sizes: dict[str, Any]
+    records: list[dict[str, Any]]
+    skipped: dict[str, str]
 
 
 def jax_contender(

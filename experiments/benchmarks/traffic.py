@@ -1,17 +1,16 @@
 """What a training step on a mesh sends, read from the compiled program, next to the least possible.
 
-    python experiments/communication.py
-
 One top-k layer of gated units on fake CPU devices; nothing is run. Tokens per device stay the
 same while the mesh grows, so a flat column means that a step takes no longer on more devices.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from multiprocessing import get_context
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +19,82 @@ from jax.sharding import AxisType, Mesh
 
 import moejax
 from benchmarks.collectives import bytes_sent
+from benchmarks.peers import Shape
+from benchmarks.timing import Result
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 from moejax.training import TrainState, init_state, train_step
-from parts.command_line import OneLineParser, at_least, say
 
-SHAPES = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (1, 8), (2, 4), (8, 1))
+DEVICES = 8
+MESHES = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (1, 8), (2, 4), (8, 1))  # data x expert
+FULL, QUICK = Shape(T=4096, D=512, F=1024, E=8, K=2), Shape(T=32, D=8, F=16, E=8, K=2)
 BYTES = 4  # float32
 
 
-class Sizes(NamedTuple):
-    """Of the layer and its batch: T is tokens per device."""
+def traffic_suite(rounds: int, quick: bool) -> Iterator[Result]:
+    """Bytes that every device sends in one step, on meshes of up to eight devices.
 
-    tokens: int
-    width: int
-    hidden: int
-    experts: int
-    top_k: int
+    In a process of its own: this one has its devices already.
+    """
+    del rounds  # compiled programs do not vary
+    shape, meshes = (QUICK, MESHES[3:5]) if quick else (FULL, MESHES)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=make_devices) as process:
+        records = list(process.map(partial(sent_on, shape), meshes))
+    yield Result("traffic", shape._asdict(), records, {})
 
 
-def program(sizes: Sizes, mesh: Mesh, *, exchange: bool) -> jax.stages.Compiled:
-    """A compiled training step, with the exchange or with what XLA's partitioner does alone."""
-    route: Callable[..., Any] = partial(moejax.top_k, k=sizes.top_k)
+def make_devices() -> None:
+    """Lets the process have eight devices on CPU."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def sent_on(shape: Shape, sizes: tuple[int, int]) -> dict[str, Any]:
+    """What a step sends on a mesh of these sizes, in bytes."""
+    data, shards = sizes
+    devices = jax.devices()[: data * shards]
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(sizes, ("data", "expert"), axis_types=kinds, devices=devices)
+    exchanged = bytes_sent(program(shape, mesh, tokenwise, expert_parallel(mesh)))
+    alone = bytes_sent(program(shape, mesh, as_it_is, moejax.dense))
+    return {
+        "data": data,
+        "expert": shards,
+        "exchange": exchanged.get("all-to-all", 0),
+        "least_exchange": least_exchange(shape, shards),
+        "gradients": exchanged.get("all-reduce", 0),
+        "least_gradients": least_gradients(shape, data, shards),
+        "total": sum(exchanged.values()),
+        "partitioner_alone": sum(alone.values()),
+    }
+
+
+def as_it_is(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The rule, left to XLA's partitioner."""
+    del mesh
+    return route
+
+
+def program(
+    shape: Shape,
+    mesh: Mesh,
+    spread: Callable[[Callable[..., Any], Mesh], Callable[..., Any]],
+    execute: Callable[..., jax.Array],
+) -> jax.stages.Compiled:
+    """A compiled training step of T tokens per device.
+
+    Args:
+        shape: of the layer, and its tokens per device.
+        mesh: with the axes ``data`` and ``expert``.
+        spread: makes a rule for the mesh of the layer's rule.
+        execute: the schedule.
+    """
     layer = moejax.moe(
-        moejax.glu(sizes.width, sizes.hidden),
-        moejax.linear(sizes.width, sizes.experts, bias=False),
-        num_experts=sizes.experts,
-        route=tokenwise(route, mesh) if exchange else route,
-        execute=expert_parallel(mesh) if exchange else moejax.dense,
+        moejax.glu(shape.D, shape.F),
+        moejax.linear(shape.D, shape.E, bias=False),
+        num_experts=shape.E,
+        route=spread(partial(moejax.top_k, k=shape.K), mesh),
+        execute=execute,
     )
 
     def loss(params: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict]:
@@ -60,65 +108,30 @@ def program(sizes: Sizes, mesh: Mesh, *, exchange: bool) -> jax.stages.Compiled:
 
     state = jax.eval_shape(start)
     where = shardings(state, mesh)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        where,
-    )
-    batch = jax.ShapeDtypeStruct(
-        (sizes.tokens * mesh.size, sizes.width), jnp.float32, sharding=token_sharding(mesh)
-    )
+    placed = jax.tree.map(placed_like, state, where)
+    tokens = jax.ShapeDtypeStruct((shape.T * mesh.size, shape.D), jnp.float32)
     step = jax.jit(train_step(loss, optimizer), out_shardings=(where, None))
-    return step.lower(state, batch).compile()
+    return step.lower(placed, placed_like(tokens, token_sharding(mesh))).compile()
 
 
-def least_exchange(sizes: Sizes, shards: int) -> float:
+def placed_like(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array with its place."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def least_exchange(shape: Shape, shards: int) -> float:
     """Bytes of the rows whose expert lives elsewhere: there and back, forward and backward.
 
     With balanced routing; x needs no gradient in a model of one layer, which saves one journey.
     """
-    return 3 * sizes.tokens * sizes.top_k * (shards - 1) / shards * sizes.width * BYTES
+    return 3 * shape.T * shape.K * (shards - 1) / shards * shape.D * BYTES
 
 
-def least_gradients(sizes: Sizes, data: int, shards: int) -> float:
+def least_gradients(shape: Shape, data: int, shards: int) -> float:
     """Bytes of summing the gradients of the router everywhere and of experts along ``data``."""
 
     def all_reduce(numbers: float, devices: int) -> float:
         return 2 * (devices - 1) / devices * numbers * BYTES
 
-    experts = 3 * sizes.width * sizes.hidden * sizes.experts / shards
-    return all_reduce(sizes.width * sizes.experts, data * shards) + all_reduce(experts, data)
-
-
-def main() -> None:
-    """Prints a line per mesh."""
-    parser = OneLineParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = partial(parser.add_argument, type=at_least(1))
-    for name, default in Sizes(4096, 512, 1024, 8, 2)._asdict().items():
-        add(f"--{name.replace('_', '-')}", default=default)
-    sizes = Sizes(**vars(parser.parse_args()))
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    say("MB sent by every device in one step (least possible)")
-    say("data x expert       exchange         gradients      more       total   XLA alone")
-    for data, shards in SHAPES:
-        axes = ("data", "expert")
-        devices = jax.devices()[: data * shards]
-        mesh = jax.make_mesh((data, shards), axes, axis_types=(AxisType.Auto,) * 2, devices=devices)
-        sent = bytes_sent(program(sizes, mesh, exchange=True))
-        alone = sum(bytes_sent(program(sizes, mesh, exchange=False)).values())
-        exchange, gradients = sent.pop("all-to-all", 0), sent.pop("all-reduce", 0)
-        least = least_exchange(sizes, shards), least_gradients(sizes, data, shards)
-        more = sum(sent.values())
-        total = exchange + gradients + more
-        say(
-            f"{data:4d} x {shards:<6d} {exchange / 1e6:8.2f} ({least[0] / 1e6:6.2f}) "
-            f"{gradients / 1e6:8.2f} ({least[1] / 1e6:6.2f}) {more / 1e6:9.2f} "
-            f"{total / 1e6:11.2f} {alone / 1e6:11.2f}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    experts = 3 * shape.D * shape.F * shape.E / shards
+    return all_reduce(shape.D * shape.E, data * shards) + all_reduce(experts, data)

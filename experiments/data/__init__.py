@@ -5,10 +5,10 @@ is a pure function of such images, on numpy and on JAX arrays, inside ``jit`` as
 uint8 images on the device and lay out each batch where it is used.
 
 Example:
-    >>> from moejax import datasets
-    >>> data = datasets.digits()
-    >>> datasets.flat(data.train.images).shape, datasets.one_hot(data.train.labels).shape
-    ((1437, 784), (1437, 10))
+    >>> from data import flat, mnist_sample, one_hot
+    >>> train = mnist_sample().train
+    >>> flat(train.images).shape, one_hot(train.labels).shape
+    ((4000, 784), (4000, 10))
 """
 
 from data.dataset import Dataset, Split
@@ -16,6 +16,7 @@ from data.digits import digits
 from data.images import channels_first, channels_last, flat, one_hot
 from data.loaders import load, mnist
 from data.points import Points, toy
+from data.sample import mnist_sample
 
 __all__ = [
     "Dataset",
@@ -27,6 +28,7 @@ __all__ = [
     "flat",
     "load",
     "mnist",
+    "mnist_sample",
     "one_hot",
     "toy",
 ]

@@ -30,6 +30,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed: pip install 'moejax[experiments]'")
     except Exception as error:
         cause = getattr(error.args[0], "reason", error) if error.args else error
         sys.exit(" ".join(str(cause).split()) or type(cause).__name__)

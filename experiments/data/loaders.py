@@ -1,4 +1,4 @@
-"""MNIST from a folder, the cache or the network; and a stand-in that says what it is."""
+"""MNIST from a folder, the cache or the network; and a sample that says what it is."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from pathlib import Path
 
 from data.cache import cache_dir, store
 from data.dataset import Dataset
-from data.digits import digits
 from data.download import download
-from data.idx import NAMES, find, read_idx_folder
-from data.tree import is_tree, read_tree
+from data.folder import HOW_TO_GET_MNIST, read_folder
+from data.idx import NAMES, find, holds_idx
+from data.sample import mnist_sample
 
 logger = logging.getLogger(__name__)
-
-HOW_TO_GET_MNIST = (
-    "put the four IDX files of MNIST into a folder and name it with `--data-dir` or the "
-    "environment variable MOEJAX_DATA_DIR, or connect to the internet once"
-)
 
 
 def mnist(data_dir: str | Path | None = None) -> Dataset:
@@ -52,13 +47,13 @@ def mnist(data_dir: str | Path | None = None) -> Dataset:
 
 
 def load(data_dir: str | Path | None = None) -> Dataset:
-    """Loads what is to be had: a given folder, MNIST, or the digits of scikit-learn.
+    """Loads a given folder, or MNIST, or without a network a sample of MNIST.
 
     A folder that is given, as ``data_dir`` or ``$MOEJAX_DATA_DIR``, must be valid; it may hold
     other data than MNIST in MNIST's format (Fashion-MNIST, a sample), then named "custom".
-    Without a folder it is MNIST from the cache or the network, and where neither has it, the
-    handwritten digits of scikit-learn: that is printed in a box, which the result carries as
-    ``notice`` to be printed again beside whatever is measured.
+    Without a folder it is MNIST from the cache or the network. Where neither has it, it is the
+    5,000 images that `mnist_sample` loads, with a ``notice``: a box that says what the figures can
+    be compared with, to be printed beside them.
 
     Args:
         data_dir: the folder to read, and no other source if it is given.
@@ -76,23 +71,8 @@ def load(data_dir: str | Path | None = None) -> Dataset:
     try:
         return _cached_or_downloaded()
     except ConnectionError as error:
-        data = digits()
-        data = data._replace(notice=_box(_stand_in_notice(data, error)))
-        print(data.notice, flush=True)
-        return data
-
-
-def read_folder(folder: Path) -> Dataset:
-    """Reads a folder of IDX files or of images, whichever it holds."""
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "nothing of that name"
-        raise ValueError(f"{folder} must be a folder, got {kind}; {HOW_TO_GET_MNIST}.")
-    has_idx = any(find(folder, name) for name in NAMES)
-    read, form = (
-        (read_tree, "images") if is_tree(folder) and not has_idx else (read_idx_folder, "IDX files")
-    )
-    train, test, is_mnist = read(folder)
-    return Dataset("mnist" if is_mnist else "custom", train, test, f"{form} in {folder}")
+        data = mnist_sample()
+        return data._replace(notice=_box(_notice(data, error)))
 
 
 def _read_mnist(folder: Path) -> Dataset:
@@ -113,7 +93,7 @@ def _given_folder(data_dir: str | Path | None) -> Path | None:
 
 def _cached_or_downloaded() -> Dataset:
     folder = cache_dir() / "mnist"
-    if any(find(folder, name) for name in NAMES):
+    if holds_idx(folder):
         try:
             return _read_mnist(folder)
         except ValueError as error:
@@ -129,12 +109,13 @@ def _cached_or_downloaded() -> Dataset:
     return data._replace(source="the catalogue of tensorflow-datasets")
 
 
-def _stand_in_notice(data: Dataset, error: ConnectionError) -> str:
+def _notice(data: Dataset, error: ConnectionError) -> str:
     return (
-        f"THIS IS NOT MNIST.\n{error}.\n"
+        f"A SAMPLE OF MNIST, NOT ALL OF IT.\n{error}.\n"
         f"In its place: {data.source}, {len(data.train.labels):,} to train and "
-        f"{len(data.test.labels):,} to test on. No result of this run is comparable with MNIST.\n"
-        f"For MNIST, {HOW_TO_GET_MNIST}."
+        f"{len(data.test.labels):,} to test on. Compare these figures with others of the same "
+        "sample, not with published ones: those are of 60,000 and 10,000 images.\n"
+        f"For all 70,000, {HOW_TO_GET_MNIST}."
     )
 
 

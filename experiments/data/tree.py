@@ -15,10 +15,13 @@ import numpy as np
 
 from data.cache import cache_dir, read_checked, store_checked
 from data.dataset import Split
+from data.packages import missing
 from parts.progress import progress
 
 SPLITS = (("train", "training"), ("test", "testing"))
+DIGITS = frozenset(map(str, range(10)))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+OTHER_IMAGES = (".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 EXACT_MODES = ("L", "1", "P", "RGB")  # those that Pillow turns into 8-bit grey without loss
 
 # SHA-256 of MNIST's (label, pixels) records in sorted order, so that file names do not matter.
@@ -34,7 +37,12 @@ Scan = dict[Path, list[tuple[str, int, int, int]]]
 
 def is_tree(folder: Path) -> bool:
     """Whether the folder has a training folder in it."""
-    return any((folder / name).is_dir() for name in SPLITS[0])
+    return bool(_named(folder, SPLITS[0]))
+
+
+def is_stray(name: str) -> bool:
+    """Whether a folder is a system's or an archiver's: hidden, ``__MACOSX``, ``@eaDir``."""
+    return name.startswith((".", "_", "@"))
 
 
 def read_tree(folder: Path) -> tuple[Split, Split, bool]:
@@ -85,12 +93,17 @@ def decode(path: Path) -> np.ndarray:
         with image_module.open(io.BytesIO(content)) as image:
             image.verify()  # decoding alone overlooks some damage that the checksums of PNG show
         with image_module.open(io.BytesIO(content)) as image:
-            mode, pixels = image.mode, np.asarray(image.convert("L"))
+            mode, opaque = image.mode, "transparency" not in image.info
+            pixels = np.asarray(image.convert("L") if opaque else image)
     except Exception as error:  # a damaged file may raise anything from within a decoder
         raise ValueError(
             f"{path} must be a readable PNG or JPEG image, got {type(error).__name__}; "
             "copy it again."
         ) from error
+    if not opaque:
+        raise ValueError(
+            f"{path} must be an opaque image, got a transparent colour; save it on a background."
+        )
     if pixels.shape != (28, 28) or mode not in EXACT_MODES:
         raise ValueError(
             f"{path} must be a grey image of 28x28 pixels, got mode {mode!r} and shape "
@@ -108,7 +121,7 @@ def fingerprint(split: Split) -> str:
 
 
 def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
-    found = [folder / name for name in names if (folder / name).is_dir()]
+    found = _named(folder, names)
     if len(found) != 1:
         raise ValueError(
             f"{folder} must hold exactly one folder named {' or '.join(names)}, got {len(found)}; "
@@ -117,33 +130,50 @@ def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
     return found[0]
 
 
+def _named(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The folders of these names, in whatever case."""
+    return [path for path in folder.iterdir() if path.name.lower() in names and path.is_dir()]
+
+
 def _digit_folders(folder: Path) -> list[Path]:
-    found = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
-    expected = {str(digit) for digit in range(10)}
-    if found != expected:
-        missing, extra = sorted(expected - found), sorted(found - expected)
+    with os.scandir(folder) as entries:
+        found = {e.name for e in entries if e.is_dir() and not is_stray(e.name)}
+    if found != DIGITS:
+        absent, extra = sorted(DIGITS - found), sorted(found - DIGITS)
         raise ValueError(
-            f"{folder} must hold one folder per digit, 0 to 9, got {missing} missing and "
+            f"{folder} must hold one folder per digit, 0 to 9, got {absent} missing and "
             f"{extra} besides; put each image under its digit."
         )
     return [folder / str(digit) for digit in range(10)]
 
 
 def _scan_digit(folder: Path) -> list[tuple[str, int, int, int]]:
-    files = []
-    for file in os.scandir(folder):
-        if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith("."):
-            stat = file.stat()
-            files.append((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    with os.scandir(folder) as entries:
+        files = sorted(_stamp(entry) for entry in entries if _is_image(entry))
     if not files:
         raise ValueError(f"{folder} must hold PNG or JPEG images, got none; put images there.")
-    return sorted(files)
+    return files
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether to read an entry of a digit's folder; what might be meant to be read is refused."""
+    if entry.name.startswith(".") or (entry.is_dir() and is_stray(entry.name)):
+        return False
+    if entry.is_dir() or entry.name.lower().endswith(OTHER_IMAGES):
+        raise ValueError(
+            f"{entry.path} must be a PNG or JPEG image; convert it, or move it elsewhere."
+        )
+    return entry.name.lower().endswith(IMAGE_ENDINGS)
+
+
+def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+    stat = entry.stat()
+    return entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _decode_all(files: Scan) -> Iterator[np.ndarray]:
-    for folder, images in files.items():
-        for name, *_ in progress(images, f"decoding {folder.parent.name}/{folder.name}"):
-            yield decode(folder / name)
+    paths = [folder / name for folder, images in files.items() for name, *_ in images]
+    return map(decode, progress(paths, "decoding images"))
 
 
 def _split_header(content: memoryview) -> tuple[dict[str, Any], np.ndarray]:
@@ -163,8 +193,5 @@ def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "Image folders are decoded by Pillow; install it with "
-            "`pip install 'moejax[experiments]'`."
-        ) from error
+        raise missing("pillow", "Images are decoded by it") from error
     return Image

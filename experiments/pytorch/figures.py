@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from moejax import plot
-from moejax.plot.style import color
 
-PYTORCH, MOEJAX = color(1), color(0)
+PYTORCH, MOEJAX = plot.color(1), plot.color(0)
 
 
 def overlay(title: str, runs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
@@ -57,7 +56,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
     """
     figure, axes = plot.new_figure(width=6.5, height=4.8)
     axis = axes[0, 0]
-    styles = [(PYTORCH, 5, "-", 0.45), (MOEJAX, 1.5, "--", 1.0), (color(2), 1.5, "-", 1.0)]
+    styles = [(PYTORCH, 5, "-", 0.45), (MOEJAX, 1.5, "--", 1.0), (plot.color(2), 1.5, "-", 1.0)]
     for (name, values), (tint, width, style, alpha) in zip(
         accuracies.items(), styles, strict=False
     ):
@@ -77,7 +76,7 @@ def speed(races: dict[str, dict[str, Any]], units: dict[str, str]) -> Figure:
     """A bar per contender, the median time, beside each other for every model.
 
     Args:
-        races: records of `pytorch_speed.race`, by model.
+        races: records of `races.race`, by model.
         units: what a time is the time of, by model.
     """
     figure, axes = plot.new_figure(1, len(races), width=3.4 * len(races), height=3.2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import pytorch.baseline as pytorch_baseline
+from pytorch import modules
 from pytorch.twins import Problem, Trace
 
 
@@ -36,11 +36,11 @@ def squared_error(score: Tensor, y: Tensor) -> Tensor:
 
 adam = partial(torch.optim.Adam, lr=1e-3)
 STUDIES = {
-    "toy": Study(pytorch_baseline.toy, squared_error, partial(torch.optim.Adam, lr=0.01)),
-    "dense": Study(pytorch_baseline.dense, F.cross_entropy, partial(torch.optim.SGD, lr=0.1)),
-    "soft": Study(pytorch_baseline.soft, F.cross_entropy, adam),
-    "sparse": Study(pytorch_baseline.sparse, F.cross_entropy, adam),
-    "hard": Study(pytorch_baseline.hard, F.cross_entropy, adam),
+    "toy": Study(modules.toy, squared_error, partial(torch.optim.Adam, lr=0.01)),
+    "dense": Study(modules.dense, F.cross_entropy, partial(torch.optim.SGD, lr=0.1)),
+    "soft": Study(modules.soft, F.cross_entropy, adam),
+    "sparse": Study(modules.sparse, F.cross_entropy, adam),
+    "hard": Study(modules.hard, F.cross_entropy, adam),
 }
 
 

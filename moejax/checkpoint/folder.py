@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder until it is complete
 
@@ -28,7 +30,7 @@ def latest(folder: str | Path) -> int | None:
         >>> latest(tempfile.mkdtemp()) is None
         True
     """
-    return max(steps_in(Path(folder)), default=None)
+    return max(steps_in(local(folder)), default=None)
 
 
 def discard(folder: str | Path, *, after: int) -> None:
@@ -49,7 +51,7 @@ def discard(folder: str | Path, *, after: int) -> None:
         >>> latest(folder)
         10
     """
-    folder = Path(folder)
+    folder = local(folder)
     for step in sorted(steps_in(folder), reverse=True):
         if step > after:
             delete(folder / str(step))
@@ -65,14 +67,36 @@ def delete(checkpoint: Path) -> None:
 def clear(folder: Path) -> None:
     """Deletes what processes that were killed have left behind."""
     for remains in folder.glob(f"*{UNFINISHED}*"):
-        shutil.rmtree(remains)
+        if remains.is_dir():
+            shutil.rmtree(remains)
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints: orbax renames a folder to its step at the end."""
+    """The steps of the complete checkpoints: orbax renames a folder to its step at the end.
+
+    A file of that name, or a folder such as ``0020``, is somebody else's.
+    """
     if not folder.is_dir():
         return []
-    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    numbered = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return [int(path.name) for path in numbered if path.name == str(int(path.name))]
+
+
+def local(folder: str | Path) -> Path:
+    """The absolute path of a folder on this machine, given with or without ``file:`` or ``~``.
+
+    Raises:
+        ValueError: if it is the address of something else; as a path, it would make a folder
+            called ``s3:`` here.
+    """
+    text = str(folder)
+    if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
+        return Path(unquote(here[1])).absolute()
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text):  # a single slash in a Path of s3://bucket
+        raise ValueError(
+            f"`folder` must be a folder on this machine, or one that is mounted here, got {folder}."
+        )
+    return Path(folder).expanduser().absolute()
 
 
 @contextmanager
@@ -88,12 +112,21 @@ def orbax() -> Iterator[ModuleType]:
     if unconfigured:
         logging.root.addHandler(stand_in)
     try:
-        import orbax.checkpoint as ocp
-
-        yield ocp
+        yield _imported()
     finally:
         if unconfigured:
             logging.root.removeHandler(stand_in)
+
+
+def _imported() -> ModuleType:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints need orbax-checkpoint, which is not installed: "
+            "pip install 'moejax[flax]' or pip install orbax-checkpoint."
+        ) from error
+    return orbax.checkpoint
 
 
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ The manifest is JSON, and carries a SHA-256 of its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,10 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import moejax
+from moejax._version import VERSION
 
 Manifest = dict[str, Any]
 
+# What orbax can write, and JAX can read.
+DTYPES = (
+    *("bool", "int2", "int4", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"),
+    *("float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
+    *("float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn", "complex64", "complex128"),
+)
 _LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
 
@@ -59,16 +67,22 @@ def is_key(leaf: Any) -> bool:
 
 
 def stored(leaf: Any) -> Any:
-    """What is stored of a leaf: itself, or the data of PRNG keys."""
+    """What is stored of a leaf: itself, in this machine's byte order, or the data of PRNG keys."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    host = np.asarray(leaf)
+    return host.astype(host.dtype.newbyteorder("="))
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that a result depends on."""
-    installed = {"moejax": moejax.__version__, "python": platform.python_version()}
-    return installed | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    """The versions of Python and of the libraries that a result depends on and that are there."""
+    found = {"moejax": VERSION, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # flax may be absent
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manifest:
@@ -84,13 +98,13 @@ def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manif
         leaf, and the SHA-256 of all that.
 
     Raises:
-        ValueError: if the configuration is not JSON.
+        ValueError: if the configuration is not JSON, or a leaf is of a dtype that cannot be stored.
     """
     try:
         config = json.loads(json.dumps(config))
     except TypeError as error:
         raise ValueError(f"`config` must be something that JSON can hold: {error}.") from error
-    entries = {name: _entry(leaf) for name, leaf in leaves.items()}
+    entries = {name: _entry(name, leaf) for name, leaf in leaves.items()}
     content = {"step": step, "config": config, "versions": versions(), "leaves": entries}
     return {**content, "sha256": _digest_of_json(content)}
 
@@ -119,7 +133,7 @@ def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:
             f"the checkpoint lacks {_listed(missing)} and has {_listed(unknown)} besides."
         )
     for name, leaf in like.items():
-        saved, wanted = entries[name], {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        saved, wanted = entries[name], {"shape": list(leaf.shape), "dtype": dtype_name(leaf)}
         for what, value in wanted.items():
             if saved[what] != value:
                 raise ValueError(
@@ -150,8 +164,16 @@ def digest(array: Any) -> str:
     return sha256.hexdigest()
 
 
-def _entry(leaf: Any) -> Manifest:
-    entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest(stored(leaf))}
+def dtype_name(leaf: Any) -> str:
+    """The name of a leaf's dtype, which does not tell in which order its bytes are in memory."""
+    return str(leaf.dtype if is_key(leaf) else np.dtype(leaf.dtype).newbyteorder("="))
+
+
+def _entry(name: str, leaf: Any) -> Manifest:
+    dtype = dtype_name(leaf)
+    if not (is_key(leaf) or dtype in DTYPES):
+        raise ValueError(f"Every leaf must be of a dtype that JAX has, but `{name}` is {dtype}.")
+    entry = {"shape": list(leaf.shape), "dtype": dtype, "sha256": digest(stored(leaf))}
     return {**entry, "impl": str(jax.random.key_impl(leaf))} if is_key(leaf) else entry
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.folder import apart, orbax, steps_in
+from moejax.checkpoint.folder import apart, local, orbax, steps_in
 from moejax.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -101,7 +101,7 @@ def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any
 
 
 def _find(folder: str | Path, step: int | None) -> Path:
-    folder = Path(folder).absolute()
+    folder = local(folder)
     steps = sorted(steps_in(folder))
     if not steps or step not in [None, *steps]:
         raise ValueError(
@@ -192,7 +192,7 @@ def _read_item(reader: Any, path: Path, **item: Any) -> Any:
 def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
     # The array, of the kind and on the devices of the one it is to be like.
     if isinstance(like, (np.ndarray, np.generic)):
-        return like if array is None else array
+        return like if array is None else array.astype(like.dtype)  # in its order of bytes
     leaf: Any = array
     if array is None:
         leaf = jnp.zeros(like.shape, like.dtype)

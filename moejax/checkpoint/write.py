@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 import jax
 
-from moejax.checkpoint.folder import apart, clear, delete, latest, orbax, steps_in
+from moejax.checkpoint.folder import apart, clear, delete, latest, local, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)
@@ -28,7 +28,7 @@ def save(
     """Saves one checkpoint, and returns when it is complete.
 
     Args:
-        folder: where the checkpoints of a run are; made if missing.
+        folder: where the checkpoints of a run are, on this machine; made if missing.
         state: any pytree of arrays: parameters, optimizer state, router state, PRNG keys.
         step: its number, an integer of at least zero and larger than that of every checkpoint in
             the folder; a scalar array, such as ``state.step``, will do.
@@ -36,8 +36,9 @@ def save(
         keep: how many to keep; older ones are deleted. None keeps all.
 
     Raises:
-        ValueError: if a leaf is not an array, the configuration is not JSON, the step is not a
-            number of a checkpoint, or the folder holds a later one.
+        ValueError: if a leaf is not an array of a dtype that JAX has, the configuration is not
+            JSON, the step is not a number of a checkpoint, the folder holds a later one, or the
+            folder is the address of another machine.
         OSError: if it cannot be written. The checkpoints before it are untouched.
 
     Example:
@@ -68,7 +69,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         A context manager that gives ``save(state, *, step, config=None)``.
 
     Raises:
-        ValueError: if ``keep`` is less than one.
+        ValueError: if ``keep`` is less than one, or the folder is the address of another machine.
         OSError: if the folder cannot be made.
 
     Example:
@@ -79,7 +80,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
     """
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None to keep all, got {keep}.")
-    folder = Path(folder).absolute()
+    folder = local(folder)
     with orbax() as ocp:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

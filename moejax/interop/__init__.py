@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-_MODULES = ("flax", "safetensors", "torch")
+_MODULES = ("flax", "safetensors", "torch", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

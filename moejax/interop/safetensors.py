@@ -46,7 +46,7 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     _check(contiguous)
     metadata = {CHECKSUM: _digest(contiguous)}
     partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_bytes(_safetensors().numpy.save(contiguous, metadata=metadata))
+    partial.write_bytes(library().numpy.save(contiguous, metadata=metadata))
     os.replace(partial, path)
 
 
@@ -64,7 +64,7 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: if the file is damaged or has no checksum; names the file.
         ImportError: without safetensors; names the command that installs it.
     """
-    safetensors = _safetensors()
+    safetensors = library()
     content = Path(path).read_bytes()
     try:
         arrays = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
@@ -124,7 +124,8 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _safetensors() -> ModuleType:
+def library() -> ModuleType:
+    """The safetensors library, imported when it is asked for."""
     try:
         import safetensors.numpy
     except ImportError as error:

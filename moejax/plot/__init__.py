@@ -3,6 +3,13 @@
 Every function takes arrays and returns a figure; nothing is shown, saved or kept in global state.
 """
 
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "Pictures need matplotlib, which is not installed: pip install 'moejax[experiments]'."
+    ) from error
+
 from moejax.plot._plane import Plane
 from moejax.plot.animation import save_animation
 from moejax.plot.boundaries import boundaries, boundary_frame, boundary_frames, data, grid

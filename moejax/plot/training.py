@@ -46,7 +46,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
                     markerfacecolor=fill,
                     label=f"{model}, {split}",
                 )
-        epoch_axis(ax, epochs)
+        epoch_axis(ax, [int(epoch) for epoch in epochs])
         ax.set_ylabel("cross-entropy, nats" if name == "loss" else name)
         ax.margins(y=0.15)
     axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -5,9 +5,11 @@ Ties go to the lower index. Without a key nothing is random.
 """
 
 from moejax.rules.balanced import sigmoid_top_k, sinkhorn, update_balance_bias
+from moejax.rules.by_score import by_score
 from moejax.rules.hashed import hashed
 from moejax.rules.limit import (
     by_choice,
+    by_token,
     by_token_weight,
     by_weight,
     capacity_for,
@@ -19,9 +21,13 @@ from moejax.rules.noisy import gshard_top_2, noisy_top_k
 from moejax.rules.relu import relu, update_l1_coefficient
 from moejax.rules.slots import expert_choice, soft_slots
 from moejax.rules.softmax import softmax, switch, top_k
+from moejax.rules.sparsemixer import sparsemixer
+from moejax.rules.top_p import top_p
 
 __all__ = [
     "by_choice",
+    "by_score",
+    "by_token",
     "by_token_weight",
     "by_weight",
     "capacity_for",
@@ -37,8 +43,10 @@ __all__ = [
     "sinkhorn",
     "soft_slots",
     "softmax",
+    "sparsemixer",
     "switch",
     "top_k",
+    "top_p",
     "update_balance_bias",
     "update_l1_coefficient",
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moejax._checks import check_k, check_mask, checked_logits, takes
 from moejax.base import Array, Routing
+from moejax.rules.by_score import Groups, check_bias, check_choice, choose
 from moejax.rules.limit import mask_tokens
 
 
@@ -22,6 +23,7 @@ def sigmoid_top_k(
 ) -> Routing:
     """Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
 
+    `by_score` with a sigmoid, normalised by logarithms: it stays exact where scores underflow.
     ``s = sigmoid(logits)``; the choice is by ``s + b``, the weights are s without b, divided by
     their sum over the k and multiplied by ``scale``. With groups, experts compete only within the
     ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
@@ -55,12 +57,9 @@ def sigmoid_top_k(
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
     logits = checked_logits(logits)
-    _check_sigmoid(logits, bias, k, num_groups, kept_groups, renormalize)
-    affinity = jax.nn.sigmoid(logits)
-    ranked_by = affinity if bias is None else affinity + bias.astype(affinity.dtype)
-    if kept_groups < num_groups:
-        ranked_by = _only_best_groups(ranked_by, num_groups, kept_groups)
-    experts = jax.lax.top_k(ranked_by, k)[1]
+    groups = Groups(num_groups, kept_groups)
+    check_choice("sigmoid_top_k", logits, bias, k, groups, renormalize)
+    experts = choose(logits, jax.nn.sigmoid(logits), bias, k, groups)
     # Softmax of log s is s / sum s, and stays finite where every s underflows.
     log_affinity = jax.nn.log_sigmoid(logits)
     kept = jnp.take_along_axis(log_affinity, experts, axis=-1)
@@ -69,36 +68,47 @@ def sigmoid_top_k(
 
 
 @takes(Routing)
-def update_balance_bias(bias: Array, routing: Routing, *, rate: float) -> Array:
+def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -> Array:
     """Moves the bias of `sigmoid_top_k` towards balance, ``b_e + rate sign(mean(n) - n_e)``.
 
     n_e counts the choices that go to expert e, masked tokens left out. At exact balance nothing
-    changes. On several devices, sum the counts first: this reads one decision.
+    changes.
+
+    One step of the optimizer may take several decisions: with gradient accumulation, or where
+    each device routes tokens of its own. Sum their ``routing.counts`` first, and pass the sum.
+    Several layers have a bias each: ``jax.vmap(partial(update_balance_bias, rate=rate))`` maps
+    biases and counts [layers, E] to the next biases.
 
     Args:
         bias: b, shape [E].
-        routing: the decision of this step, before capacity drops anything.
+        routing: the decision of this step, before capacity drops anything; or counts of choices,
+            integers or floats of shape [E].
         rate: the step, such as 1e-3.
 
     Returns:
         The bias of the next step, shape [E].
 
     Raises:
-        ValueError: if the bias does not hold one number per expert.
+        ValueError: if the bias or the counts do not hold one number per expert.
 
     Example:
         >>> routing = moejax.switch(5.0 * jnp.eye(3)[jnp.array([0, 0, 1])])
         >>> update_balance_bias(jnp.zeros(3), routing, rate=0.5)
         Array([-0.5,  0. ,  0.5], dtype=float32)
+        >>> update_balance_bias(jnp.zeros(3), routing.counts + jnp.array([0, 1, 1]), rate=0.5)
+        Array([-0.5, -0.5,  0.5], dtype=float32)
 
     References:
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
-    _check_bias(bias, routing.num_experts)
-    counts = routing.counts
-    # Integers: a mean in floating point could miss exact balance.
-    direction = jnp.sign(counts.sum(dtype=counts.dtype) - counts.size * counts)
-    return bias + rate * direction.astype(bias.dtype)
+    counts = routing.counts if isinstance(routing, Routing) else jnp.asarray(routing)
+    if counts.ndim != 1:
+        raise ValueError(
+            f"The counts must hold one number per expert, [E], got {list(counts.shape)}: sum them "
+            "over decisions, and map over layers with `jax.vmap`."
+        )
+    check_bias(bias, counts.size)
+    return bias + rate * _below_mean(counts).astype(bias.dtype)
 
 
 def sinkhorn(
@@ -148,15 +158,34 @@ def sinkhorn(
         counted = counted & mask
     fixed = jax.lax.stop_gradient(logits)
     price = _expert_prices(fixed, counted, iterations)  # [E]
-    experts = jax.lax.top_k(fixed - price, k)[1]
+    experts = jax.lax.top_k(fixed - price[None], k)[1]
     decision = Routing(experts, jnp.take_along_axis(scores, experts, axis=-1), scores, logits)
     return decision if mask is None else mask_tokens(decision, mask)
+
+
+def _below_mean(counts: Array) -> Array:
+    """``sign(mean(n) - n_e)``, [E]; for integers exactly, whose sum may be too large for them."""
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        return jnp.sign(counts.mean() - counts)
+    num_experts = counts.size
+    nothing = jnp.zeros((), counts.dtype)
+
+    def add(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        rest = one[1] + other[1]
+        return one[0] + other[0] + rest // num_experts, rest % num_experts
+
+    # The mean as an integer and so many E-ths, added up from n_e / E: no partial sum exceeds it.
+    parts = counts // num_experts, counts % num_experts
+    mean, rest = jax.lax.reduce(parts, (nothing, nothing), add, (0,))
+    return jnp.where(
+        counts == mean, jnp.sign(rest).astype(jnp.int32), jnp.where(counts < mean, 1, -1)
+    )
 
 
 def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
     # The plan is softmax_e(logits - price) up to the price: Sinkhorn in its dual variable.
     def scale_columns(_: int, price: Array) -> Array:
-        plan = jax.nn.log_softmax(logits - price)  # rows have mass 1
+        plan = jax.nn.log_softmax(logits - price[None])  # rows have mass 1
         plan = jnp.where(counted[:, None], plan, -jnp.inf)
         price = price + jax.nn.logsumexp(plan, axis=0)
         price = price - price.max()
@@ -164,50 +193,3 @@ def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
         return jnp.where(price > -jnp.inf, price, 0)
 
     return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros_like(logits[0]))
-
-
-def _only_best_groups(ranked_by: Array, num_groups: int, kept_groups: int) -> Array:
-    num_tokens, num_experts = ranked_by.shape
-    # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
-    grouped = ranked_by.reshape(num_tokens, num_groups, num_experts // num_groups)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)  # [T, groups]
-    groups = jax.lax.top_k(best, kept_groups)[1]
-    every = jnp.arange(num_groups, dtype=groups.dtype)
-    kept = (groups[..., None] == every).any(axis=1)  # [T, groups]
-    # Not zero: with a negative bias, zero would win over every expert that is allowed.
-    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
-
-
-def _check_sigmoid(
-    logits: Array,
-    bias: Array | None,
-    k: int,
-    num_groups: int,
-    kept_groups: int,
-    renormalize: bool,
-) -> None:
-    check_k(k, logits)
-    num_experts = logits.shape[-1]
-    if bias is not None:
-        _check_bias(bias, num_experts)
-    if num_groups < 1 or num_experts % num_groups:
-        raise ValueError(
-            f"`num_groups` must divide the number of experts ({num_experts}), got {num_groups}."
-        )
-    if not 1 <= kept_groups <= num_groups or kept_groups * (num_experts // num_groups) < k:
-        raise ValueError(
-            f"`kept_groups` must be between 1 and `num_groups` ({num_groups}) and leave at least "
-            f"k = {k} experts to choose from, got {kept_groups}."
-        )
-    if k == 1 and renormalize:
-        raise ValueError(
-            "`sigmoid_top_k(k=1, renormalize=True)` gives every token a constant weight, so the "
-            "router gets exactly zero gradient: pass renormalize=False."
-        )
-
-
-def _check_bias(bias: Array, num_experts: int) -> None:
-    if bias.shape != (num_experts,):
-        raise ValueError(
-            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
-        )

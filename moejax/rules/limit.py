@@ -11,15 +11,40 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from moejax._checks import check_mask, is_integer, takes
+from moejax._checks import check_mask, check_num_choices, is_integer, takes
+from moejax._sorting import places_in_queue
 from moejax.base import Array, Routing
 
 Priority = Callable[[Routing], Array]
 
 
 @takes(Routing)
+def by_token(routing: Routing) -> Array:
+    """The choices in the order of tokens, and a token's own in the order of its preference.
+
+    Whether a choice is served depends on earlier tokens alone, so it is causal, which no other
+    priority is for K >= 2.
+
+    Args:
+        routing: a decision of T tokens with K choices each.
+
+    Returns:
+        The choices in the order in which they are served, integers [T K].
+
+    Example:
+        >>> by_token(moejax.top_k(jnp.ones((3, 4)), k=2))
+        Array([0, 1, 2, 3, 4, 5], dtype=int32)
+    """
+    check_num_choices(routing.experts.size)
+    return jnp.arange(routing.experts.size, dtype=jnp.int32)
+
+
+@takes(Routing)
 def by_choice(routing: Routing) -> Array:
     """All first choices before any second choice, then in the order of tokens.
+
+    For K >= 2 a later token's first choice can take the slot of an earlier token's second, so in
+    a causal decoder it leaks the future; `by_token` does not.
 
     Args:
         routing: a decision of T tokens with K choices each.
@@ -95,8 +120,9 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
     Args:
         routing: a decision of T tokens with K choices each.
         capacity: C, slots per expert, such as ``capacity_for(routing, factor=1.25)``.
-        priority: who is served first: `by_choice`, `by_token_weight`, `by_weight`, or a function
-            of one's own.
+        priority: who is served first: `by_choice`, `by_token`, `by_token_weight`, `by_weight`, or
+            a function of your own. In a causal decoder use `by_token`: for K >= 2 every other one
+            lets later tokens decide who is dropped.
 
     Returns:
         The decision with at most C choices per expert; `share_dropped` compares the two.
@@ -128,6 +154,9 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
 def capacity_for(routing: Routing, *, factor: float) -> int:
     """Slots per expert for a multiple of the mean load, ``C = ceil(factor T K / E)``.
 
+    C grows with the number of tokens, later ones included: a causal decoder that is to drop the
+    same choices whatever follows takes a fixed C.
+
     Args:
         routing: a decision; only its shapes are read, so C is a number under `jit`.
         factor: 1 is room for exactly the balanced load.
@@ -136,7 +165,8 @@ def capacity_for(routing: Routing, *, factor: float) -> int:
         C, at least 1.
 
     Raises:
-        ValueError: if ``factor`` is not a positive finite number.
+        ValueError: if ``factor`` is not a positive finite number, or T is a symbol, as it may be
+            under `jax.export`.
 
     Example:
         >>> capacity_for(moejax.top_k(jnp.ones((10, 4)), k=2), factor=1.25)
@@ -146,13 +176,19 @@ def capacity_for(routing: Routing, *, factor: float) -> int:
         raise ValueError(
             f"`factor` must be a positive number, slots in units of the mean load; got {factor}."
         )
+    if not isinstance(routing.experts.size, int):
+        raise ValueError(
+            "`capacity_for` needs a known number of tokens to make a number of slots, got "
+            f"{routing.experts.shape[0]}: pass `limit_capacity` a capacity of your own."
+        )
     mean = routing.experts.size / routing.num_experts
     # Rounded first: 1.1 * 10 is a little more than 11 in floating point.
     return max(1, math.ceil(round(factor * mean, 6)))
 
 
 def _choice_major(tokens: Array, k: int) -> Array:
-    return (tokens * k + jnp.arange(k, dtype=jnp.int32)[:, None]).ravel()  # [K, T] -> [K T]
+    check_num_choices(tokens.size * k)
+    return (tokens[None] * k + jnp.arange(k, dtype=jnp.int32)[:, None]).ravel()  # [K, T] -> [K T]
 
 
 @takes(Routing)
@@ -172,15 +208,9 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
                [1, 1]], dtype=int32)
     """
     order = priority(routing)
-    # Sorting keeps the order within an expert; counting in int32 is exact where a cumulative sum
-    # of floats is not.
-    experts = routing.experts.ravel()[order]
-    by_expert = jnp.argsort(experts, stable=True)
-    queue = experts[by_expert]  # [T K], sorted
-    start = jnp.searchsorted(queue, queue)
-    place = jnp.arange(queue.size, dtype=jnp.int32) - start.astype(jnp.int32)
-    places = jnp.zeros(queue.size, jnp.int32).at[order[by_expert]].set(place)
-    return places.reshape(routing.experts.shape)
+    queue = routing.experts.ravel()[order]  # [T K]
+    places = places_in_queue(queue, routing.num_experts)
+    return jnp.zeros_like(places).at[order].set(places).reshape(routing.experts.shape)
 
 
 @takes(Routing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -66,7 +68,21 @@ def choose_noisy(clean: Array, noisy: Array, noise_scale: Array, *, k: int) -> R
     best = jax.lax.top_k(noisy, k + 1)[0]  # [T, k + 1]
     last_in, first_out = best[:, k - 1 : k], best[:, k:]  # [T, 1] each
     threshold = jnp.where(noisy > first_out, first_out, last_in)
-    return decision._replace(chances=jax.scipy.stats.norm.cdf((clean - threshold) / noise_scale))
+    return decision._replace(chances=_chance_above(threshold, clean, noise_scale))
+
+
+def _chance_above(threshold: Array, mean: Array, scale: Array) -> Array:
+    """``P(mean + scale N(0, 1) > threshold)``, with finite gradients where it is 0 or 1.
+
+    It is so where an expert is switched off by a logit of -inf, where fewer than k others are left
+    to beat, and where there is no noise to speak of.
+    """
+    smallest = math.sqrt(jnp.finfo(scale.dtype).tiny)  # its reciprocal can be squared
+    settled = jnp.isinf(mean) | jnp.isinf(threshold) | (scale < smallest)
+    # Around the division and not after it: zero times an infinite derivative would be NaN.
+    distance = jnp.where(settled, 0, mean - threshold)
+    chance = jax.scipy.stats.norm.cdf(distance / jnp.where(scale < smallest, 1, scale))
+    return jnp.where(settled, (mean > threshold).astype(chance.dtype), chance)
 
 
 def gshard_top_2(

@@ -37,7 +37,7 @@ def relu(logits: Array) -> Routing:
     """
     logits = checked_logits(logits)
     num_experts = logits.shape[-1]
-    every = jnp.arange(num_experts, dtype=jnp.int32)
+    every = jnp.arange(num_experts, dtype=jnp.int32)[None]  # [1, E]
     best = every == jnp.argmax(logits, axis=-1, keepdims=True).astype(every.dtype)
     # Not "> 0": a logit that is not a number must show up in the output.
     inactive = (logits <= 0) & ~best

@@ -31,7 +31,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
 
     Returns:
         A decision for `gather_slots`, the best token of an expert first. A token whose logits
-        are not numbers is taken by nobody.
+        are not numbers is taken by nobody, and an expert whose logits are -inf takes nobody.
 
     Raises:
         ValueError: if logits is not a float array [T, E], if capacity is out of range, or if the
@@ -48,7 +48,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
         <https://arxiv.org/abs/2202.09368>`_, 2022
     """
     logits = checked_logits(logits)
-    num_tokens = len(logits)
+    num_tokens = logits.shape[0]
     if not (is_integer(capacity) and 1 <= capacity <= num_tokens):
         raise ValueError(
             f"`capacity` must be an integer between 1 and the number of tokens ({num_tokens}), "
@@ -58,9 +58,10 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
     scores = jnp.where(present[:, None], jax.nn.softmax(logits), 0)
     # By logarithms: scores that underflow to zero would tie.
     ranked_by = jnp.where(present[:, None], jax.nn.log_softmax(logits), -jnp.inf)
-    tokens = jax.lax.top_k(ranked_by.T, capacity)[1]  # [E, C]
+    rank, tokens = jax.lax.top_k(ranked_by.T, capacity)  # [E, C]
     weights = jnp.take_along_axis(scores.T, tokens, axis=-1)
-    return ExpertChoice(jnp.where(present[tokens], tokens, num_tokens), weights, scores, logits)
+    # -inf is the rank of a token that is absent, and of every token at an expert switched off.
+    return ExpertChoice(jnp.where(rank > -jnp.inf, tokens, num_tokens), weights, scores, logits)
 
 
 def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
@@ -97,7 +98,8 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
         )
     logits = at_least_float32(logits)
     present = _present(logits, mask)[:, None, None]  # [T, 1, 1]
-    dispatch = jax.nn.softmax(logits, axis=0, where=present)
+    # A slot of -inf alone, of an expert switched off, takes no token.
+    dispatch = jax.nn.softmax(logits, axis=0, where=present & (logits > -jnp.inf))
     combine = jax.nn.softmax(logits, axis=(1, 2))
     kept = present if mask is None else mask[:, None, None]
     return SoftSlots(dispatch, jnp.where(kept, combine, 0), logits)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moejax._checks import check_k, checked_logits
 from moejax.base import Array, DenseRouting, Routing
+from moejax.rules.by_score import Groups, choose
 
 
 def softmax(logits: Array) -> Routing:
@@ -36,7 +37,7 @@ def softmax(logits: Array) -> Routing:
 
 
 def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
-    """Sends every token to its k best experts.
+    """Sends every token to its k best experts: `by_score` with a softmax, ranked by logits.
 
     ``p = softmax(logits)``; the weights are the k largest p, divided by their sum (which equals
     the softmax over the k kept logits) or, with ``renormalize=False``, as they are.
@@ -72,8 +73,9 @@ def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
         )
     scores = jax.nn.softmax(logits)
     # By logits and not by scores: scores that underflow to zero would tie.
-    kept, experts = jax.lax.top_k(logits, k)
-    weights = jax.nn.softmax(kept) if renormalize else jnp.take_along_axis(scores, experts, axis=-1)
+    experts = choose(logits, logits, None, k, Groups())
+    kept = jnp.take_along_axis(logits if renormalize else scores, experts, axis=-1)
+    weights = jax.nn.softmax(kept) if renormalize else kept
     decision = DenseRouting if k == logits.shape[-1] else Routing
     return decision(experts, weights, scores, logits)
 

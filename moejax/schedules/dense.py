@@ -6,12 +6,14 @@ it in value and in gradient wherever nothing is dropped.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax._arrays import gradient_where, output_dtype
-from moejax._calling import with_matmul
+from moejax._calling import hashable, with_matmul
 from moejax._checks import (
     check_array,
     check_gates,
@@ -46,12 +48,18 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         >>> mixture(moejax.linear(3, 2).apply, params, jnp.ones((5, 3)), gates).shape
         (5, 2)
     """
-    check_gates(gates, params, len(x))
+    check_gates(gates, params, x.shape[0])
+    return _blend(hashable(expert), params, x, gates)
+
+
+# Under jit even where the caller's code is not: operations would be compiled one by one.
+@partial(jax.jit, static_argnums=0)
+def _blend(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     expert = with_matmul(expert, side_by_side)
     over_experts = jax.vmap(expert, in_axes=(0, None), axis_size=gates.shape[1])
     outputs = over_experts(params, x)  # [E, T, O]
     check_array(outputs)
-    check_outputs(outputs.shape[1:], len(x))
+    check_outputs(outputs.shape[1:], x.shape[0])
     gates, blended = _promote(gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
     return y.astype(output_dtype(x, outputs))
@@ -80,9 +88,10 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     params, x = check_problem(params, x, routing.scores.shape)
     if isinstance(routing, DenseRouting):
         return mixture(expert, params, x, routing.gates)
-    return _guarded(expert, params, x, routing)
+    return _guarded(hashable(expert), params, x, routing)
 
 
+@partial(jax.jit, static_argnums=0)
 def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """The same sum where an expert may overflow on tokens that did not choose it.
 
@@ -90,11 +99,11 @@ def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     token, the first one that chose it; and one that nobody chose has no gradient.
     """
     chosen = routing.chooses.T  # [E, T]
-    own = jnp.where(chosen, jnp.arange(len(x)), jnp.argmax(chosen, axis=1)[:, None])
+    own = jnp.where(chosen, jnp.arange(x.shape[0])[None], jnp.argmax(chosen, axis=1)[:, None])
     params = gradient_where(chosen.any(axis=1), params)
     outputs = jax.vmap(expert)(params, x[own])  # [E, T, O]
     check_array(outputs)
-    check_outputs(outputs.shape[1:], len(x))
+    check_outputs(outputs.shape[1:], x.shape[0])
     outputs = jnp.where(chosen.reshape(chosen.shape + (1,) * (outputs.ndim - 2)), outputs, 0)
     gates, blended = _promote(routing.gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)

@@ -35,15 +35,15 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     """
     params, x = check_problem(params, x, decision.scores.shape)
     # An empty slot repeats its expert's first token: the expert may be undefined at zero.
-    filled = decision.tokens < len(x)  # [E, C]
-    taken = x[jnp.where(filled, decision.tokens, decision.tokens[:, :1]) % max(len(x), 1)]
+    filled = decision.tokens < x.shape[0]  # [E, C]
+    taken = x[jnp.where(filled, decision.tokens, decision.tokens[:, :1]) % max(x.shape[0], 1)]
     params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
         decision.weights.astype(dtype), outputs.astype(dtype)
     )
-    y = jnp.zeros((len(x), *outputs.shape[2:]), dtype)
+    y = jnp.zeros((x.shape[0], *outputs.shape[2:]), dtype)
     y = y.at[decision.tokens].add(weighted, mode="drop")  # T, an empty slot, is out of bounds
     return y.astype(output_dtype(x, outputs))
 

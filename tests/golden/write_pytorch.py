@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pytorch.baseline as baseline
+from pytorch import modules
 from pytorch.training import STUDIES, initial_state, run_torch
 from pytorch_cases import WIDTHS, problem
 
 PATH = Path(__file__).parent / "pytorch.json"
 SMALL = {
     "toy": STUDIES["toy"],
-    "dense": STUDIES["dense"]._replace(model=partial(baseline.dense, WIDTHS)),
-    "soft": STUDIES["soft"]._replace(model=partial(baseline.soft, 4, WIDTHS)),
-    "sparse": STUDIES["sparse"]._replace(model=partial(baseline.sparse, 4, WIDTHS)),
-    "hard": STUDIES["hard"]._replace(model=partial(baseline.hard, 4, WIDTHS)),
+    "dense": STUDIES["dense"]._replace(model=partial(modules.dense, WIDTHS)),
+    "soft": STUDIES["soft"]._replace(model=partial(modules.soft, 4, WIDTHS)),
+    "sparse": STUDIES["sparse"]._replace(model=partial(modules.sparse, 4, WIDTHS)),
+    "hard": STUDIES["hard"]._replace(model=partial(modules.hard, 4, WIDTHS)),
 }
 
 

@@ -24,19 +24,36 @@ Example:
     (2, 2, 1)
 """
 
-from moejax.interop.torch.layouts import Layout, Tensor, at, glu, linear, mlp, moe, stack
+from moejax.interop.torch.layouts import (
+    Layout,
+    Part,
+    Tensor,
+    at,
+    glu,
+    linear,
+    mlp,
+    moe,
+    parts,
+    stack,
+    stacked,
+)
 from moejax.interop.torch.state_dicts import StateDict, from_torch, to_torch
+from moejax.interop.torch.tensors import as_tensors
 
 __all__ = [
     "Layout",
+    "Part",
     "StateDict",
     "Tensor",
+    "as_tensors",
     "at",
     "from_torch",
     "glu",
     "linear",
     "mlp",
     "moe",
+    "parts",
     "stack",
+    "stacked",
     "to_torch",
 ]

@@ -5,12 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 Layout = Any  # a pytree of `Tensor`, of the structure of the params
+
+
+class Part(NamedTuple):
+    """A part of a tensor: every ``step``-th index of one axis, from ``start`` to before ``stop``.
+
+    Attributes:
+        axis: of the tensor there.
+        start: its first index.
+        stop: the end, which is no part of it.
+        step: 1 for neighbours; 2 for every other one.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What to index the tensor with."""
+        return (slice(None),) * self.axis + (slice(self.start, self.stop, self.step),)
+
+    @property
+    def covers(self) -> range:
+        """The indices of the axis that belong to it."""
+        return range(self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)
@@ -24,17 +50,30 @@ class Tensor:
         axes: permutation that turns such a tensor into the parameter, as in `numpy.transpose`;
             its inverse turns it back.
         counts: sizes of the leading axes, one for every ``{}``.
+        part: which part of the tensor is the parameter; None for all of it. The others must be
+            parameters of the same layout, see `parts`.
+        stored: the shape in which it is stored, of as many numbers; None for ``shape``.
     """
 
     key: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     counts: tuple[int, ...] = ()
+    part: Part | None = None
+    stored: tuple[int, ...] | None = None
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of the part of a tensor that is the parameter."""
+        if self.part is None:
+            return self.shape
+        axis = self.part.axis
+        return (*self.shape[:axis], len(self.part.covers), *self.shape[axis + 1 :])
 
     @property
     def param_shape(self) -> tuple[int, ...]:
         """The shape of the parameter."""
-        return (*self.counts, *(self.shape[axis] for axis in self.axes))
+        return (*self.counts, *(self.part_shape[axis] for axis in self.axes))
 
     def parts(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Every tensor that holds a part of the parameter: its place and its name."""
@@ -54,8 +93,9 @@ def linear(d_in: int, d_out: int, *, bias: bool = True) -> Layout:
         A layout.
 
     Example:
-        >>> linear(3, 2)["kernel"]
-        Tensor(key='weight', shape=(2, 3), axes=(1, 0), counts=())
+        >>> kernel = linear(3, 2)["kernel"]
+        >>> kernel.key, kernel.shape, kernel.axes
+        ('weight', (2, 3), (1, 0))
     """
     layout = {"kernel": Tensor("weight", (d_out, d_in), (1, 0))}
     return layout | {"bias": Tensor("bias", (d_out,), (0,))} if bias else layout
@@ -132,12 +172,81 @@ def stack(layout: Layout, num_experts: int) -> Layout:
         A layout.
 
     Example:
-        >>> stack(linear(3, 2), 4)["kernel"]
-        Tensor(key='{}.weight', shape=(2, 3), axes=(1, 0), counts=(4,))
+        >>> kernel = stack(linear(3, 2), 4)["kernel"]
+        >>> kernel.key, kernel.shape, kernel.counts
+        ('{}.weight', (2, 3), (4,))
     """
     return jax.tree.map(
         lambda t: replace(t, key="{}." + t.key, counts=(num_experts, *t.counts)), layout
     )
+
+
+def stacked(layout: Layout, num_experts: int) -> Layout:
+    """The layout of `moejax.stack` in tensors that hold all experts: axis 0 is theirs there, too.
+
+    Args:
+        layout: of one expert, with no axis that is spread over several tensors.
+        num_experts: E.
+
+    Returns:
+        A layout.
+
+    Raises:
+        ValueError: if a parameter is spread over several tensors, or is stored in another shape.
+
+    Example:
+        >>> kernel = stacked(linear(3, 2), 4)["kernel"]
+        >>> kernel.key, kernel.shape, kernel.param_shape
+        ('weight', (4, 2, 3), (4, 3, 2))
+    """
+
+    def one(tensor: Tensor) -> Tensor:
+        if tensor.counts or tensor.stored is not None:
+            raise ValueError(
+                f"`{tensor.key}` cannot hold all experts: it is spread over several tensors or "
+                "stored in another shape, so stack it first."
+            )
+        part = tensor.part and tensor.part._replace(axis=tensor.part.axis + 1)
+        axes = (0, *(axis + 1 for axis in tensor.axes))
+        return replace(tensor, shape=(num_experts, *tensor.shape), axes=axes, part=part)
+
+    return jax.tree.map(one, layout)
+
+
+def parts(
+    tensor: Tensor, num: int, *, axis: int = 0, interleaved: bool = False
+) -> tuple[Tensor, ...]:
+    """Equal parts of one tensor, each a parameter of its own: a fused ``gate_up_proj``.
+
+    Args:
+        tensor: the whole, as if it were one parameter.
+        num: how many parts.
+        axis: of the tensor there along which they lie.
+        interleaved: whether part i is every ``num``-th index from i; one block after another if
+            not.
+
+    Returns:
+        Where each part lies; a layout must have all of them.
+
+    Raises:
+        ValueError: if the axis does not divide; names the tensor.
+
+    Example:
+        >>> gate, up = parts(Tensor("gate_up_proj.weight", (16, 4), (1, 0)), 2)
+        >>> up.part, up.param_shape
+        (Part(axis=0, start=8, stop=16, step=1), (4, 8))
+    """
+    size = tensor.shape[axis]
+    if size % num:
+        raise ValueError(
+            f"Axis {axis} of `{tensor.key}` must divide into {num} equal parts, got {size}."
+        )
+    each = size // num
+    pieces = [
+        Part(axis, i, size, num) if interleaved else Part(axis, i * each, (i + 1) * each)
+        for i in range(num)
+    ]
+    return tuple(replace(tensor, part=piece) for piece in pieces)
 
 
 def moe(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from moejax.base import Params
+from moejax.interop.torch.checks import check_layout, named
 from moejax.interop.torch.layouts import Layout, Tensor
+from moejax.interop.torch.tensors import as_array
 
 StateDict = dict[str, np.ndarray]
 
@@ -24,10 +26,11 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
 
     Returns:
         A dict of new NumPy arrays, each of its parameter's dtype. In PyTorch:
-        ``module.load_state_dict({name: torch.from_numpy(a) for name, a in state_dict.items()})``.
+        ``module.load_state_dict(conversion.as_tensors(state_dict))``.
 
     Raises:
-        ValueError: if the structure or a shape is not the layout's.
+        ValueError: if the structure or a shape is not the layout's, or if the layout uses a tensor
+            twice or leaves a part of one out.
 
     Example:
         >>> from moejax import conversion
@@ -35,22 +38,37 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
         >>> to_torch(layout, {"kernel": np.ones((3, 2))})["weight"].shape
         (2, 3)
     """
+    check_layout(layout)
     expected: Any = jax.tree.structure(layout)
     structure: Any = jax.tree.structure(params)
     if structure != expected:
         raise ValueError(f"`params` must have the structure {expected}, got {structure}.")
     state_dict: StateDict = {}
-    tensors, _ = jax.tree.flatten_with_path(layout)
-    for (path, tensor), leaf in zip(tensors, jax.tree.leaves(params), strict=True):
+    for (path, tensor), leaf in zip(named(layout), jax.tree.leaves(params), strict=True):
         if np.shape(leaf) != tensor.param_shape:
             raise ValueError(
-                f"`params` must have shape {tensor.param_shape} at "
-                f"{jax.tree_util.keystr(path, simple=True, separator='.')}, got {np.shape(leaf)}."
+                f"`params` must have shape {tensor.param_shape} at {path}, got {np.shape(leaf)}."
             )
         for place, key in tensor.parts():
             part = np.transpose(np.asarray(leaf)[place], np.argsort(tensor.axes))
-            state_dict[key] = np.array(part, order="C")
+            state_dict[key] = _with_part(tensor, key, part, state_dict)
     return state_dict
+
+
+def _with_part(tensor: Tensor, key: str, part: np.ndarray, state_dict: StateDict) -> np.ndarray:
+    """The tensor with this part of it filled in."""
+    stored = tensor.stored or tensor.shape
+    if tensor.part is None:
+        return np.array(part, order="C").reshape(stored)
+    whole = state_dict.get(key)
+    if whole is None:
+        whole = np.empty(stored, part.dtype)
+    if whole.dtype != part.dtype:
+        raise ValueError(
+            f"The parts of `{key}` must have one dtype, got {whole.dtype} and {part.dtype}."
+        )
+    whole.reshape(tensor.shape)[tensor.part.slices] = part
+    return whole
 
 
 def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
@@ -58,15 +76,16 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
 
     Args:
         layout: where each parameter lies.
-        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do if they are on
-            the CPU and of a dtype that NumPy has (bfloat16 is not).
+        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do, of any dtype,
+            if they are on the CPU.
 
     Returns:
         Params of new NumPy arrays, each of its tensor's dtype: float64 stays float64, which JAX
         would narrow unless told otherwise.
 
     Raises:
-        ValueError: if the number of experts, a name or a shape is not the layout's.
+        ValueError: if the number of experts, a name or a shape is not the layout's, if the layout
+            uses a tensor twice or leaves a part of one out, or if one cannot be read; names it.
 
     Example:
         >>> from moejax import conversion
@@ -74,23 +93,34 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
         >>> from_torch(layout, {"weight": np.ones((2, 3))})["kernel"].shape
         (3, 2)
     """
+    check_layout(layout)
     _check_counts(layout, state_dict)
     _check_keys(layout, state_dict)
     return jax.tree.map(lambda tensor: _read(tensor, state_dict), layout)
 
 
 def _read(tensor: Tensor, state_dict: Mapping[str, Any]) -> np.ndarray:
-    parts = [
-        np.transpose(_checked(tensor, key, state_dict), tensor.axes) for _, key in tensor.parts()
-    ]
-    return np.stack(parts).reshape(tensor.param_shape)  # [E ..., D, O]; always a copy
+    return read(tensor, lambda key: state_dict[key])
 
 
-def _checked(tensor: Tensor, key: str, state_dict: Mapping[str, Any]) -> np.ndarray:
-    array = np.asarray(state_dict[key])
-    if array.shape != tensor.shape:
-        raise ValueError(f"`{key}` must have shape {tensor.shape}, got {array.shape}.")
-    return array
+def read(tensor: Tensor, get: Callable[[str], Any]) -> np.ndarray:
+    """One parameter from the tensors that ``get`` returns by name, one at a time."""
+    param = None
+    for place, key in tensor.parts():
+        piece = np.transpose(_checked(tensor, key, get(key)), tensor.axes)
+        if param is None:
+            param = np.empty(tensor.param_shape, piece.dtype)
+        param[place] = piece
+    return np.empty(tensor.param_shape) if param is None else param  # [E ..., D, O]
+
+
+def _checked(tensor: Tensor, key: str, value: Any) -> np.ndarray:
+    array = as_array(key, value)
+    stored = tensor.stored or tensor.shape
+    if array.shape != stored:
+        raise ValueError(f"`{key}` must have shape {stored}, got {array.shape}.")
+    array = array.reshape(tensor.shape)
+    return array if tensor.part is None else array[tensor.part.slices]
 
 
 def _check_counts(layout: Layout, state_dict: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.base import Array
+from moejax.schedules._sorted.policy import on_cpu
 
 Exchange = Callable[[Array, Array, Array, str], Array]  # (rows, sent, received, axis) -> rows
 
@@ -80,5 +81,4 @@ def exchange_for(mesh: jax.sharding.Mesh) -> Exchange:
         >>> exchange_for(jax.make_mesh((2,), ("expert",))) is padded_exchange
         True
     """
-    platform = mesh.devices.flat[0].platform
-    return ragged_exchange if platform in ("gpu", "cuda", "rocm", "tpu") else padded_exchange
+    return padded_exchange if on_cpu(mesh.devices.flat[0].platform) else ragged_exchange

@@ -116,7 +116,9 @@ def _leaving(plan: Plan, r: Array | int) -> Array:
     """The choices that leave in round r, int32 [S, C]; T K, which is no choice, for empty rows."""
     queues, places = plan.sent.sum(axis=-1), plan.places(r)
     starts = jnp.cumsum(queues) - queues  # [S]
-    index = jnp.where(places < queues[:, None], starts[:, None] + places, plan.order.size)
+    index = jnp.where(
+        places[None] < queues[:, None], starts[:, None] + places[None], plan.order.size
+    )
     return plan.order.at[index].get(mode="fill", fill_value=plan.order.size)
 
 

@@ -46,9 +46,8 @@ def outputs_of_slots(apply: Apply, policy: Policy, slots: Slots, operands: Opera
     """
     x = operands.tokens
 
-    def one(params: Params, used: Array, choice: Array) -> PerExpert:
-        del used
-        return PerExpert(by_slot=apply(params, x[choice % len(x)], operands.shared))
+    def one(params: Params, choice: Array) -> PerExpert:
+        return PerExpert(by_slot=apply(params, x[choice % x.shape[0]], operands.shared))
 
     return _every_expert(one, policy, slots, operands.params, slots.choice).by_slot
 
@@ -76,10 +75,10 @@ def cotangents(
     """
     x, weights = operands.tokens, operands.choices
 
-    def one(params: Params, used: Array, choice: Array, gates: Array) -> PerExpert:
-        given = Operands(params, x[choice % len(x)], shared=operands.shared)
+    def one(params: Params, choice: Array, gates: Array) -> PerExpert:
+        given = Operands(params, x[choice % x.shape[0]], shared=operands.shared)
         to_outputs = gates.reshape(gates.shape + (1,) * (cotangent.ndim - 1))
-        to_outputs *= cotangent[choice % len(x)]
+        to_outputs *= cotangent[choice % x.shape[0]]
 
         def outputs_of(some: Operands) -> Array:
             params, x, _, shared = merge(some, given)
@@ -87,11 +86,11 @@ def cotangents(
 
         _, pullback = jax.vjp(outputs_of, differentiable(given))
         params, tokens, _, shared = pullback(to_outputs.astype(outputs.dtype))[0]
-        return PerExpert(_only_if(used, (params, shared)), tokens)
+        return PerExpert((params, shared), tokens)
 
     gates = gates_of_slots(weights, slots)
     each = _every_expert(one, policy, slots, operands.params, slots.choice, gates)
-    params, shared = each.by_expert
+    params, shared = clear(slots.unused, slots.num_unused, each.by_expert)
     return Operands(
         params,
         jax.tree.map(lambda rows: collect(rows, slots.slot), each.by_slot),
@@ -100,52 +99,70 @@ def cotangents(
     )
 
 
-def _only_if(used: Array, tree: Tree) -> Tree:
-    """Zeros for an expert without choices: its slots hold tokens that it may overflow on."""
-    return jax.tree.map(lambda a: jnp.where(used, a, jnp.zeros((), a.dtype)), tree)
+@jax.custom_vjp
+def clear(experts: Array, count: Array, tree: Tree) -> Tree:
+    """The leaves [E, ...] with zeros for the first ``count`` of these experts, in place.
+
+    An expert without choices computes rows that it may overflow on, and zero times infinity is no
+    gradient. A `where` would read and write every expert's gradient to clear the few.
+    """
+
+    def one(i: Array, tree: Tree) -> Tree:
+        return jax.tree.map(lambda a: a.at[experts[i]].set(0), tree)
+
+    return jax.lax.fori_loop(jnp.zeros((), count.dtype), count, one, tree)
+
+
+def _clear_backward(saved: tuple[Array, Array], tree: Tree) -> tuple[None, None, Tree]:
+    return None, None, clear(*saved, tree)
+
+
+clear.defvjp(
+    lambda experts, count, tree: (clear(experts, count, tree), (experts, count)), _clear_backward
+)
 
 
 def _every_expert(
     one: Callable[..., PerExpert], policy: Policy, slots: Slots, params: Params, *by_slot: Array
 ) -> PerExpert:
-    """``one(params [...], used [], *by_slot [C, ...])`` for every expert."""
+    """``one(params [...], *by_slot [C, ...])`` for every expert."""
     if policy.chunked:
-        return _by_chunks(one, policy.groups, slots, params, *by_slot)
+        return _by_chunks(one, policy.groups, slots.expert, params, *by_slot)
     [group] = policy.groups
-    return _at_once(one, group, slots, params, *by_slot)
+    return _at_once(one, group, params, *by_slot)
 
 
 def _at_once(
-    one: Callable[..., PerExpert], group: Group, slots: Slots, params: Params, *by_slot: Array
+    one: Callable[..., PerExpert], group: Group, params: Params, *by_slot: Array
 ) -> PerExpert:
     """All experts in one batch; they stand in their own order."""
     shaped = [a.reshape(*group, *a.shape[1:]) for a in by_slot]  # [E, C, ...]
-    results = jax.vmap(one)(params, slots.used, *shaped)
+    results = jax.vmap(one)(params, *shaped)
     return results._replace(by_slot=jax.tree.map(_flat, results.by_slot))
 
 
 def _by_chunks(
     one: Callable[..., PerExpert],
     groups: tuple[Group, ...],
-    slots: Slots,
+    expert: Array,
     params: Params,
     *by_slot: Array,
 ) -> PerExpert:
     """A few experts of equally many slots at a time."""
 
     def step(total: Tree, chunk: tuple[Array, ...]) -> tuple[Tree, Tree]:
-        experts, used, *rows = chunk
+        experts, *rows = chunk
         some = jax.tree.map(lambda a: a.at[experts].get(mode="promise_in_bounds"), params)
-        results = jax.vmap(one)(some, used, *rows)
+        results = jax.vmap(one)(some, *rows)
 
         def put(a: Array, new: Array) -> Array:
             return a.at[experts].set(new, mode="promise_in_bounds", unique_indices=True)
 
         return jax.tree.map(put, total, results.by_expert), results.by_slot
 
-    total = _zeros_by_expert(one, groups, slots, params, *by_slot)
+    total = _zeros_by_expert(one, groups, params, *by_slot)
     rows = []
-    for chunks in _chunks(groups, slots, by_slot):
+    for chunks in _chunks(groups, expert, by_slot):
         total, some_rows = jax.lax.scan(step, total, chunks)
         rows.append(jax.tree.map(lambda a: _flat(_flat(a)), some_rows))
     return PerExpert(total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
@@ -154,20 +171,18 @@ def _by_chunks(
 def _zeros_by_expert(
     one: Callable[..., PerExpert],
     groups: tuple[Group, ...],
-    slots: Slots,
     params: Params,
     *by_slot: Array,
 ) -> Any:
     """Zeros of the form that ``one`` gives by expert, stacked along E."""
     some = [a[: groups[0].capacity] for a in by_slot]
-    over_experts = jax.vmap(one, in_axes=(0, 0, *[None] * len(some)))
-    return jax.tree.map(
-        jnp.zeros_like, jax.eval_shape(over_experts, params, slots.used, *some).by_expert
-    )
+    over_experts = jax.vmap(one, in_axes=(0, *[None] * len(some)))
+    shapes = jax.eval_shape(over_experts, params, *some)
+    return jax.tree.map(jnp.zeros_like, shapes.by_expert)
 
 
 def _chunks(
-    groups: tuple[Group, ...], slots: Slots, by_slot: tuple[Array, ...]
+    groups: tuple[Group, ...], expert: Array, by_slot: tuple[Array, ...]
 ) -> Iterator[tuple[Array, ...]]:
     """For each group of experts its chunks: experts ``[N, n]``, and slots ``[N, n, C, ...]``."""
     first, begin = 0, 0
@@ -176,8 +191,7 @@ def _chunks(
         shape = size // chunk, chunk
         last, end = first + size, begin + size * capacity
         rows = (a[begin:end].reshape(*shape, capacity, *a.shape[1:]) for a in by_slot)
-        by_expert = (a[first:last].reshape(shape) for a in (slots.expert, slots.used))
-        yield *by_expert, *rows
+        yield expert[first:last].reshape(shape), *rows
         first, begin = last, end
 
 

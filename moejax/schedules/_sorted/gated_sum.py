@@ -80,7 +80,7 @@ def _compiled(
         y = grouped_sum(expert, params, x, gates, choices)
     else:
         apply, shared = _closed(with_matmul(expert, policy.matmul), params, x, policy)
-        slots = assign_slots(choices, len(weights), policy.groups)
+        slots = assign_slots(choices, weights.shape[0], policy.groups)
         program = Program(apply, policy, output.shape)
         y = _gated_sum(program, Operands(params, x, gates, shared), slots, choices)
     return y.astype(output.dtype)
@@ -90,7 +90,7 @@ def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruc
     """Shape and dtype of a mixture."""
     output = jax.eval_shape(lambda p, x: expert(jax.tree.map(lambda a: a[0], p), x), params, x)
     check_array(output)
-    check_outputs(output.shape, len(x))
+    check_outputs(output.shape, x.shape[0])
     return jax.ShapeDtypeStruct(output.shape, output_dtype(x, output))
 
 
@@ -110,7 +110,7 @@ def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[A
     one, row = jax.eval_shape(lambda *both: jax.tree.map(lambda a: a[0], both), params, x)
     converted: dict[int, Apply] = {}
     shared: list[Array] = []
-    for size in {*(group.capacity for group in policy.groups), *policy.blocks}:
+    for size in {*(group.capacity for group in policy.groups), *policy.blocks} - {0}:
         rows = jax.eval_shape(partial(jnp.broadcast_to, shape=(size, *row.shape)), row)
         converted[size], shared = jax.closure_convert(expert, one, rows)
     return lambda params, x, shared: converted[len(x)](params, x, *shared), shared

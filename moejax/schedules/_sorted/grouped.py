@@ -33,8 +33,8 @@ def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choice
     places = jnp.arange(order.size, dtype=jnp.int32)
     kept = places < starts[-1]  # choices that go nowhere stand at the end
     # Their rows are real ones of which nothing is read, so that no gradient passes through them.
-    token = jnp.where(kept, order, order[0]) % len(x)
+    token = jnp.where(kept, order, order[0]) % x.shape[0]
     product = partial(ragged_matmul, sizes=jnp.diff(starts))
     outputs = with_matmul(expert, product)(params, x[token])  # [K * T, ...]
     slot = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.where(kept, places, order.size))
-    return combine(outputs, weights, slot.reshape(-1, len(x)))
+    return combine(outputs, weights, slot.reshape(-1, x.shape[0]))

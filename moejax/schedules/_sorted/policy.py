@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._calling import accepts
+from moejax._checks import is_integer
 from moejax.base import Array, Expert, Matmul
 from moejax.schedules._sorted.products import transposing_matmul
 
@@ -148,6 +149,8 @@ def _slots_and_blocks(
     fewer choices than experts, nor where tokens may choose every expert: such a rule, `relu`,
     leaves most of its choices out, and only loops cost what the choices cost.
     """
+    if not is_integer(num_tokens):  # symbolic, while exporting: sizes could not depend on it
+        return (Group(num_experts, 0),), (512, 32)
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:

@@ -25,7 +25,8 @@ class Slots(NamedTuple):
 
     Attributes:
         expert: the experts in the order of their slots, shape [E].
-        used: whether an expert has any choice at all, in that order, shape [E].
+        unused: the experts, those without any choice first, shape [E].
+        num_unused: how many have none, a scalar.
         capacity: slots of every expert, by expert, shape [E].
         choice: choice in every slot, shape [S]; an empty slot repeats its expert's first choice,
             so that no expert sees a token that did not choose it.
@@ -34,7 +35,8 @@ class Slots(NamedTuple):
     """
 
     expert: Array
-    used: Array
+    unused: Array
+    num_unused: Array
     capacity: Array
     choice: Array
     filled: Array
@@ -66,7 +68,9 @@ def assign_slots(choices: Sorted, num_tokens: int, groups: tuple[Group, ...]) ->
     empty = jnp.full((num_choices,), num_slots, jnp.int32)
     numbers = jnp.arange(num_slots, dtype=jnp.int32)
     slot = empty.at[jnp.where(filled, choice, num_choices)].set(numbers, mode="drop")
-    return Slots(expert, load[expert] > 0, capacity, choice, filled, slot.reshape(-1, num_tokens))
+    unused, num_unused = jnp.argsort(load > 0), jnp.sum(load == 0)
+    slot = slot.reshape(-1, num_tokens)
+    return Slots(expert, unused, num_unused, capacity, choice, filled, slot)
 
 
 def _by_load(groups: tuple[Group, ...], load: Array) -> tuple[Array, Array]:

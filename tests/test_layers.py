@@ -112,3 +112,43 @@ def test_bad_widths(make, message):
 def test_bad_inputs(layer, x, message, key):
     with pytest.raises(ValueError, match=message):
         layer.apply(layer.init(key), x)
+
+
+def test_glu_combines_its_halves_as_it_is_told(key):
+    clamped = lambda gate, up: (jnp.clip(up, -1, 1) + 1) * jnp.minimum(gate, 1)  # noqa: E731
+    layer = moejax.glu(3, 5, combine=clamped)
+    params, x = layer.init(key), 3 * jax.random.normal(key, (4, 3))
+    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    expected = ((np.clip(x @ up, -1, 1) + 1) * np.minimum(x @ gate, 1)) @ down
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gated(key):
+    layer, gate = moejax.glu(3, 5), moejax.linear(3, 1)
+    both = moejax.gated(layer, gate)
+    params, x = both.init(key), jax.random.normal(key, (4, 3))
+    opened = jax.nn.sigmoid(gate.apply(params["gate"], x))
+    expected = opened * layer.apply(params["layer"], x)
+    np.testing.assert_allclose(both.apply(params, x), expected, rtol=1e-6)
+    wide = moejax.gated(layer, moejax.linear(3, 2))
+    with pytest.raises(ValueError, match="one number per token"):
+        wide.apply(wide.init(key), x)
+
+
+def test_between(key):
+    narrow = moejax.moe(moejax.glu(2, 4), moejax.linear(2, 3), num_experts=3)
+    layer = moejax.between(moejax.linear(5, 2), narrow, moejax.linear(2, 5))
+    params, x = layer.init(key), jax.random.normal(key, (2, 4, 5))
+    y, routing = layer.apply(params, x, mask=jnp.ones((2, 4), bool))
+    inner, _ = narrow.apply(params["model"], moejax.linear(5, 2).apply(params["before"], x))
+    np.testing.assert_allclose(
+        y, moejax.linear(2, 5).apply(params["after"], inner), rtol=1e-5, atol=1e-6
+    )
+    assert routing.experts.shape == (8, 3)
+
+
+@pytest.mark.parametrize("make", [partial(moejax.mlp, 3, 4, 2), partial(moejax.glu, 3, 4)])
+def test_parameters_may_start_in_another_dtype(make, key):
+    layer = make(layer=partial(moejax.linear, param_dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(layer.init(key))} == {jnp.dtype("bfloat16")}
+    assert layer.apply(layer.init(key), jnp.ones((2, 3))).dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""Every rule x schedule x dtype, in value and in gradient, against the obvious loop."""
+"""The definition, `mixture` and `dense`, and what every schedule asks of an expert."""
 
 import re
 from functools import partial
@@ -9,54 +9,16 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import DTYPES, EXPERTS, RULES, SCHEDULES, D, E, T
-from reference import loop
+from cases import EXPERTS, ONE_DEVICE, SCHEDULES, D, E, T, logits_for, problem
+from reference import close
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # bfloat16 has 8 bits: 2^-8 per operation
-
-
-def problem(expert, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(1), 3)
-    params = moejax.stack(expert, E).init(keys[0])
-    x = jax.random.normal(keys[1], (T, D)).astype(dtype)
-    logits = 2 * jax.random.normal(keys[2], (T, E))
-    return params, x, logits
-
-
-def value_and_gradients(schedule, expert, route):
-    def scalar(params, x, logits):
-        y = schedule(expert.apply, params, x, route(logits))
-        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-        return jnp.sum(weight.astype(y.dtype) * y, dtype=weight.dtype), y
-
-    return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedule_computes_the_sum(schedule, rule, dtype):
-    expert, route = EXPERTS["mlp"], RULES[rule]
-    problem_in_dtype = problem(expert, DTYPES[dtype])
-    (_, y), gradients = jax.jit(value_and_gradients(SCHEDULES[schedule], expert, route))(
-        *problem_in_dtype
-    )
-    params, x, logits = problem_in_dtype
-    (_, expected), expected_gradients = value_and_gradients(loop, expert, route)(
-        params, x.astype(jnp.float32), logits
-    )
-    assert y.dtype == DTYPES[dtype]
-    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
-        a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
-    )
-    close(y, expected)
-    jax.tree.map(close, gradients, expected_gradients)
+LOGITS = logits_for("top_2")
 
 
 def test_side_by_side_products_change_nothing():
     """With `matmul` all kernels stand side by side; without, `vmap` has its way."""
-    expert, gates = moejax.mlp(D, 3, 2), jax.nn.softmax(jnp.cos(jnp.arange(T * E)).reshape(T, E))
-    params, x, _ = problem(expert)
+    expert, gates = EXPERTS["mlp"], jax.nn.softmax(jnp.cos(jnp.arange(T * E)).reshape(T, E))
+    params, x = problem("mlp")
     plain = lambda params, x: expert.apply(params, x)  # noqa: E731
 
     def scalar(expert, scale):
@@ -74,13 +36,13 @@ def test_side_by_side_products_change_nothing():
 def test_a_built_in_expert_may_be_wrapped(schedule, wrap):
     """`jit` and `checkpoint` keep the signature, `matmul` too, but take arrays only."""
     expert, run = EXPERTS["glu"], SCHEDULES[schedule]
-    params, x, logits = problem(expert)
-    routing = moejax.top_k(logits, k=2)
-    y = run(wrap(expert.apply), params, x, routing)
-    np.testing.assert_allclose(y, run(expert.apply, params, x, routing), rtol=1e-5, atol=1e-6)
+    params, x = problem("glu")
+    routing = moejax.top_k(LOGITS, k=2)
+    y = jax.jit(partial(run, wrap(expert.apply)))(params, x, routing)
+    close(y, moejax.dense(expert.apply, params, x, routing), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ONE_DEVICE)
 @pytest.mark.parametrize(
     "expert", [lambda params, x: x.sum(axis=0), lambda params, x: x[:3], lambda params, x: x.sum()]
 )
@@ -88,21 +50,21 @@ def test_an_expert_must_answer_for_every_token(schedule, expert):
     params, x = {"unused": jnp.zeros(E)}, jnp.ones((T, D))
     routing = moejax.top_k(jnp.zeros((T, E)), k=2)
     with pytest.raises(ValueError, match="one output per token"):
-        SCHEDULES[schedule](expert, params, x, routing)
+        ONE_DEVICE[schedule](expert, params, x, routing)
 
 
 @pytest.mark.parametrize("shape", [(T, 1), (1, E), (E,), (T, E, 1), (T, E + 1), (T + 1, E)])
 def test_gates_that_would_broadcast_are_refused(shape):
-    expert = moejax.linear(D, 2)
-    params, x, _ = problem(expert)
+    expert = EXPERTS["linear"]
+    params, x = problem("linear")
     with pytest.raises(ValueError, match=re.escape(f"got {list(shape)} and leaves [[{E}]]")):
         moejax.mixture(expert.apply, params, x, jnp.ones(shape))
 
 
 def test_experts_may_have_no_parameters():
     expert = lambda params, x: jnp.sin(x)  # noqa: E731
-    _, x, logits = problem(moejax.linear(D, 2))
-    routing = moejax.top_k(logits, k=2)
+    _, x = problem("linear")
+    routing = moejax.top_k(LOGITS, k=2)
     y = moejax.dense(expert, {}, x, routing)
     np.testing.assert_allclose(y, jnp.sin(x), rtol=1e-6)  # the gates sum to one
     np.testing.assert_allclose(y, moejax.dropless(expert, {}, x, routing), rtol=1e-6)

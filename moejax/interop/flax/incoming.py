@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flax import nnx
+
 from moejax.base import Array, Layer, Params
 
 
@@ -65,8 +67,6 @@ def from_nnx(make: Callable[[Any], Any]) -> Layer:
         >>> params["kernel"].shape
         (4, 2, 3)
     """
-    from flax import nnx
-
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graph, *states = nnx.split(abstract, nnx.Param, Ellipsis)
     shapes, rest = states

@@ -213,7 +213,7 @@ def test_all_tokens_on_one_expert_and_the_others_empty(key):
                 p | {"experts": moejax.stack(EXPERTS["mlp"], E + 1).init(jax.random.key(0))},
                 tokens(T, D),
             ),
-            "must return one logit per token and expert, \\[6, 5\\], got \\[6, 4\\]",
+            f"must return one logit per token and expert, \\[{T}, 5\\], got \\[{T}, 4\\]",
         ),
     ],
 )

@@ -1,0 +1,94 @@
+"""The command line of the language model, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from data.text import VOCABULARY, Text, from_files, standard_library
+from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
+from language.transformer import Sizes
+from moejax.sharding import expert_parallel
+from parts.command_line import OneLineParser, at_least, positive_float, say
+from parts.devices import mesh_axes
+
+
+def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = OneLineParser(description=description)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/language_model"), help="folder for all written")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="text of one's own")
+    add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)}")
+    add("--seeds", type=at_least(1), default=3, help="runs of each model")
+    add("--steps", type=at_least(1), default=1500)
+    add("--evaluate-every", type=at_least(1), default=100, metavar="STEPS")
+    add("--windows", type=at_least(64), default=512, help="of the validation text")
+    add("--width", type=at_least(8), default=64)
+    add("--layers", type=at_least(1), default=2)
+    add("--heads", type=at_least(1), default=4)
+    add("--context", type=at_least(2), default=64, help="characters that a prediction can see")
+    add("--experts", type=at_least(1), default=8)
+    add("--top-k", type=at_least(1), default=2, help="experts per character")
+    add("--hidden", type=at_least(1), default=64, help="hidden width of one expert")
+    add("--batch-size", type=at_least(1), default=16)
+    add("--learning-rate", type=positive_float, default=3e-3)
+    add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
+    add("--resume", action="store_true", help="go on with the runs in --out")
+    add("--sample", metavar="PROMPT", help="write on from this, by the models trained in --out")
+    add("--sample-length", type=at_least(1), default=500, metavar="CHARACTERS")
+    add("--temperature", type=positive_float, default=0.7)
+    return parser, parser.parse_args()
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses what cannot be, before anything is made."""
+    if args.model in NOT_CAUSAL:
+        parser.error(
+            f"--model {args.model} cannot be used in a language model: {NOT_CAUSAL[args.model]}"
+        )
+    if args.model != "all" and args.model not in NETWORKS:
+        parser.error(f"--model must be all or one of {', '.join(NETWORKS)}, got {args.model}")
+    if args.width % (2 * args.heads):
+        parser.error(
+            f"--width must be an even multiple of --heads ({args.heads}), got {args.width}"
+        )
+    if args.top_k > args.experts:
+        parser.error(f"--top-k must be at most --experts ({args.experts}), got {args.top_k}")
+    devices = math.prod(args.mesh.values()) if args.mesh else 1
+    if args.batch_size * args.context % devices:
+        parser.error(
+            f"--batch-size times --context must be a multiple of the {devices} devices, got "
+            f"{args.batch_size * args.context}"
+        )
+
+
+def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Text:
+    """The text, in windows of --context characters."""
+    try:
+        text = (
+            from_files(args.text, ", ".join(map(str, args.text)))
+            if args.text
+            else (standard_library())
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if min(len(text.train), len(text.validation)) <= args.context + 1:
+        parser.error(f"--context must be shorter than the text, got {args.context}")
+    say(
+        f"{len(text.train):,} characters to train and {len(text.validation):,} of other files to "
+        f"validate, from {text.source}"
+    )
+    return text
+
+
+def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Network]:
+    """The networks that compete."""
+    sizes = Sizes(VOCABULARY, args.width, args.layers, args.heads, args.context)
+    mixture = Mixture(args.experts, args.top_k, args.hidden)
+    execute = None if mesh is None else expert_parallel(mesh)
+    names = list(CONTENDERS) if args.model == "all" else [args.model]
+    return {name: NETWORKS[name](sizes, mixture, execute) for name in names}

@@ -1,0 +1,169 @@
+"""One run: steps, evaluations, and a checkpoint after each, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from language.training import Windows
+from moejax import checkpoint
+from moejax.training import TrainState
+from parts.command_line import rounded, say
+
+KEEP = 2  # checkpoints
+LINE = (
+    "{name:<12} {seed:>4} {step:>7,} {train_loss:>11.4f} {validation_loss:>16.4f} {seconds:>9.1f}"
+)
+HEADER = "model        seed    step  train loss  validation loss   seconds"
+
+
+class RefusedError(Exception):
+    """A run that cannot be begun or resumed as asked."""
+
+
+class Programs(NamedTuple):
+    """What was compiled for a network; every seed uses it.
+
+    Attributes:
+        begin: ``seed -> state``.
+        advance: ``(state, text, stop) -> (state, mean training loss)``.
+        evaluate: ``(params, windows) -> results``.
+    """
+
+    begin: Callable[[int], TrainState]
+    advance: Callable[..., tuple[TrainState, jax.Array]]
+    evaluate: Callable[[Any, Windows], dict[str, jax.Array]]
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        history: a record per evaluation: step, seconds of training, losses.
+        results: of the last evaluation.
+        params: of the last step.
+    """
+
+    history: list[dict[str, Any]]
+    results: dict[str, Any]
+    params: Any
+
+
+class Plan(NamedTuple):
+    """What a run is.
+
+    Attributes:
+        name: of the model.
+        seed: from which everything random follows.
+        folder: for its checkpoints.
+        steps: how many it takes.
+        every: steps between evaluations.
+        identity: what has to stay the same for a resumed run to be the same run.
+    """
+
+    name: str
+    seed: int
+    folder: Path
+    steps: int
+    every: int
+    identity: dict[str, Any]
+
+
+def train(
+    plan: Plan,
+    programs: Programs,
+    text: jax.Array,
+    windows: Windows,
+    tick: Callable[[int], None],
+) -> Run:
+    """Takes the steps that are left, with a line and a checkpoint per evaluation."""
+    state, history = restored(plan, programs.begin(plan.seed))
+    tick(int(state.step))
+    results = None
+    with checkpoint.writer(plan.folder, keep=KEEP) as save:
+        while int(state.step) < plan.steps:
+            stop = min(plan.steps, (int(state.step) // plan.every + 1) * plan.every)
+            began = time.perf_counter()
+            state, loss = jax.block_until_ready(programs.advance(state, text, np.int32(stop)))
+            seconds = time.perf_counter() - began
+            results = programs.evaluate(state.params, windows)
+            history = [*history, record(plan, history, stop, loss, results, seconds)]
+            save(state, step=stop, config={"identity": plan.identity, "history": history})
+            tick(plan.every)
+            say(LINE.format(name=plan.name, seed=plan.seed, **history[-1]))
+    if results is None:  # resumed when all was done
+        results = programs.evaluate(state.params, windows)
+    write_metrics(plan.folder.parent / "metrics.jsonl", history)
+    return Run(history, jax.device_get(results), state.params)
+
+
+def record(
+    plan: Plan,
+    history: list[dict[str, Any]],
+    step: int,
+    loss: jax.Array,
+    results: dict[str, jax.Array],
+    seconds: float,
+) -> dict[str, Any]:
+    """A line of the history; its seconds are those of training, from the first step on."""
+    before = history[-1]["seconds"] if history else 0.0
+    one = {
+        "step": step,
+        "train_loss": loss,
+        "validation_loss": results["loss"],
+        "seconds": before + seconds,
+    }
+    router = {name: results[name] for name in ("load", "dead_experts") if name in results}
+    return rounded(one | router)
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuses to begin where an earlier run has left checkpoints."""
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        raise RefusedError(
+            f"{folder} holds checkpoints of an earlier run, up to step {newest}: go on with it by "
+            "--resume, or choose another --out"
+        )
+
+
+def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
+    """The newest checkpoint of the same run, or its beginning."""
+    if checkpoint.latest(plan.folder) is None:
+        return fresh, []
+    try:
+        saved = checkpoint.read_config(plan.folder)
+        check_identity(plan.identity, saved["identity"])
+        found = checkpoint.restore(plan.folder, fresh)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    say(f"{plan.name}, seed {plan.seed}: resumed after step {found.step:,}")
+    return found.state, found.config["history"]
+
+
+def trained(plan: Plan, like: TrainState) -> Any:
+    """The params in the newest checkpoint of a run."""
+    try:
+        return checkpoint.restore(plan.folder, like).state.params
+    except ValueError as error:
+        raise RefusedError(f"{error} Train {plan.name} first, with these sizes.") from error
+
+
+def check_identity(now: dict[str, Any], was: dict[str, Any]) -> None:
+    """Refuses to go on with a run of other settings."""
+    for name in now | was:
+        if now.get(name) != was.get(name):
+            raise RefusedError(
+                f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
+            )
+
+
+def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """A file of one record per line."""
+    path.write_text("".join(json.dumps(one) + "\n" for one in history))

@@ -1,0 +1,184 @@
+"""A language model on Python's own standard library: dense, sparse, and dense at the sparse size.
+
+    python experiments/language_model.py
+    python experiments/language_model.py --model switch --seeds 1 --out runs/switch
+    python experiments/language_model.py --text book.txt --out runs/book
+    python experiments/language_model.py --sample "def "
+    JAX_NUM_CPU_DEVICES=8 python experiments/language_model.py --model sparse --mesh data=2,expert=4
+
+A line per evaluation says how training goes; pictures, samples and summary.json go to --out. A
+run that was killed goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from data.text import Text, decode, encode
+from language.command import arguments, build, check, load
+from language.contenders import Network
+from language.report import add_times, claim, print_table, summarize
+from language.runs import HEADER, Plan, Programs, RefusedError, Run, check_fresh, train, trained
+from language.sampling import Sample, sample
+from language.training import advance, evaluate, optimizer, start, windows_of
+from parts.command_line import output_folder, say, versions, write_json
+from parts.devices import everywhere, make_mesh, place, places, shapes
+from parts.progress import progress
+
+PROMPT = "def "
+# What a run may be resumed with: its place, its company, and what is done with it afterwards.
+FREE_TO_DIFFER = {"out", "text", "resume", "seeds", "model", "mesh"} | {
+    "sample",
+    "sample_length",
+    "temperature",
+}
+
+
+def compiled(
+    args: argparse.Namespace, network: Network, text: jax.Array, mesh: Mesh | None
+) -> Programs:
+    """The programs of a network."""
+    optimize = optimizer(args.learning_rate, args.steps)
+    begin = jax.jit(partial(start, network, optimize))
+    state = shapes(jax.eval_shape(begin, 0), mesh)
+    take = partial(advance, network, optimize, args.batch_size, args.context)
+    taking = jax.jit(take, out_shardings=places(state, mesh), donate_argnums=0)
+    return Programs(
+        begin=lambda seed: place(begin(seed), mesh),
+        # Compiled here and not in the first call, whose seconds are those of its steps.
+        advance=taking.lower(state, text, np.int32(0)).compile(),
+        evaluate=jax.jit(partial(evaluate, network), out_shardings=everywhere(mesh)),
+    )
+
+
+def plans(args: argparse.Namespace, name: str, digest: str) -> list[Plan]:
+    """The runs of a model, one per seed."""
+    identity = {
+        f"--{option.replace('_', '-')}": str(value)
+        for option, value in vars(args).items()
+        if option not in FREE_TO_DIFFER
+    } | {"the text": digest}
+    return [
+        Plan(
+            name,
+            seed,
+            args.out / name / f"seed-{seed}" / "checkpoints",
+            args.steps,
+            args.evaluate_every,
+            identity,
+        )
+        for seed in range(args.seeds)
+    ]
+
+
+@contextmanager
+def bar(total: int) -> Iterator[Any]:
+    """A bar over the steps of all runs; yields ``steps taken -> None``."""
+    ticks = iter(progress(range(total), "steps", total=total))
+
+    def tick(count: int) -> None:
+        for _ in range(count):
+            next(ticks, None)
+
+    yield tick
+    next(ticks, None)
+
+
+def compete(
+    args: argparse.Namespace, networks: dict[str, Network], text: Text, mesh: Mesh | None
+) -> dict[str, list[Run]]:
+    """Trains every model with every seed."""
+    digest = hashlib.sha256(text.train.tobytes() + text.validation.tobytes()).hexdigest()[:16]
+    every = {name: plans(args, name, digest) for name in networks}
+    for plan in [plan for each in every.values() for plan in each if not args.resume]:
+        check_fresh(plan.folder)
+    windows = windows_of(text.validation, text.kinds, args.context, args.windows)
+    characters, windows = place((jnp.asarray(text.train), windows), mesh)
+    say("\n" + HEADER)
+    with bar(args.steps * args.seeds * len(networks)) as tick:
+        return {
+            name: [train(plan, programs, characters, windows, tick) for plan in every[name]]
+            for name, network in networks.items()
+            for programs in [compiled(args, network, characters, mesh)]
+        }
+
+
+def report(
+    args: argparse.Namespace, networks: dict[str, Network], runs: dict[str, list[Run]], text: Text
+) -> None:
+    """Prints, draws and writes what came of it."""
+    from language.drawing import draw  # loads matplotlib, for which no step should wait
+
+    tokens = args.batch_size * args.context
+    summaries = {name: summarize(runs[name], one, tokens) for name, one in networks.items()}
+    target = add_times(summaries, runs)
+    print_table(summaries)
+    verdict = claim(summaries) if {"dense", "sparse"} <= set(summaries) else ""
+    say("\n" + verdict)
+    write_json(
+        args.out / "summary.json",
+        {
+            "models": summaries,
+            "equal_loss": target,
+            "claim": verdict,
+            "text": text.source,
+            "versions": versions(),
+        },
+    )
+    samples = {
+        name: written(args, network, jax.device_get(runs[name][0].params), PROMPT)
+        for name, network in networks.items()
+    }
+    draw(args.out, runs, samples)
+
+
+def written(args: argparse.Namespace, network: Network, params: Any, prompt: str) -> Sample:
+    """What a model writes on from a prompt."""
+    characters = jnp.asarray(encode(prompt))
+    return sample(network, params, characters, args.sample_length, args.temperature)
+
+
+def write_samples(args: argparse.Namespace, networks: dict[str, Network]) -> None:
+    """Prints what the trained models write on from --sample, and how fast."""
+    optimize = optimizer(args.learning_rate, args.steps)
+    for name, network in networks.items():
+        like = jax.eval_shape(partial(start, network, optimize, 0))
+        params = trained(plans(args, name, "")[0], like)
+        one = written(args, network, params, args.sample)
+        say(f"\n{name}, {one.tokens_per_second:,.0f} characters per second:\n")
+        say(decode(one.characters))
+
+
+def main() -> None:
+    """Trains what was asked for, reports and draws; or writes text by what was trained."""
+    parser, args = arguments(__doc__.splitlines()[0])
+    check(parser, args)
+    mesh = make_mesh(parser, args)
+    output_folder(parser, args.out)
+    networks = build(args, mesh)
+    try:
+        if args.sample is not None:
+            write_samples(args, networks)
+            return
+        text = load(parser, args)
+        runs = compete(args, networks, text, mesh)
+    except RefusedError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    report(args, networks, runs, text)
+    say(f"\nsummary, samples and pictures are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

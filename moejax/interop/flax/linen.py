@@ -1,0 +1,105 @@
+"""A layer as a `flax.linen` module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen
+
+from moejax._calling import accepts
+from moejax._checks import check_present
+from moejax.base import Array, Layer
+from moejax.interop.flax.paths import BALANCE, Axes, Path, at, cast, named, nested, path_of
+
+COLLECTION = "balance"
+
+
+class LinenLayer(linen.Module):
+    """A layer of moejax as a module; made by `to_linen`.
+
+    Attributes:
+        layer: the pair of pure functions.
+        axes: ``(path, array) -> names of its axes``, or None.
+        param_dtype: of the parameters; None for what ``layer.init`` makes.
+    """
+
+    layer: Layer
+    axes: Axes | None = None
+    param_dtype: Any = None
+
+    @linen.compact
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """What the layer's apply returns: for a mixture ``(y, decision)``.
+
+        Args:
+            *inputs: for a mixture x, shape [..., D].
+            **options: for a mixture ``mask`` and ``key``; None means not given. Without a key, a
+                layer that takes one is given the random stream "routing", where there is one.
+
+        Returns:
+            The layer's output.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if "key" not in given and accepts(self.layer.apply, "key") and self.has_rng("routing"):
+            given["key"] = self.make_rng("routing")
+        return self.layer.apply(self._params(), *inputs, **given)
+
+    def _params(self) -> Any:
+        like = jax.eval_shape(self.layer.init, jax.random.key(0))
+        leaves, structure = jax.tree.flatten_with_path(like)
+        paths = [path_of(entries) for entries, _ in leaves]
+        missing = {_place(path) for path in paths if not self.has_variable(*_place(path))}
+        if missing and self.is_initializing():
+            self._create()
+        else:
+            check_present(missing)
+        found = [at(linen.meta.unbox(self.get_variable(*_place(path))), path[1:]) for path in paths]
+        return jax.tree.unflatten(structure, found)
+
+    def _create(self) -> None:
+        made = named(cast(self.layer.init(self.make_rng("params")), self.param_dtype))
+        for collection in ("params", COLLECTION):
+            own = {path: leaf for path, leaf in made.items() if _place(path)[0] == collection}
+            boxed = {path: self._boxed(path, leaf) for path, leaf in own.items()}
+            for name, value in nested(boxed).items():
+                self.put_variable(collection, name, value)
+
+    def _boxed(self, path: Path, leaf: Array) -> Any:
+        names = self.axes(path, leaf) if self.axes else ()
+        return linen.Partitioned(leaf, names) if names else leaf
+
+
+def to_linen(layer: Layer, *, axes: Axes | None = None, param_dtype: Any = None) -> LinenLayer:
+    """A layer as a ``flax.linen`` module: a mixture for a model of one's own.
+
+    Its parameters are in the collection "params" with the paths of the layer's params, such as
+    ``experts/gate/kernel``; a leaf called ``"balance_bias"``, as `moejax.biased` has it, is in the
+    collection "balance". What a call returns is what ``layer.apply`` returns.
+
+    Args:
+        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of one's own.
+        axes: ``(path, array) -> names of its axes``, kept as ``linen.Partitioned``; `expert_axes`
+            puts the experts along the mesh axis "expert".
+        param_dtype: of the parameters; by default what ``layer.init`` makes.
+
+    Returns:
+        The module, called as ``module(x, mask=None, key=None)``; a random stream "routing" serves
+        in place of the key.
+
+    Raises:
+        ValueError: in apply, if the variables lack a parameter of the layer.
+
+    Example:
+        >>> layer = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+        >>> module, x = to_linen(layer), jnp.ones((2, 5, 4))
+        >>> variables = module.init(jax.random.key(0), x)
+        >>> y, routing = module.apply(variables, x)
+        >>> y.shape, variables["params"]["experts"]["gate"]["kernel"].shape
+        ((2, 5, 4), (3, 4, 8))
+    """
+    return LinenLayer(layer, axes, param_dtype)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    return (COLLECTION if path[-1] == BALANCE else "params"), path[0]

@@ -1,0 +1,108 @@
+"""A layer as a `flax.nnx` module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moejax.base import Array, Layer
+from moejax.interop.flax.paths import BALANCE, Axes, Path, cast, named, nested
+
+
+class BalanceBias(nnx.Variable):
+    """The bias of `moejax.biased`: state, moved by `moejax.update_balance_bias`.
+
+    It is no ``nnx.Param``, so ``nnx.grad`` and ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leave
+    it alone.
+    """
+
+
+class NnxLayer(nnx.Module):
+    """A layer of moejax as a module; made by `to_nnx`."""
+
+    def __init__(
+        self, layer: Layer, *, rngs: nnx.Rngs, axes: Axes | None = None, param_dtype: Any = None
+    ) -> None:
+        params = cast(layer.init(rngs.params()), param_dtype)
+        self._layer = nnx.static(layer)
+        self._structure = nnx.static(jax.tree.structure(params))
+        leaves = named(params)
+        self._paths = nnx.static(tuple(leaves))
+        variables = {path: _variable(path, leaf, axes) for path, leaf in leaves.items()}
+        for name, value in _modules(nested(variables)).items():
+            setattr(self, name, value)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """What the layer's apply returns: for a mixture ``(y, decision)``.
+
+        Args:
+            *inputs: for a mixture x, shape [..., D].
+            **options: for a mixture ``mask``, and ``key``, such as ``rngs.routing()``; None means
+                not given, and without a key nothing is random.
+
+        Returns:
+            The layer's output.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return self._layer.apply(self.as_params(), *inputs, **given)
+
+    def as_params(self) -> Any:
+        """The params as the layer's pure functions take them."""
+        leaves = [_at(self, path)[...] for path in self._paths]
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+def to_nnx(
+    layer: Layer, *, rngs: nnx.Rngs, axes: Axes | None = None, param_dtype: Any = None
+) -> NnxLayer:
+    """A layer as a ``flax.nnx`` module: a mixture for a model of one's own.
+
+    Its parameters are ordinary ``nnx.Param`` variables with the paths of the layer's params, such
+    as ``experts.gate.kernel``; a leaf called ``"balance_bias"``, as `moejax.biased` has it, is a
+    `BalanceBias`. What a call returns is what ``layer.apply`` returns.
+
+    Args:
+        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of one's own.
+        rngs: the parameters are ``layer.init(rngs.params())``.
+        axes: ``(path, array) -> names of its axes``, kept as the variables' ``out_sharding``;
+            `expert_axes` puts the experts along the mesh axis "expert". Made under
+            ``jax.set_mesh``, parameters are placed at once.
+        param_dtype: of the parameters; by default what ``layer.init`` makes.
+
+    Returns:
+        The module, called as ``module(x, mask=None, key=None)``.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
+        >>> module = to_nnx(layer, rngs=nnx.Rngs(0))
+        >>> y, routing = module(jnp.ones((2, 5, 4)))
+        >>> y.shape, module.experts.gate.kernel.shape
+        ((2, 5, 4), (3, 4, 8))
+    """
+    return NnxLayer(layer, rngs=rngs, axes=axes, param_dtype=param_dtype)
+
+
+def _variable(path: Path, leaf: Array, axes: Axes | None) -> nnx.Variable:
+    kind = BalanceBias if path[-1] == BALANCE else nnx.Param
+    names = axes(path, leaf) if axes else ()
+    if not names:
+        return kind(leaf)
+    # Without a mesh there is nowhere to put it yet; the names stay for `nnx.get_partition_spec`.
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    return kind(leaf, out_sharding=names, eager_sharding=has_mesh)
+
+
+def _modules(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: nnx.Dict(_modules(value)) if isinstance(value, dict) else value
+        for name, value in tree.items()
+    }
+
+
+def _at(module: Any, path: Path) -> nnx.Variable:
+    for name in path:
+        module = getattr(module, name)
+    return module

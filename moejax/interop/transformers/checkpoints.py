@@ -1,0 +1,182 @@
+"""One block of a checkpoint folder, read tensor by tensor and written back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.base import Params
+from moejax.interop.safetensors import library
+from moejax.interop.torch import Layout, Tensor, to_torch
+from moejax.interop.torch.checks import check_layout
+from moejax.interop.torch.state_dicts import read
+from moejax.interop.transformers.families import build
+from moejax.interop.transformers.fields import as_dict, refuse
+from moejax.interop.transformers.pieces import Block
+
+Files = Mapping[str, Path]  # which file holds a tensor, by the tensor's name
+Folder = str | os.PathLike
+
+
+def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:
+    """Reads the params of one block from a checkpoint.
+
+    It reads tensor by tensor: memory stays at the block and one tensor.
+
+    Args:
+        folder: a folder with a ``config.json`` and safetensors files, with an index if several.
+        layer: which layer of the model, from 0.
+        prefix: the module of the mixture, such as ``model.layers.3.mlp``; by default the one in
+            that layer that has the names of a checkpoint or of the installed module.
+
+    Returns:
+        Params for the layer of ``block(folder)``, NumPy arrays of the dtypes of the files.
+
+    Raises:
+        ValueError: if the model is not supported or quantised, or if the layer has no such block,
+            or several.
+        ImportError: without safetensors; names the command that installs it.
+
+    Example:
+        >>> layer, layout = block(folder)  # doctest: +SKIP
+        >>> params = load(folder, 3)  # doctest: +SKIP
+    """
+    block = _block(folder)
+    with _opened(folder) as (files, get):
+        start, layout = _place(block, files, get, layer, prefix)
+        check_layout(layout)
+        return jax.tree.map(
+            lambda tensor: read(tensor, lambda key: _array(get(start + key))), layout
+        )
+
+
+def save(folder: Folder, layer: int, params: Params, *, prefix: str | None = None) -> None:
+    """Writes the params of one block into a checkpoint, in the place of those that are there.
+
+    The other tensors stay as they are, and each file is replaced once it is complete; it takes the
+    memory of the files that hold the block. To keep the old checkpoint, copy its folder first.
+
+    Args:
+        folder: a folder with a ``config.json`` and safetensors files, with an index if several.
+        layer: which layer of the model, from 0.
+        params: of the structure and shapes of the layer of ``block(folder)``. Tensors keep the
+            names that they have in the folder, and get the dtypes of params.
+        prefix: as for `load`.
+
+    Raises:
+        ValueError: as for `load`, or if the params do not fit.
+        ImportError: without safetensors; names the command that installs it.
+
+    Example:
+        >>> save(folder, 3, params)  # doctest: +SKIP
+    """
+    block = _block(folder)
+    with _opened(folder) as (files, get):
+        start, layout = _place(block, files, get, layer, prefix)
+    state = {start + key: array for key, array in to_torch(layout, params).items()}
+    partial = {file: _written(file, state) for file in sorted({files[name] for name in state})}
+    for file, complete in partial.items():
+        os.replace(complete, file)
+
+
+def _block(folder: Folder) -> Block:
+    config = as_dict(folder)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        refuse(config, "quantization_config", "be absent: dequantise the weights first", method)
+    return build(config)
+
+
+@contextmanager
+def _opened(folder: Folder) -> Iterator[tuple[Files, Callable[[str], Any]]]:
+    """Which file holds each tensor, and a function that opens one without reading it."""
+    with ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in _files(Path(folder))}
+        files = {name: file for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+        yield files, lambda name: handles[files[name]].get_slice(name)
+
+
+def _open(file: Path) -> Any:
+    return library().safe_open(file, framework="numpy")
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"{folder} must hold the files of a checkpoint, missing {missing}.")
+    return files
+
+
+def _place(
+    block: Block, files: Files, get: Callable[[str], Any], layer: int, prefix: str | None
+) -> tuple[str, Layout]:
+    """Where the block is in the files: what its names begin with, and by which layout."""
+    found = [
+        (start, layout)
+        for layout in (block.published, block.layout)
+        for start in _starts(layout, files, layer, prefix)
+        if _has(layout, start, files, get)
+    ]
+    starts = sorted({start for start, _ in found})
+    if not found:
+        wanted = [jax.tree.leaves(one)[0].key for one in (block.published, block.layout)]
+        raise ValueError(
+            f"Layer {layer} must hold a block of this model, with tensors such as "
+            f"{' or '.join(wanted)}, got {sorted(files)[:8]} and {max(0, len(files) - 8)} more: a "
+            "dense layer has none; give the `prefix` if it is elsewhere."
+        )
+    if len(starts) > 1:
+        raise ValueError(f"Layer {layer} must hold one block, got {starts}: give its `prefix`.")
+    return found[0]
+
+
+def _starts(layout: Layout, files: Files, layer: int, prefix: str | None) -> set[str]:
+    if prefix is not None:
+        return {prefix.rstrip(".") + "." if prefix else ""}
+    [_, first], *_ = jax.tree.leaves(layout)[0].parts()
+    in_layer = re.compile(rf"(?:^|\.)(?:layers|blocks|block|h)\.{layer}\.")
+    ends = {name.removesuffix(first) for name in files if name.endswith(f".{first}")}
+    return {start for start in ends if in_layer.search(start)}
+
+
+def _has(layout: Layout, start: str, files: Files, get: Callable[[str], Any]) -> bool:
+    """Whether the files hold all tensors of a layout, in its shapes."""
+
+    def stored(tensor: Tensor, key: str) -> bool:
+        name = start + key
+        shape = tensor.stored or tensor.shape
+        return name in files and tuple(get(name).get_shape()) == tuple(shape)
+
+    leaves = jax.tree.leaves(layout)
+    return all(stored(tensor, key) for tensor in leaves for _, key in tensor.parts())
+
+
+def _array(piece: Any) -> np.ndarray:
+    return piece[:] if piece.get_shape() else np.asarray(piece[...])
+
+
+def _written(file: Path, state: Mapping[str, np.ndarray]) -> Path:
+    """A complete copy of a file beside it, with new values of the tensors that are in ``state``."""
+    with _open(file) as handle:
+        arrays = {
+            name: state[name] if name in state else handle.get_tensor(name)
+            for name in handle.keys()  # noqa: SIM118
+        }
+        metadata = handle.metadata()
+    partial = file.with_name(file.name + ".partial")
+    library().numpy.save_file(arrays, partial, metadata=metadata)
+    return partial

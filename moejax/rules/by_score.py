@@ -1,0 +1,159 @@
+"""The rule that published models share: a score, a bias that only chooses, groups, a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax._checks import check_count, check_k, checked_logits
+from moejax.base import Array, Routing
+
+Score = Callable[[Array], Array]  # logits [T, E] -> scores [T, E], not negative
+
+
+class Groups(NamedTuple):
+    """Equal groups of neighbouring experts, of which a token keeps the best.
+
+    Attributes:
+        num: how many groups there are.
+        kept: how many a token may choose from.
+        best: a group is worth the sum of its ``best`` best experts.
+    """
+
+    num: int = 1
+    kept: int = 1
+    best: int = 2
+
+
+def by_score(
+    logits: Array,
+    bias: Array | None = None,
+    *,
+    k: int,
+    score: Score = jax.nn.softmax,
+    num_groups: int = 1,
+    kept_groups: int = 1,
+    group_best: int = 2,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Sends every token to the k experts with the largest ``score(logits) + bias``.
+
+    ``s = score(logits)``; the choice is by ``s + b``, the weights are s without b, divided by
+    their sum over the k and multiplied by ``scale``. With groups, experts compete only within the
+    ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
+
+    `top_k` is this with a softmax and `sigmoid_top_k` with a sigmoid; both work on logarithms, so
+    that they also rank and normalise scores that underflow. Here such scores tie, and weights whose
+    sum underflows are zero.
+
+    Args:
+        logits: router output, shape [T, E].
+        bias: b, shape [E], no part of the gradient: state that `update_balance_bias` maps to the
+            next step's; None for zero.
+        k: experts per token.
+        score: ``logits -> s``, not negative, shape [T, E].
+        num_groups: number of equal groups of neighbouring experts, a divisor of E.
+        kept_groups: how many groups a token may choose from.
+        group_best: how many of its best experts a group is judged by; 1 for its maximum.
+        renormalize: whether the k weights of a token sum to ``scale``.
+        scale: multiplies the weights.
+
+    Returns:
+        A decision with K = k, the best ``s + b`` first; scores are s divided by its sum over E.
+
+    Raises:
+        ValueError: if shapes or numbers do not agree, or if a single weight is renormalised: it
+            is then a constant and the router gets no gradient.
+
+    Example:
+        >>> def root_softplus(logits):
+        ...     return jnp.sqrt(jax.nn.softplus(logits))
+        >>> logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+        >>> by_score(logits, k=2, score=root_softplus).experts
+        Array([[0, 1]], dtype=int32)
+        >>> by_score(logits, jnp.array([0.0, 0.0, 0.0, 9.0]), k=2).experts
+        Array([[3, 0]], dtype=int32)
+
+    References:
+        DeepSeek-AI, `DeepSeek-V2 <https://arxiv.org/abs/2405.04434>`_, 2024 (a softmax, groups by
+        their maximum); `DeepSeek-V3 <https://arxiv.org/abs/2412.19437>`_, 2024 (a sigmoid, a bias,
+        groups by their two best)
+    """
+    logits = checked_logits(logits)
+    groups = Groups(num_groups, kept_groups, group_best)
+    check_choice("by_score", logits, bias, k, groups, renormalize)
+    scores = score(logits)
+    experts = choose(logits, scores, bias, k, groups)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if renormalize:
+        weights = _to_sum_one(weights)
+    return Routing(experts, scale * weights, _to_sum_one(scores), logits)
+
+
+def choose(logits: Array, scores: Array, bias: Array | None, k: int, groups: Groups) -> Array:
+    """The k experts with the largest score plus bias within the best groups, shape [T, K]."""
+    ranked_by = scores if bias is None else scores + bias.astype(scores.dtype)[None]
+    # An expert switched off by -inf stays off, although its bias grows while it gets no token.
+    ranked_by = jnp.where(logits > -jnp.inf, ranked_by, -jnp.inf)
+    if groups.kept < groups.num:
+        ranked_by = _only_best_groups(ranked_by, groups)
+    return jax.lax.top_k(ranked_by, k)[1]
+
+
+def check_choice(
+    name: str, logits: Array, bias: Array | None, k: int, groups: Groups, renormalize: bool
+) -> None:
+    """Refuses what a choice by score cannot be made of."""
+    check_k(k, logits)
+    num_experts = logits.shape[-1]
+    if bias is not None:
+        check_bias(bias, num_experts)
+    if groups.num < 1 or num_experts % groups.num:
+        raise ValueError(
+            f"`num_groups` must divide the number of experts ({num_experts}), got {groups.num}."
+        )
+    if not 1 <= groups.kept <= groups.num or groups.kept * (num_experts // groups.num) < k:
+        raise ValueError(
+            f"`kept_groups` must be between 1 and `num_groups` ({groups.num}) and leave at least "
+            f"k = {k} experts to choose from, got {groups.kept}."
+        )
+    check_count("group_best", groups.best)
+    if k == 1 and renormalize:
+        raise ValueError(
+            f"`{name}(k=1, renormalize=True)` gives every token a constant weight, so the "
+            "router gets exactly zero gradient: pass renormalize=False."
+        )
+
+
+def check_bias(bias: Array, num_experts: int) -> None:
+    """Refuses a bias that would broadcast."""
+    if bias.shape != (num_experts,):
+        raise ValueError(
+            f"`bias` must hold one number per expert, [{num_experts}], got {list(bias.shape)}."
+        )
+
+
+def _only_best_groups(ranked_by: Array, groups: Groups) -> Array:
+    num_tokens, num_experts = ranked_by.shape
+    # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
+    grouped = ranked_by.reshape(num_tokens, groups.num, num_experts // groups.num)
+    best = jax.lax.top_k(grouped, min(groups.best, grouped.shape[-1]))[0]  # [T, groups, best]
+    # A group with fewer experts left counts for those; a group of none is out.
+    left = best > -jnp.inf
+    best = jnp.where(left.any(axis=-1), jnp.where(left, best, 0).sum(axis=-1), -jnp.inf)
+    kept_ids = jax.lax.top_k(best, groups.kept)[1]
+    every = jnp.arange(groups.num, dtype=kept_ids.dtype)[None, None]
+    kept = (kept_ids[..., None] == every).any(axis=1)  # [T, groups]
+    # Not zero: with a negative bias, zero would win over every expert that is allowed.
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
+
+
+def _to_sum_one(weights: Array) -> Array:
+    total = weights.sum(axis=-1, keepdims=True)
+    # The derivative divides by the square, which must not underflow either.
+    divisible = ~(total < jnp.finfo(total.dtype).tiny ** 0.5)
+    return weights / jnp.where(divisible, total, 1)

@@ -1,0 +1,238 @@
+"""The rules that published models share: by score, sparsemixer, top-p."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from cases import root_softplus
+from reference import by_expert, golden
+
+LOGITS = 2 * jax.random.normal(jax.random.key(3), (64, 8))
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_deepseek_is_a_sigmoid_with_groups_by_their_two_best():
+    peer = golden("deepseek_v3")
+    route = partial(
+        moejax.by_score, k=2, score=jax.nn.sigmoid, num_groups=4, kept_groups=2, scale=2.5
+    )
+    routing = route(jnp.asarray(peer["logits"]), jnp.asarray(peer["bias"]))
+    np.testing.assert_array_equal(by_expert(routing)[0], peer["indices"])
+    np.testing.assert_allclose(by_expert(routing)[1], peer["weights"], rtol=1e-6)
+
+
+def test_groups_by_their_maximum_are_not_deepseek():
+    peer = golden("deepseek_v3")
+    routing = moejax.by_score(
+        jnp.asarray(peer["logits"]),
+        jnp.asarray(peer["bias"]),
+        k=2,
+        score=jax.nn.sigmoid,
+        num_groups=4,
+        kept_groups=2,
+        group_best=1,
+    )
+    assert (by_expert(routing)[0] != peer["indices"]).any()
+
+
+def test_groups_are_judged_by_their_best_experts():
+    # Two groups: one best expert, or two good ones.
+    logits = jnp.log(jnp.array([[0.40, 0.05, 0.30, 0.25]]))
+    choose = partial(moejax.by_score, logits, k=2, num_groups=2)
+    same(choose(group_best=1).experts, [[0, 1]])
+    same(choose(group_best=2).experts, [[2, 3]])
+
+
+def test_a_group_that_is_left_out_loses_to_negative_scores():
+    logits = jnp.array([[3.0, 2.0, -1.0, -2.0]])
+    bias = jnp.array([-5.0, -5.0, -9.0, -9.0])
+    routing = moejax.by_score(logits, bias, k=2, num_groups=2)
+    same(routing.experts, [[0, 1]])
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    bias = jnp.array([0.0, 0.0, 0.0, 9.0])
+    routing = moejax.by_score(jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]])), bias, k=2)
+    same(routing.experts, [[3, 0]])
+    np.testing.assert_allclose(routing.weights, [[0.2, 0.8]], rtol=1e-6)
+    gradient = jax.grad(lambda b: moejax.by_score(LOGITS, b, k=2).weights.sum())(jnp.zeros(8))
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_top_k_is_by_score_with_a_softmax(renormalize):
+    routing = moejax.by_score(LOGITS, k=3, renormalize=renormalize)
+    expected = moejax.top_k(LOGITS, k=3, renormalize=renormalize)
+    same(routing.experts, expected.experts)
+    np.testing.assert_allclose(routing.weights, expected.weights, rtol=1e-6)
+    np.testing.assert_allclose(routing.scores, expected.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_sigmoid_top_k_is_by_score_with_a_sigmoid(renormalize):
+    bias = jnp.linspace(-1, 1, 8)
+    options = {"k": 3, "num_groups": 4, "kept_groups": 2, "renormalize": renormalize, "scale": 2.5}
+    routing = moejax.by_score(LOGITS, bias, score=jax.nn.sigmoid, **options)
+    expected = moejax.sigmoid_top_k(LOGITS, bias, **options)
+    same(routing.experts, expected.experts)
+    np.testing.assert_allclose(routing.weights, expected.weights, rtol=1e-6)
+    np.testing.assert_allclose(routing.scores, expected.scores, rtol=1e-5)
+
+
+def test_the_presets_work_where_scores_underflow():
+    logits = jnp.array([[-200.0, -201.0, -202.0]])
+    same(moejax.sigmoid_top_k(logits, k=2).experts, [[0, 1]])
+    expected = jax.nn.softmax(jnp.array([[0.0, -1.0]]))
+    np.testing.assert_allclose(moejax.sigmoid_top_k(logits, k=2).weights, expected, rtol=1e-6)
+    far = jnp.array([[0.0, -200.0, -190.0]])
+    same(moejax.top_k(far, k=2).experts, [[0, 2]])
+
+
+def test_a_sum_that_underflows_is_zero_and_not_nan():
+    gates = lambda logits: moejax.by_score(logits, k=2, score=jax.nn.sigmoid).weights.sum()  # noqa: E731
+    value, gradient = jax.value_and_grad(gates)(jnp.full((1, 3), -200.0))
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 9}, "between 1 and the number of experts"),
+        ({"k": 1}, "`by_score\\(k=1, renormalize=True\\)`"),
+        (
+            {"k": 2, "num_groups": 3},
+            "`num_groups` must divide the number of experts \\(8\\), got 3",
+        ),
+        ({"k": 5, "num_groups": 2}, "leave at least k = 5 experts"),
+        ({"k": 2, "num_groups": 2, "group_best": 0}, "`group_best` must be an integer"),
+        ({"k": 2, "bias": jnp.zeros(1)}, "one number per expert, \\[8\\], got \\[1\\]"),
+    ],
+)
+def test_useless_requests_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        moejax.by_score(LOGITS, **options)
+
+
+def phimoe(scores, epsilon):
+    """The evaluation of Phi-3.5-MoE, from its description, in NumPy."""
+    experts, weights, closed = [], [], np.zeros(scores.shape, bool)
+    for _ in range(2):
+        free = np.where(closed, -np.inf, scores)
+        best = free.max(axis=-1, keepdims=True)
+        far = (best - scores) / np.maximum(np.abs(scores), best) > 2 * epsilon
+        near = np.exp(np.where(far | closed, -np.inf, scores) - best)
+        chosen = free.argmax(axis=-1)[:, None]
+        weights.append(np.take_along_axis(near / near.sum(-1, keepdims=True), chosen, axis=-1))
+        experts.append(chosen)
+        closed = closed | (np.arange(scores.shape[-1]) == chosen)
+    return np.concatenate(experts, axis=-1), np.concatenate(weights, axis=-1)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.2, 1.0])
+def test_sparsemixer_without_a_key(epsilon):
+    routing = moejax.sparsemixer(LOGITS, epsilon=epsilon)
+    experts, weights = phimoe(np.asarray(LOGITS), epsilon)
+    same(routing.experts, experts)
+    np.testing.assert_allclose(routing.weights, weights, rtol=1e-5)
+
+
+def test_sparsemixer_draws_as_often_as_the_softmax_says():
+    logits = jnp.tile(jnp.array([1.0, 0.9, 0.2]), (20_000, 1))
+    routing = moejax.sparsemixer(logits, epsilon=10.0, key=jax.random.key(0))
+    share = jnp.mean(routing.experts[:, 0, None] == jnp.arange(3), axis=0)
+    np.testing.assert_allclose(share, jax.nn.softmax(logits[0]), atol=0.01)
+    # A draw that is not the best keeps its weight once in four times, or a third of it.
+    others = np.asarray(routing.experts[:, 0] != 0)
+    whole = jax.nn.softmax(logits)[jnp.arange(20_000), routing.experts[:, 0]]
+    ratio = np.asarray(routing.weights[:, 0] / whole)
+    np.testing.assert_allclose(ratio[~others], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratio[others].mean(), 0.25 + 0.75 / 3, atol=0.02)
+
+
+def test_the_gradient_of_sparsemixer_is_that_of_the_published_code():
+    """Whatever the factor in the value, it is w (1[e chosen] - p_e) for each of the choices."""
+    key, epsilon = jax.random.key(1), 10.0  # no expert is left out
+    cotangent = jax.random.normal(jax.random.key(2), (64, 2))
+    routing, pullback = jax.vjp(
+        lambda logits: moejax.sparsemixer(logits, epsilon=epsilon, key=key).weights, LOGITS
+    )
+    chosen = moejax.sparsemixer(LOGITS, epsilon=epsilon, key=key).experts
+    first, second = (chosen[:, i, None] == jnp.arange(8) for i in range(2))
+    expected = 0
+    for i, (choice, taken) in enumerate([(first, jnp.zeros_like(first)), (second, first)]):
+        p = jax.nn.softmax(jnp.where(taken, -jnp.inf, LOGITS))
+        weight = jnp.sum(jnp.where(choice, p, 0), axis=-1, keepdims=True)
+        expected += cotangent[:, i, None] * weight * (choice.astype(p.dtype) - p)
+    np.testing.assert_allclose(pullback(cotangent)[0], expected, rtol=1e-4, atol=1e-6)
+    assert (routing < 1).all()
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)])
+def test_sparsemixer_with_one_expert_left(key):
+    logits = jnp.array([[-jnp.inf, 2.0, -jnp.inf]])
+
+    def weights(logits):
+        routing = moejax.sparsemixer(logits, epsilon=0.1, key=key)
+        return routing.weights.sum(), routing
+
+    (_, routing), gradient = jax.value_and_grad(weights, has_aux=True)(logits)
+    same(routing.experts, [[1, 3]])
+    same(routing.weights, [[1.0, 0.0]])
+    assert not jnp.isnan(gradient).any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
+def test_top_p_is_the_textbook_loop(p):
+    routing = moejax.top_p(LOGITS, p=p)
+    scores = np.asarray(jax.nn.softmax(LOGITS))
+    for t, row in enumerate(scores):
+        chosen, total = [], 0.0
+        for e in np.argsort(-row):
+            if chosen and total >= p - 1e-6:
+                break
+            chosen.append(e)
+            total += row[e]
+        found = np.asarray(routing.experts[t])
+        np.testing.assert_array_equal(found[found < 8], chosen)
+    np.testing.assert_allclose(
+        routing.weights, np.where(routing.experts < 8, np.sort(scores)[:, ::-1], 0), rtol=1e-6
+    )
+
+
+def test_top_p_takes_no_more_than_k():
+    routing = moejax.top_p(LOGITS, p=0.99, k=2)
+    assert routing.experts.shape == (64, 2)
+    assert bool(moejax.top_p(LOGITS, p=1e-9).counts.sum() == 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moejax.top_p(LOGITS, p=0.0), "above 0 and at most 1, got 0.0"),
+        (lambda: moejax.top_p(LOGITS, p=1.5), "above 0 and at most 1, got 1.5"),
+        (lambda: moejax.top_p(LOGITS, p=0.5, k=9), "`k` must be an integer"),
+        (lambda: moejax.sparsemixer(LOGITS, epsilon=-1.0), "`epsilon` must be positive, got -1"),
+        (lambda: moejax.sparsemixer(LOGITS[:, :1], epsilon=0.1), "`k` must be an integer"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_score_of_ones_own():
+    routing = moejax.by_score(LOGITS, k=2, score=root_softplus, scale=1.5)
+    scores = np.sqrt(np.log1p(np.exp(np.asarray(LOGITS))))
+    best = np.sort(np.argsort(-scores, axis=-1)[:, :2], axis=-1)
+    weights = np.take_along_axis(scores, best, axis=-1)
+    np.testing.assert_array_equal(by_expert(routing)[0], best)
+    expected = 1.5 * weights / weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(by_expert(routing)[1], expected, rtol=1e-5)

@@ -1,0 +1,233 @@
+"""The sparse schedules against the definition, where routing is hard: any load, any size."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from reference import close
+
+D, F = 4, 5
+SCHEDULES = {
+    "dropless": moejax.dropless,
+    "capacity": partial(moejax.capacity, factor=8.0),  # at least E / K in every case
+}
+
+
+def glu(params, x):
+    return (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
+
+
+def glu_params(num_experts):
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    return {
+        name: jax.random.normal(key, (num_experts, *shape))
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def decision(experts, num_experts):
+    """A routing to these experts with arbitrary weights, zero where they go nowhere."""
+    experts = jnp.asarray(experts, jnp.int32)
+    weights = jax.random.uniform(jax.random.key(2), experts.shape)
+    weights = jnp.where(experts < num_experts, weights, 0)
+    scores = jnp.zeros((len(experts), num_experts))
+    return moejax.Routing(experts, weights, scores, scores)
+
+
+def random_choices(tokens, k, num_experts, nowhere=0):
+    every = np.tile(np.arange(num_experts), (tokens, 1))
+    choices = np.random.default_rng(3).permuted(every, axis=1)[:, :k]
+    choices[:nowhere] = num_experts
+    return choices
+
+
+def uneven_choices(tokens, num_experts):
+    """Two neighbouring experts per token: expert e for a share of tokens that falls with e."""
+    first = num_experts * np.random.default_rng(3).random((tokens, 1)) ** 2
+    return (first.astype(int) + np.arange(2)) % num_experts
+
+
+# Cases of one shape share what is compiled for it.
+CASES = {
+    "spread": (random_choices(40, 2, 4), 4),
+    "masked tokens": (random_choices(40, 2, 4, nowhere=7), 4),
+    "collapsed": (np.tile([[2, 0]], (40, 1)), 4),
+    "all nowhere": (np.full((40, 2), 4), 4),
+    "one expert": (np.zeros((9, 1), int), 1),
+    "one token": (np.array([[3, 1]]), 8),
+    "fewer tokens than experts": (random_choices(3, 2, 8), 8),
+    "every expert": (random_choices(12, 4, 4), 4),
+    "several chunks": (random_choices(1500, 2, 6), 6),
+    "collapsed onto large blocks": (np.tile([[2, 0]], (1500, 1)), 6),
+    "by load": (random_choices(750, 2, 16, nowhere=20), 16),
+    "by uneven load": (uneven_choices(750, 16), 16),
+}
+
+
+def scalar(schedule, expert, params, x, routing):
+    y = schedule(expert, params, x, routing)
+    return jnp.sum(jnp.sin(y)), y
+
+
+def value_and_gradients(schedule, expert):
+    """By parameters, tokens and weights; the experts chosen have no gradient."""
+    function = partial(scalar, schedule, expert)
+    return jax.value_and_grad(function, (0, 1, 2), has_aux=True, allow_int=True)
+
+
+@cache
+def compiled(schedule):
+    """One function for all cases, so that those of one shape are compiled once."""
+    return jax.jit(value_and_gradients(schedule, glu))
+
+
+@cache
+def in_double_precision(case):
+    experts, num_experts = CASES[case]
+    x = jax.random.normal(jax.random.key(4), (len(experts), D))
+    return double((glu_params(num_experts), x, decision(experts, num_experts)))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_equals_the_definition(schedule, case, x64):
+    arguments = in_double_precision(case)
+    close(compiled(schedule)(*arguments), compiled(moejax.dense)(*arguments), 1e-10)
+
+
+@cache
+def all_at_once():
+    """`dropless`, a function of its own that keeps nothing compiled for the other branch."""
+    return jax.jit(value_and_gradients(partial(moejax.dropless), glu))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_definition_with_all_experts_at_once(case, monkeypatch, x64):
+    """What accelerators run: every expert has as many slots, in the experts' own order."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    arguments = in_double_precision(case)
+    close(all_at_once()(*arguments), compiled(moejax.dense)(*arguments), 1e-10)
+
+
+def bend(params, x):
+    """An expert of one product, with second derivatives: little to compile."""
+    return jnp.tanh(x @ params["gate"]) @ params["down"]
+
+
+@pytest.mark.parametrize("case", ["masked tokens", "by uneven load"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_gradient_of_a_gradient(schedule, case, x64):
+    params, x, routing = in_double_precision(case)
+    del params["up"]
+
+    def second(schedule, params, x):
+        _, gradients = value_and_gradients(schedule, bend)(params, x, routing)
+        return sum(jnp.sum(jnp.cos(g)) for g in jax.tree.leaves(gradients[:2]))
+
+    result, expected = (
+        jax.jit(jax.grad(partial(second, s), (0, 1)))(params, x) for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_an_expert_closes_over_has_gradients(schedule, x64):
+    params, x, routing = in_double_precision("collapsed")
+
+    def total(schedule, scale):
+        return jnp.sum(schedule(lambda p, x: jnp.sin(scale * bend(p, x)), params, x, routing))
+
+    result, expected = (
+        [transform(partial(total, s)) for transform in (lambda f: jax.grad(f)(2.0), batched)]
+        for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-10)
+
+
+def double(tree):
+    widen = lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return jax.tree.map(widen, tree)
+
+
+def batched(function):
+    return jax.jit(jax.vmap(jax.value_and_grad(function)))(jnp.array([0.5, 2.0]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_tokens_and_outputs_of_any_shape(schedule):
+    """Integer images in, a scalar per token out, and an integer among the parameters."""
+    routing = decision(*CASES["spread"])
+    x = jax.random.randint(jax.random.key(0), (40, 3, 3, 1), 0, 255).astype(jnp.uint8)
+    params = {"weight": jnp.arange(36.0).reshape(4, 3, 3, 1), "shift": jnp.arange(4)}
+
+    def expert(params, x):
+        pixels = x.astype(jnp.float32) / 255 + params["shift"].astype(jnp.float32)
+        return jnp.sum(params["weight"][None] * pixels, (1, 2, 3))
+
+    def total(schedule, weight):
+        return scalar(schedule, expert, params | {"weight": weight}, x, routing)
+
+    result, expected = (
+        jax.jit(jax.value_and_grad(partial(total, s), has_aux=True))(params["weight"])
+        for s in (schedule, moejax.dense)
+    )
+    assert result[0][1].shape == (40,)
+    close(result, expected, 1e-3)
+
+
+BATCHES = {
+    "small": ([CASES["spread"][0], CASES["collapsed"][0]], 4),
+    "by load": ([CASES["by uneven load"][0], 15 - CASES["by uneven load"][0]], 16),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_vmap_over_parameters_tokens_and_routing(schedule, batch, x64):
+    choices, num_experts = batch
+    routings = [decision(experts, num_experts) for experts in choices]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+    params = jax.tree.map(lambda a: jnp.stack([a, -a]), glu_params(num_experts))
+    x = jax.random.normal(jax.random.key(4), (2, len(choices[0]), D))
+    result, expected = (
+        jax.jit(jax.vmap(value_and_gradients(s, glu)))(*double((params, x, stacked)))
+        for s in (schedule, moejax.dense)
+    )
+    close(result, expected, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_no_tokens(schedule):
+    routing = decision(jnp.zeros((0, 2), int), 4)
+    assert schedule(glu, glu_params(4), jnp.zeros((0, D)), routing).shape == (0, D)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_empty_slots_hold_no_values_that_are_not_in_the_data(schedule):
+    """An expert without a gradient at zero never sees a zero."""
+    routing = decision(*CASES["masked tokens"])
+    x = jax.random.normal(jax.random.key(4), (40, D)) + 10
+    params = {"scale": jnp.ones((4, D))}
+    norm = lambda p, x: jnp.sqrt(jnp.sum(p["scale"][None] * x**2, -1, keepdims=True))  # noqa: E731
+    _, (by_params, by_x, _) = jax.jit(value_and_gradients(schedule, norm))(params, x, routing)
+    assert bool(jnp.isfinite(by_params["scale"]).all() & jnp.isfinite(by_x).all())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="chunks are for CPU")
+def test_backward_pass_needs_three_buffers_besides_its_results():
+    num_tokens, d, f, num_experts, k = 4096, 64, 128, 64, 2
+    expert = moejax.glu(d, f)
+
+    def loss(params, x, logits):
+        return jnp.sum(moejax.dropless(expert.apply, params, x, moejax.top_k(logits, k=k)) ** 2)
+
+    params = jax.eval_shape(moejax.stack(expert, num_experts).init, jax.random.key(0))
+    x, logits = (jax.ShapeDtypeStruct((num_tokens, n), jnp.float32) for n in (d, num_experts))
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, logits).compile()
+    buffer = num_tokens * k * f * 4  # bytes
+    assert 0 < compiled.memory_analysis().temp_size_in_bytes < 3 * buffer

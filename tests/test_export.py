@@ -1,0 +1,99 @@
+"""`jax.export` with a symbolic number of tokens: one program for every T."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import moejax
+from cases import RULES, D, E, O
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+(T,) = export.symbolic_shape("T", constraints=["T >= 2"])
+B, S = export.symbolic_shape("B, S")  # of another function, so of a scope of their own
+LOSSES = [
+    moejax.load_balancing_loss,
+    moejax.importance_loss,
+    moejax.router_z_loss,
+    moejax.entropy_loss,
+    moejax.mutual_information_loss,
+    moejax.l1_loss,
+    moejax.confidence,
+    moejax.effective_experts,
+    moejax.dead_experts,
+    lambda routing: moejax.load_loss(routing) if routing.chances is not None else jnp.zeros(()),
+    moejax.positions,
+    partial(moejax.limit_capacity, capacity=2, priority=moejax.by_token),
+    partial(moejax.limit_capacity, capacity=2, priority=moejax.by_token_weight),
+]
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def exported(function, *args):
+    return export.export(jax.jit(function), platforms=["cpu"])(*args).call
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"hashed"}))
+def test_rules_and_losses(rule):
+    def evidence(logits):
+        routing = RULES[rule](logits)
+        return routing, [loss(routing) for loss in LOSSES]
+
+    call = exported(evidence, floats(T, E))
+    if "key" in getattr(RULES[rule], "keywords", {}):
+        return  # as random for a symbolic T, but not the same numbers
+    for num_tokens in (2, 7):
+        logits = jax.random.normal(jax.random.key(num_tokens), (num_tokens, E))
+        jax.tree.map(close, call(logits), evidence(logits))
+
+
+def test_tables_masks_labels_and_targets():
+    def everything(logits, ids, mask):
+        routing = moejax.mask_tokens(moejax.top_k(logits, k=2), mask)
+        hashed = moejax.hashed(logits, token_ids=ids, table=jnp.arange(10) % E)
+        taken = moejax.expert_choice(logits, capacity=2, mask=mask)
+        slots = moejax.soft_slots(jnp.stack([logits, logits], axis=-1), mask=mask)
+        table = moejax.expert_by_class(routing, ids, 3)
+        gates = jax.nn.log_softmax(logits)
+        likelihood = moejax.categorical_log_likelihood(jnp.stack([logits] * E), ids)
+        loss = moejax.mixture_nll(gates, likelihood, mask=mask)
+        return hashed, taken, slots, table, loss
+
+    ids = jax.ShapeDtypeStruct((T,), jnp.int32)
+    call = exported(everything, floats(T, E), ids, jax.ShapeDtypeStruct((T,), bool))
+    args = jax.random.normal(jax.random.key(0), (5, E)), jnp.arange(5) % 3, jnp.arange(5) > 0
+    jax.tree.map(close, call(*args), everything(*args))
+
+
+@pytest.mark.parametrize("rule", ["softmax", "top_2"])
+def test_the_layer_on_sequences_of_any_length(rule, key):
+    layer = moejax.with_shared(
+        moejax.moe(
+            moejax.mlp(D, 5, O),
+            moejax.linear(D, E),
+            num_experts=E,
+            route=RULES[rule],
+            execute=moejax.dense,
+        ),
+        moejax.linear(D, O),
+    )
+    params = layer.init(key)
+    apply = lambda params, x: layer.apply(params, x)[0]  # noqa: E731
+    call = exported(apply, jax.eval_shape(layer.init, key), floats(B, S, D))
+    x = jax.random.normal(key, (2, 3, D))
+    close(call(params, x), apply(params, x))
+
+
+def test_a_capacity_made_of_an_unknown_number_of_tokens_is_refused():
+    def limited(logits):
+        routing = moejax.top_k(logits, k=2)
+        return moejax.limit_capacity(routing, capacity=moejax.capacity_for(routing, factor=1.0))
+
+    with pytest.raises(ValueError, match="`capacity_for` needs a known number of tokens"):
+        exported(limited, floats(T, E))

@@ -1,0 +1,244 @@
+"""The language model: its text, its cache, its runs and what it refuses."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from commands import refusal, run
+from data.kinds import KINDS, kinds_of
+from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
+from language.contenders import CONTENDERS, Mixture, count
+from language.page import page
+from language.report import claim
+from language.sampling import sample
+from language.training import batch_at, start
+from language.transformer import Sizes
+from moejax import checkpoint
+
+SIZES = Sizes(vocabulary=UNKNOWN + 1, width=16, layers=2, heads=2, context=12)
+MIXTURE = Mixture(num_experts=4, k=2, hidden=8)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TINY = "--width 16 --heads 2 --context 16 --experts 4 --hidden 8 --batch-size 4 --windows 64"
+SHORT = [
+    *TINY.split(),
+    "--layers=1",
+    "--steps=6",
+    "--evaluate-every=3",
+    "--sample-length=20",
+    "--seeds=2",
+]
+
+
+def source(number):
+    return "".join(f"def f{number}_{i}(x):\n    return x + {i}  # add\n" for i in range(60))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Thirty files, of which some are for validation."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.py").write_text(source(number))
+    return sorted(folder.glob("*.py"))
+
+
+def test_every_character_comes_back():
+    assert decode(encode(CHARACTERS)) == CHARACTERS
+    assert encode("é€").tolist() == [UNKNOWN, UNKNOWN]
+
+
+def test_no_file_is_on_both_sides(files):
+    text = from_files(files, "files")
+    sides = [decode(side) for side in (text.train, text.validation)]
+    for number in range(30):
+        marker = f"def f{number}_"
+        assert sum(marker in side for side in sides) == 1
+    assert all(sides)
+    assert len(text.kinds) == len(text.validation)
+
+
+def test_copies_of_a_file_are_on_one_side(files, tmp_path):
+    copies = [tmp_path / f"copy{number}.py" for number in range(30)]
+    for original, copy in zip(files, copies, strict=True):
+        shutil.copy(original, copy)
+    text = from_files([*files, *copies], "files")
+    sides = [decode(side) for side in (text.train, text.validation)]
+    assert sorted(side.count("def f3_0(") for side in sides) == [0, 2]
+
+
+def test_the_standard_library_is_there():
+    text = standard_library()
+    assert len(text.train) > 10**6
+    assert 0.05 < len(text.validation) / len(text.train) < 0.3
+    assert set(np.unique(text.kinds)) == set(range(len(KINDS)))
+
+
+def test_kinds():
+    code = 'if x1:\n    y = "if"  # else\n'
+    expected = (
+        ["keyword"] * 2
+        + ["space", "letter", "digit", "punctuation", "newline"]
+        + ["indentation"] * 4
+        + ["letter", "space", "punctuation", "space"]
+        + ["string"] * 4
+        + ["space"] * 2
+        + ["comment"] * 6
+        + ["newline"]
+    )
+    assert [KINDS[kind] for kind in kinds_of(code)] == expected
+    assert [KINDS[kind] for kind in kinds_of("it's")] == [*["letter"] * 2, "punctuation", "letter"]
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_the_cache_changes_nothing(name, key):
+    network = CONTENDERS[name](SIZES, MIXTURE, None)
+    params = network.init(key)
+    tokens = jax.random.randint(key, (2, SIZES.context), 0, SIZES.vocabulary)
+    expected, decisions = jax.jit(network.apply)(params, tokens)
+    step = jax.jit(lambda params, token, cache: network.module(params).step(token, cache))
+    cache = network.module(params).empty_cache(2)
+    for place in range(SIZES.context):
+        logits, now, cache = step(params, tokens[:, place], cache)
+        np.testing.assert_allclose(logits, expected[:, place], rtol=1e-4, atol=1e-4)
+        if name == "sparse":
+            before = decisions[1].experts.reshape(2, SIZES.context, -1)[:, place]
+            np.testing.assert_array_equal(now[1].experts, before)
+
+
+def test_no_character_sees_those_after_it(key):
+    network = CONTENDERS["sparse"](SIZES, MIXTURE, None)
+    params = network.init(key)
+    tokens = jnp.zeros((1, SIZES.context), jnp.int32)
+    apply = jax.jit(network.apply)
+    before, after = (apply(params, one)[0] for one in (tokens, tokens.at[0, 7].set(5)))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert not jnp.array_equal(before[:, 7:], after[:, 7:])
+
+
+def test_the_contenders_are_of_equal_size():
+    active, total = {}, {}
+    for name, make in CONTENDERS.items():
+        active[name], total[name] = count(make(SIZES, MIXTURE, None))
+    router = SIZES.layers * SIZES.width * MIXTURE.num_experts
+    assert active["sparse"] == active["dense"] + router
+    assert total["sparse"] == total["dense_total"] + router
+    assert active["dense"] == total["dense"]
+
+
+def test_batches_are_a_function_of_the_step(key):
+    import optax
+
+    network = CONTENDERS["dense"](SIZES, MIXTURE, None)
+    state = start(network, optax.sgd(0.1), 0)
+    text = jnp.arange(200, dtype=jnp.uint8)
+    batch = batch_at(text, state, 4, SIZES.context)
+    np.testing.assert_array_equal(batch, batch_at(text, state, 4, SIZES.context))
+    later = batch_at(text, state._replace(step=state.step + 1), 4, SIZES.context)
+    assert not jnp.array_equal(batch, later)
+    np.testing.assert_array_equal(batch[:, 1:], batch[:, :-1] + 1)
+
+
+def test_a_sample_begins_with_its_prompt(key):
+    network = CONTENDERS["sparse"](SIZES, MIXTURE, None)
+    one = sample(network, network.init(key), jnp.asarray(encode("def ")), 30, 0.7)
+    assert decode(one.characters).startswith("def ")
+    assert one.experts.shape == (SIZES.layers, 30)
+    html = page({"sparse": (one.characters, one.experts), "dense": (encode("<a>"), None)})
+    assert html.count("<h3>layer") == SIZES.layers
+    assert "&lt;a&gt;" in html
+    assert "http" not in html
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())["models"]
+
+
+def test_it_reports_and_resumes(files, tmp_path, capsys):
+    out = tmp_path / "whole"
+    text = ["--text", *map(str, files)]
+    run("language_model", *SHORT, *text, "--out", str(out))
+    models = summary(out)
+    assert set(models) == {"dense", "sparse", "dense_total"}
+    for one in models.values():
+        assert len(one["validation_loss"]) == 2
+        assert one["active_parameters"] <= one["total_parameters"]
+        assert one["seconds_per_step"] > 0
+        assert one["tokens_per_second"] > 0
+    assert np.shape(models["sparse"]["dead_experts"]) == (2, 1)  # seeds, layers
+    pictures = ["curves.png", "samples.html"]
+    pictures += [f"sparse/{name}.png" for name in ("balance", "kinds", "text")]
+    assert all((out / name).stat().st_size > 1000 for name in pictures)
+
+    # As if it had been killed in the middle: one run half done, those after it not begun.
+    checkpoint.discard(out / "sparse" / "seed-0" / "checkpoints", after=3)
+    shutil.rmtree(out / "sparse" / "seed-1")
+    shutil.rmtree(out / "dense_total")
+    capsys.readouterr()
+    again = refusal("language_model", *SHORT, *text, "--out", str(out), capsys=capsys)
+    assert "go on with it by --resume" in again
+    other = [*SHORT, *text, "--out", str(out), "--resume", "--learning-rate=1"]
+    assert "--learning-rate must be" in refusal("language_model", *other, capsys=capsys)
+    run("language_model", *SHORT, *text, "--out", str(out), "--resume")
+    assert "sparse, seed 0: resumed after step 3" in capsys.readouterr().out
+    for name, one in summary(out).items():
+        assert one["validation_loss"] == models[name]["validation_loss"], name
+
+    run("language_model", *SHORT, "--out", str(out), "--model=sparse", "--sample=import ")
+    written = capsys.readouterr().out
+    assert "characters per second" in written
+    assert "import " in written
+
+
+def test_one_rule_on_a_mesh(files, tmp_path):
+    arguments = [*SHORT, "--text", *map(str, files), "--model=switch", "--seeds=1"]
+    losses = []
+    for mesh in ([], ["--mesh=data=2,expert=4"]):
+        out = tmp_path / str(len(mesh))
+        run("language_model", *arguments, "--out", str(out), *mesh)
+        losses.append(summary(out)["switch"]["validation_loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model=expert-choice"], "depend on the tokens after it"),
+        (["--model=soft-moe"], "depend on the tokens after it"),
+        (["--model=sinkhorn"], "depend on the tokens after it"),
+        (["--model=gpt"], "must be all or one of dense, sparse"),
+        (["--width=30"], "even multiple of --heads"),
+        (["--top-k=9"], "at most --experts"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--sample=x"], "Train dense first"),
+        (["--mesh=data=2,expert=4", "--batch-size=3", "--context=3"], "multiple of the 8 devices"),
+    ],
+)
+def test_refusals(arguments, words, tmp_path, capsys):
+    error = refusal("language_model", "--out", str(tmp_path), *arguments, capsys=capsys)
+    assert words in error
+
+
+def test_a_short_text_is_refused(tmp_path, capsys):
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    arguments = ["--out", str(tmp_path), "--text", str(path)]
+    assert "at least 1,000 characters" in refusal("language_model", *arguments, capsys=capsys)
+
+
+def test_the_claim_needs_three_standard_deviations():
+    def models(sparse, spread):
+        one = {"validation_loss": [0, 0, 0], "validation_loss_std": spread}
+        return {
+            "dense": one | {"validation_loss_mean": 1.60},
+            "sparse": one | {"validation_loss_mean": sparse},
+        }
+
+    assert claim(models(1.50, 0.03)).startswith("sparse beats dense")
+    assert "NOT" in claim(models(1.50, 0.04))
+    assert "NOT" in claim(models(1.61, 0.0))

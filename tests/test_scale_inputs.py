@@ -1,0 +1,85 @@
+"""Gates that multiply what the experts read."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from cases import EXPERTS, SCHEDULES, D, E, T
+from moejax.schedules.expert_parallel import expert_parallel
+
+RULES = {
+    "switch": moejax.switch,
+    "sigmoid": partial(moejax.sigmoid_top_k, k=2, renormalize=False),
+    "top_p": partial(moejax.top_p, p=0.6),
+}
+
+
+def loop(expert, params, x, routing):
+    """One expert on one token at a time, its input scaled."""
+    rows = []
+    for t in range(len(x)):
+        row = 0.0
+        for e, weight in zip(routing.experts[t], routing.weights[t], strict=True):
+            if e < E:
+                own = jax.tree.map(lambda leaf, e=int(e): leaf[e], params)
+                row = row + expert(own, weight * x[t : t + 1])[0]
+        rows.append(row)
+    return jnp.stack(rows)
+
+
+def scalar(schedule, expert, route, params, x, logits):
+    y = schedule(expert.apply, params, x, route(logits))
+    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_gate_is_inside_the_expert(schedule, rule, key):
+    expert, route = EXPERTS["mlp"], RULES[rule]  # with biases: zero in is not zero out
+    params = moejax.stack(expert, E).init(key)
+    x, logits = jax.random.normal(key, (T, D)), 2 * jax.random.normal(key, (T, E))
+    run = partial(scalar, moejax.scale_inputs(SCHEDULES[schedule]), expert, route)
+    (_, y), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(params, x, logits)
+    slow = partial(scalar, loop, expert, route)
+    (_, expected), expected_gradients = jax.value_and_grad(slow, (0, 1, 2), has_aux=True)(
+        params, x, logits
+    )
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(y, expected)
+    jax.tree.map(close, gradients, expected_gradients)
+
+
+def test_it_runs_on_a_mesh(key):
+    mesh = jax.make_mesh((2, 4), ("data", "expert"))
+    expert, logits = moejax.glu(D, 5), jax.random.normal(key, (16, 8))
+    params, x = moejax.stack(expert, 8).init(key), jax.random.normal(key, (16, D))
+    routing = moejax.top_k(logits, k=2)
+    expected = moejax.scale_inputs(moejax.dense)(expert.apply, params, x, routing)
+    execute = moejax.scale_inputs(expert_parallel(mesh))
+    y = jax.jit(partial(execute, expert.apply))(params, x, routing)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_a_schedule_of_moe(key):
+    model = moejax.moe(
+        moejax.glu(D, 5),
+        moejax.linear(D, E),
+        num_experts=E,
+        route=moejax.switch,
+        execute=moejax.scale_inputs(moejax.dropless),
+    )
+    x = jnp.ones((2, 3, D), jnp.bfloat16)
+    y, routing = model.apply(model.init(key), x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    assert routing.experts.shape == (6, 1)
+
+
+def test_other_decisions_are_refused():
+    decision = moejax.expert_choice(jnp.zeros((T, E)), capacity=2)
+    with pytest.raises(ValueError, match="decision of type Routing"):
+        moejax.scale_inputs(moejax.dense)(lambda p, x: x, {}, jnp.ones((T, D)), decision)

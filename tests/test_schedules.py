@@ -1,0 +1,182 @@
+"""One table: every schedule x rule x expert x dtype against the obvious loop, value and gradient.
+
+A schedule is compiled once per expert, dtype and shape of a decision, which is an argument.
+"""
+
+import inspect
+import pkgutil
+import re
+from functools import cache, partial
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import moejax
+from cases import (
+    DTYPES,
+    EXPERTS,
+    PAIRS,
+    RULES,
+    SCHEDULES,
+    SLOT_RULES,
+    SLOT_SCHEDULES,
+    D,
+    E,
+    T,
+    logits_for,
+    problem,
+)
+from reference import close, obvious
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # bfloat16 has 8 bits: 2^-8 per operation
+ALL_RULES, ALL_SCHEDULES = RULES | SLOT_RULES, SCHEDULES | SLOT_SCHEDULES
+
+
+def value_and_gradients(schedule, expert):
+    """Of a scalar of the output: gradients by parameters, tokens and whatever a decision holds."""
+
+    def scalar(params, x, decision):
+        y = schedule(expert, params, x, decision)
+        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        dtype = jnp.promote_types(y.dtype, jnp.float32)
+        return jnp.sum(weight.astype(y.dtype) * y, dtype=dtype), y
+
+    return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+
+
+def with_common_shape(decision):
+    """A decision with K = 1 gets a second choice, nowhere: two shapes to compile, not three."""
+    if not isinstance(decision, moejax.Routing):
+        return decision
+    missing = ((0, 0), (0, max(0, 2 - decision.experts.shape[1])))
+    experts = jnp.pad(decision.experts, missing, constant_values=E)
+    return decision._replace(
+        experts=experts, weights=jnp.pad(decision.weights, missing), chances=None
+    )
+
+
+@cache
+def decide(rule, dtype=jnp.float32):
+    """The decision, and the function that takes its cotangent to the logits'."""
+    logits = logits_for(rule).astype(dtype)
+    return jax.vjp(jax.jit(lambda logits: with_common_shape(ALL_RULES[rule](logits))), logits)
+
+
+def evaluate(run, rule, params, x):
+    """The output, and the gradients by parameters, tokens and logits."""
+    decision, to_logits = decide(rule, x.dtype if x.dtype == jnp.float64 else jnp.float32)
+    (_, y), (params, x, decision) = jax.device_get(run(params, x, decision))
+    return y, params, x, to_logits(decision)
+
+
+@cache
+def compiled(schedule, expert):
+    return jax.jit(value_and_gradients(ALL_SCHEDULES[schedule], EXPERTS[expert].apply))
+
+
+@cache
+def expected(rule, expert, dtype):
+    """By the loop, in float32 at the least, on tokens rounded to the dtype."""
+    params, x = problem(expert, dtype)
+    run = value_and_gradients(obvious, EXPERTS[expert].apply)
+    return evaluate(run, rule, params, x.astype(jnp.promote_types(dtype, jnp.float32)))
+
+
+@pytest.mark.parametrize(("schedule", "rule"), PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("expert", ["mlp", "glu", "pixelwise"])
+def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
+    params, x = problem(expert, DTYPES[dtype])
+    got = evaluate(compiled(schedule, expert), rule, params, x)
+    assert got[0].dtype == DTYPES[dtype]
+    tolerance = TOLERANCE[dtype]
+    close(got, expected(rule, expert, DTYPES[dtype]), rtol=tolerance, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize(("schedule", "rule"), PAIRS)
+def test_a_schedule_computes_the_sum_in_double_precision(schedule, rule, x64):
+    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), problem("mlp"))
+    got = evaluate(compiled(schedule, "mlp"), rule, params, x)
+    assert got[0].dtype == jnp.float64
+    run = value_and_gradients(obvious, EXPERTS["mlp"].apply)
+    close(got, evaluate(run, rule, params, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rule"), [(name, "top_2") for name in SCHEDULES] + PAIRS[-len(SLOT_RULES) :]
+)
+def test_images_go_through_the_layer(schedule, rule, key):
+    """With `feature_ndim=3` the leading axes are tokens, whatever an expert makes of an image."""
+    expert, inner = EXPERTS["pixelwise"], moejax.linear(D, E)
+    slots = moejax.slots(D, E, 3)
+    of_pixel = slots if rule == "soft_slots" else inner
+    router = moejax.Layer(of_pixel.init, lambda p, x: of_pixel.apply(p, x[:, 0, 0]))
+    model = moejax.moe(
+        expert,
+        router,
+        num_experts=E,
+        route=ALL_RULES[rule],
+        execute=ALL_SCHEDULES[schedule],
+        feature_ndim=3,
+    )
+    params, (_, x) = model.init(key), problem("pixelwise")
+    y, decision = jax.jit(model.apply)(params, x.reshape(2, T // 2, *x.shape[1:]))
+    assert y.shape[:2] == (2, T // 2)
+    plain = obvious(expert.apply, params["experts"], x, decision)
+    close(y.reshape(plain.shape), plain, rtol=2e-6, atol=1e-5)
+
+
+def public(package):
+    """The functions of a package's public modules, by name."""
+    modules = [package]
+    for found in pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}."):
+        if not any(part.startswith("_") for part in found.name.split(".")):
+            modules.append(import_module(found.name))
+    functions = {
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    own = re.compile(r"moejax(\.[a-z]\w*)*")  # and of no private module
+    return {one.__name__: one for one in functions if own.fullmatch(one.__module__)}
+
+
+def tested(table):
+    """The names of the functions in a table; of what a function made, the name of its maker."""
+    functions = [one.func if isinstance(one, partial) else one for one in table.values()]
+    return {function.__qualname__.split(".")[0] for function in functions}
+
+
+def test_every_public_rule_is_in_the_table():
+    rules = {
+        name
+        for name, function in public(moejax.rules).items()
+        if next(iter(inspect.signature(function).parameters), None) == "logits"
+        and function.__annotations__.get("return") in ("Routing", "ExpertChoice", "SoftSlots")
+    }
+    assert len(rules) > 10
+    assert rules <= tested(ALL_RULES), f"add {rules - tested(ALL_RULES)} to tests/cases.py"
+
+
+def test_every_public_schedule_is_in_the_table():
+    schedules = {
+        name
+        for name, function in public(moejax.schedules).items()
+        if [*inspect.signature(function).parameters][:3] == ["expert", "params", "x"]
+        or function.__annotations__.get("return") == "Schedule"
+    }
+    schedules.remove("mixture")  # takes gates, not a decision; `dense` is its schedule
+    assert len(schedules) > 5
+    assert schedules <= tested(ALL_SCHEDULES), (
+        f"add {schedules - tested(ALL_SCHEDULES)} to tests/cases.py"
+    )
+
+
+def test_every_public_name_is_looked_at():
+    """What the package exports is defined where the two tests above look for it."""
+    exported = {getattr(moejax, name) for name in moejax.__all__}
+    found = {*public(moejax).values()}
+    assert {one for one in exported if inspect.isfunction(one)} <= found

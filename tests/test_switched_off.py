@@ -1,0 +1,129 @@
+"""Every rule, every loss and every diagnostic where logits of -inf switch experts off."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from cases import RULES, E, T
+
+LOSSES = {
+    "load_balancing": moejax.load_balancing_loss,
+    "importance": moejax.importance_loss,
+    "z": moejax.router_z_loss,
+    "entropy": moejax.entropy_loss,
+    "mutual_information": moejax.mutual_information_loss,
+    "l1": moejax.l1_loss,
+    "load": moejax.load_loss,
+    "nll": lambda routing: moejax.mixture_nll(
+        jax.nn.log_softmax(routing.logits), jnp.ones_like(routing.logits)
+    ),
+    "weights": lambda routing: jnp.sum(routing.weights**2),
+    "confidence": moejax.confidence,
+    "gate_entropy": moejax.gate_entropy,
+    "effective_experts": moejax.effective_experts,
+    "load_of_experts": lambda routing: jnp.sum(moejax.expert_load(routing) ** 2),
+}
+OFF = {
+    "one": [False, True, False, False],
+    "all but one": [True, True, False, True],
+    "a group": [True, True, False, False],
+    "none": [False] * E,
+}
+LOGITS = jax.random.normal(jax.random.key(0), (T, E))
+COLUMNS = jnp.array(list(OFF.values()))[:, None]  # [cases, 1, E]
+ROWS = jnp.stack([jnp.roll(COLUMNS[1, 0], t) for t in range(T)])[None]  # others for each token
+SWITCHED_OFF = jnp.concatenate([jnp.broadcast_to(COLUMNS, (len(OFF), T, E)), ROWS])
+CASES = jnp.where(SWITCHED_OFF, -jnp.inf, LOGITS[None])  # [cases, T, E]
+
+
+def assert_finite(values, what):
+    assert bool(jnp.isfinite(values).all()), f"{what}: {values}"
+
+
+def losses_of(routing):
+    known = {name: loss for name, loss in LOSSES.items() if name != "load"}
+    return LOSSES if routing.chances is not None else known
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_values_and_gradients_are_finite(rule):
+    def values(logits):
+        routing = RULES[rule](logits)
+        return {name: loss(routing) for name, loss in losses_of(routing).items()}
+
+    both = jax.jit(jax.vmap(lambda logits: (values(logits), jax.jacrev(values)(logits))))
+    for name, value in zip(("value", "gradient"), both(CASES), strict=True):
+        for loss, each in value.items():
+            for case, one in zip([*OFF, "each token its own"], each, strict=True):
+                assert_finite(one, f"{name} of {loss} with {case} off")
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"hashed"}))
+def test_an_expert_that_is_off_has_no_weight_and_no_score(rule):
+    routing = jax.vmap(RULES[rule])(CASES)
+    off = jnp.isneginf(CASES)
+    gates = jax.vmap(lambda routing: routing.gates)(routing)
+    np.testing.assert_array_equal(jnp.where(off, gates, 0), 0)
+    np.testing.assert_array_equal(jnp.where(off, routing.scores, 0), 0)
+    if routing.chances is not None:
+        np.testing.assert_array_equal(jnp.where(off, routing.chances, 0), 0)
+
+
+def test_the_chances_of_fewer_experts_than_k():
+    chances = moejax.noisy_top_k(jnp.array([[1.0, -jnp.inf, -jnp.inf]]), 0.5, k=2).chances
+    np.testing.assert_array_equal(chances, [[1, 0, 0]])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1.0])
+@pytest.mark.parametrize("key", [None, jax.random.key(0)])
+def test_noise_may_vanish(scale, key):
+    def loss(logits, scale):
+        routing = moejax.noisy_top_k(logits, scale, k=2, key=key)
+        return moejax.load_loss(routing) + moejax.importance_loss(routing)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(LOGITS, jnp.full((T, E), scale))
+    for values in (value, *gradients):
+        assert_finite(values, f"noise {scale}")
+
+
+def test_a_bias_does_not_bring_back_an_expert():
+    logits = jnp.where(jnp.array([[False, True, False, False]]), -jnp.inf, LOGITS)
+    bias = jnp.array([0.0, 9.0, 0.0, 0.0])
+    assert int(moejax.sigmoid_top_k(logits, bias, k=2).counts[1]) == 0
+    grouped = moejax.sigmoid_top_k(logits, bias, k=1, num_groups=2, renormalize=False)
+    assert int(grouped.counts[1]) == 0
+
+
+def test_a_group_of_one_that_is_left_is_better_than_one_of_none():
+    logits = jnp.array([[-jnp.inf, -jnp.inf, -jnp.inf, 1.0]])
+    routing = moejax.sigmoid_top_k(logits, k=2, num_groups=2)
+    np.testing.assert_array_equal(routing.gates, [[0, 0, 0, 1]])
+
+
+def test_slots_of_an_expert_that_is_off_are_empty():
+    logits = CASES[0]  # expert 1 is off
+    chosen = moejax.expert_choice(logits, capacity=2)
+    np.testing.assert_array_equal(chosen.tokens[1], T)
+    np.testing.assert_array_equal(chosen.weights[1], 0)
+
+    def sums(logits):
+        soft = moejax.soft_slots(jnp.stack([logits, 2 * logits], axis=-1))
+        taken = moejax.expert_choice(logits, capacity=2)
+        return jnp.array([(soft.dispatch**2).sum(), (soft.combine**2).sum(), taken.weights.sum()])
+
+    assert_finite(sums(logits), "slots")
+    assert_finite(jax.jacrev(sums)(logits), "gradients of slots")
+    soft = moejax.soft_slots(jnp.stack([logits, 2 * logits], axis=-1))
+    np.testing.assert_array_equal(soft.dispatch[:, 1], 0)
+    np.testing.assert_array_equal(soft.combine[:, 1], 0)
+
+
+@pytest.mark.parametrize("loss", [moejax.router_z_loss, moejax.entropy_loss])
+def test_losses_of_experts_that_choose(loss):
+    value = jax.value_and_grad(lambda x: loss(partial(moejax.expert_choice, capacity=2)(x)))
+    for one in value(CASES[0]):
+        assert_finite(one, "expert choice")
