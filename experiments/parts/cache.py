@@ -29,7 +29,7 @@ def keep_programs(wanted: bool) -> None:
 
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
-    if not wanted or jax.config.read("jax_compilation_cache_dir"):
+    if not wanted or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     folder = programs_folder()
     try:
