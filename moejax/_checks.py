@@ -239,8 +239,9 @@ def check_expert_params(params: Params, num_experts: int) -> None:
     counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
     if len(counts) == 1 and (count := counts.pop()) and count[0] != num_experts:
         raise ValueError(
-            f"The parameters are of {count[0]} experts, and the model has {num_experts} "
-            "(`num_experts`): initialise them with this model, or build it with as many."
+            f"The parameters must be of as many experts as the model's `num_experts` "
+            f"({num_experts}), got parameters of {count[0]} experts: initialise them with this "
+            "model, or build it with as many."
         )
 
 

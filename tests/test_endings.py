@@ -29,10 +29,11 @@ def start(name, *arguments, **environment):
 
 
 def wait_for(condition, process):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not condition() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()
+    assert condition()
 
 
 def catches(process, signum):
@@ -86,10 +87,11 @@ def test_a_run_ends_well_in_a_poor_place(tmp_path):
         PYTHONIOENCODING="ascii",
         MPLBACKEND="module://no_such_package",
     )
-    process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait() == 0, err
+    with process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
     assert "Error" not in err
     assert {path.name for path in out.iterdir()} >= {"summary.json", "loss.png", "training.gif"}
     with Image.open(out / "training.gif") as animation:

@@ -210,7 +210,8 @@ def test_all_tokens_on_one_expert_and_the_others_empty(key):
         (lambda p: model().apply(p, tokens(T, D), mask=jnp.ones(T)), "`mask` must be"),
         (
             lambda p: moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E + 1).apply(
-                p, tokens(T, D)
+                p | {"experts": moejax.stack(EXPERTS["mlp"], E + 1).init(jax.random.key(0))},
+                tokens(T, D),
             ),
             f"must return one logit per token and expert, \\[{T}, 5\\], got \\[{T}, 4\\]",
         ),
@@ -294,7 +295,7 @@ def test_a_module_of_flax_is_refused_by_the_name_of_its_bridge(kind):
 def test_parameters_of_another_number_of_experts_are_named_as_such():
     few, many = (moejax.moe(LAYER, moejax.linear(2, n), num_experts=n) for n in (3, 4))
     params = few.init(jax.random.key(0))
-    with pytest.raises(ValueError, match="parameters are of 3 experts, and the model has 4"):
+    with pytest.raises(ValueError, match=r"`num_experts` \(4\), got parameters of 3 experts"):
         many.apply(params, jnp.ones((5, 2)))
 
 
