@@ -68,6 +68,7 @@ from moejax.schedules.dropless import dropless
 from moejax.schedules.grouped_matmul import grouped_matmul
 from moejax.schedules.scale_inputs import scale_inputs
 from moejax.schedules.slots import gather_slots, mix_slots
+from moejax.surgery import grow, map_mixtures, merge, prune, take_experts, upcycle
 
 __version__ = "0.1.0"
 
@@ -119,6 +120,7 @@ __all__ = [
     "gaussian_log_likelihood",
     "glu",
     "grouped_matmul",
+    "grow",
     "gshard_top_2",
     "hashed",
     "importance_loss",
@@ -128,7 +130,9 @@ __all__ = [
     "linear",
     "load_balancing_loss",
     "load_loss",
+    "map_mixtures",
     "mask_tokens",
+    "merge",
     "mix_slots",
     "mixture",
     "mixture_nll",
@@ -141,6 +145,7 @@ __all__ = [
     "noisy",
     "noisy_top_k",
     "positions",
+    "prune",
     "relu",
     "router_z_loss",
     "scale_inputs",
@@ -154,9 +159,11 @@ __all__ = [
     "sparsemixer",
     "stack",
     "switch",
+    "take_experts",
     "tempered",
     "top_k",
     "top_p",
+    "upcycle",
     "update_balance_bias",
     "update_l1_coefficient",
     "with_shared",
