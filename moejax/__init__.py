@@ -70,6 +70,7 @@ from moejax.schedules.dropless import dropless
 from moejax.schedules.grouped_matmul import grouped_matmul
 from moejax.schedules.scale_inputs import scale_inputs
 from moejax.schedules.slots import gather_slots, mix_slots
+from moejax.surgery import grow, map_mixtures, merge, prune, take_experts, upcycle
 
 __version__ = VERSION
 
@@ -124,6 +125,7 @@ __all__ = [
     "gaussian_log_likelihood",
     "glu",
     "grouped_matmul",
+    "grow",
     "gshard_top_2",
     "hashed",
     "importance_loss",
@@ -133,7 +135,9 @@ __all__ = [
     "linear",
     "load_balancing_loss",
     "load_loss",
+    "map_mixtures",
     "mask_tokens",
+    "merge",
     "mix_slots",
     "mixture",
     "mixture_nll",
@@ -147,6 +151,7 @@ __all__ = [
     "noisy_top_k",
     "outputs_of",
     "positions",
+    "prune",
     "relu",
     "router_z_loss",
     "scale_inputs",
@@ -160,9 +165,11 @@ __all__ = [
     "sparsemixer",
     "stack",
     "switch",
+    "take_experts",
     "tempered",
     "top_k",
     "top_p",
+    "upcycle",
     "update_balance_bias",
     "update_l1_coefficient",
     "with_shared",

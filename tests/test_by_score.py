@@ -86,6 +86,17 @@ def test_sigmoid_top_k_is_by_score_with_a_sigmoid(renormalize):
     np.testing.assert_allclose(routing.scores, expected.scores, rtol=1e-5)
 
 
+def test_the_presets_are_bit_for_bit_their_formulas():
+    kept, experts = jax.lax.top_k(LOGITS, 3)
+    routing = moejax.top_k(LOGITS, k=3)
+    same((routing.experts, routing.weights), (experts, jax.nn.softmax(kept)))
+    bias = jnp.linspace(-1, 1, 8)
+    experts = jax.lax.top_k(jax.nn.sigmoid(LOGITS) + bias, 3)[1]
+    logs = jnp.take_along_axis(jax.nn.log_sigmoid(LOGITS), experts, axis=-1)
+    routing = moejax.sigmoid_top_k(LOGITS, bias, k=3, scale=2.5)
+    same((routing.experts, routing.weights), (experts, 2.5 * jax.nn.softmax(logs)))
+
+
 def test_the_presets_work_where_scores_underflow():
     logits = jnp.array([[-200.0, -201.0, -202.0]])
     same(moejax.sigmoid_top_k(logits, k=2).experts, [[0, 1]])

@@ -1,0 +1,162 @@
+"""Does it pay to start a mixture from a trained network?
+
+    python experiments/upcycle.py
+    python experiments/upcycle.py --epochs 5 --more-epochs 5 --seeds 3 --out runs/upcycle
+
+A dense network learns MNIST. Then three go on: the network itself, the network upcycled to 8
+experts, and the same with noise on the copies. A mixture from scratch takes as many steps as all
+of that. A table says how accurate the tests were at the end; curves and summary.json go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import data as datasets
+import moejax
+from moejax.training import TrainState, init_state, train_epoch, train_step
+from parts.command_line import OneLineParser, at_least, output_folder, say, write_json
+
+NUM_EXPERTS, HIDDEN, DIGITS = 8, 50, 10
+NOISE = 0.1
+BALANCE = 0.01
+
+DENSE = moejax.mlp(784, HIDDEN, DIGITS)
+ROUTER = moejax.linear(784, NUM_EXPERTS)
+MIXTURE = moejax.moe(DENSE, ROUTER, num_experts=NUM_EXPERTS, route=partial(moejax.top_k, k=2))
+Apply = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # params, x -> logits, extra loss
+Curve = list[float]  # test accuracy after each epoch
+
+
+def dense(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The network, which has nothing to balance."""
+    return DENSE.apply(params, x), jnp.zeros(())
+
+
+def mixture(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mixture and its balance loss."""
+    logits, routing = MIXTURE.apply(params, x)
+    return logits, BALANCE * moejax.load_balancing_loss(routing)
+
+
+def objective(
+    apply: Apply, params: Any, batch: datasets.Split, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy plus the balance loss."""
+    logits, extra = apply(params, datasets.flat(batch.images))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+    return loss + extra, {"cross_entropy": loss}
+
+
+def trainer(
+    apply: Apply, optimizer: optax.GradientTransformation, data: datasets.Dataset, batch_size: int
+) -> Callable[[TrainState, int], tuple[TrainState, Curve]]:
+    """A function that trains for some epochs and says how accurate the tests were after each."""
+    step = train_step(partial(objective, apply), optimizer)
+    train, test = (jax.tree.map(jnp.asarray, split) for split in (data.train, data.test))
+
+    @jax.jit
+    def one_epoch(state: TrainState) -> tuple[TrainState, jax.Array]:
+        state, _ = train_epoch(step, state, train, batch_size=batch_size)
+        logits, _ = apply(state.params, datasets.flat(test.images))
+        return state, jnp.mean(jnp.argmax(logits, axis=-1) == test.labels)
+
+    def run(state: TrainState, epochs: int) -> tuple[TrainState, Curve]:
+        curve = []
+        for _ in range(epochs):
+            state, accuracy = one_epoch(state)
+            curve.append(float(accuracy))
+        return state, curve
+
+    return run
+
+
+def curves_of(args: argparse.Namespace, data: datasets.Dataset, seed: int) -> dict[str, Curve]:
+    """The four curves of one seed, each over all epochs."""
+    optimizer = optax.adam(1e-3)
+    train_dense, train_mixture = (
+        trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
+    )
+    init_key, router_key, noise_key, run_key = jax.random.split(jax.random.key(seed), 4)
+    first, begun = train_dense(init_state(DENSE.init(init_key), optimizer, run_key), args.epochs)
+    upcycled = partial(
+        moejax.upcycle, first.params, ROUTER.init(router_key), num_experts=NUM_EXPERTS
+    )
+    goes_on = {
+        "upcycled": upcycled(),
+        "upcycled with noise": upcycled(noise=NOISE, key=noise_key),
+    }
+    curves = {"dense": begun + train_dense(first, args.more_epochs)[1]}
+    for name, params in goes_on.items():
+        # The order of later epochs is that of the dense network: it is counted from its steps.
+        state = init_state(params, optimizer, run_key)._replace(step=first.step)
+        curves[name] = begun + train_mixture(state, args.more_epochs)[1]
+    scratch = init_state(MIXTURE.init(init_key), optimizer, run_key)
+    curves["from scratch"] = train_mixture(scratch, args.epochs + args.more_epochs)[1]
+    return curves
+
+
+def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
+    """Mean test accuracy over the seeds, and its range."""
+    from moejax.plot.style import color, new_figure
+
+    figure, axes = new_figure(width=6, height=4)
+    for index, (name, each) in enumerate(curves.items()):
+        epochs = np.arange(1, each.shape[1] + 1)
+        axes[0, 0].plot(epochs, each.mean(axis=0), color=color(index), label=name)
+        axes[0, 0].fill_between(
+            epochs, each.min(axis=0), each.max(axis=0), color=color(index), alpha=0.2
+        )
+    axes[0, 0].axvline(switched, color="0.7", linestyle="--")
+    axes[0, 0].set(xlabel="epoch", ylabel="test accuracy")
+    axes[0, 0].legend()
+    figure.savefig(path)
+
+
+def verdict(last: dict[str, np.ndarray]) -> str:
+    """Whether upcycling paid, by the seeds' differences from each of the others."""
+    upcycled = last["upcycled with noise"]
+    beaten = [name for name in ("dense", "from scratch") if (upcycled > last[name]).all()]
+    if len(beaten) == 2:
+        return "Upcycling paid here: better than both in every seed."
+    if beaten:
+        return f"Upcycling paid against {beaten[0]} alone: better in every seed."
+    return "Upcycling did not pay here: better than neither in every seed."
+
+
+def main() -> None:
+    """Trains, compares, and says so."""
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=None, help="where MNIST is")
+    parser.add_argument("--epochs", type=at_least(1), default=5, help="of the dense network alone")
+    parser.add_argument("--more-epochs", type=at_least(1), default=5, help="of all")
+    parser.add_argument("--batch-size", type=at_least(1), default=128)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
+    args = parser.parse_args()
+    out = output_folder(parser, args.out)
+    data = datasets.load(args.data_dir)
+    say(data.notice or f"Data: {data.source}")
+    each = [curves_of(args, data, seed) for seed in range(args.seeds)]
+    curves = {name: np.array([one[name] for one in each]) for name in each[0]}
+    last = {name: curve[:, -1] for name, curve in curves.items()}
+    say(f"{'test accuracy after all epochs':32}{'mean':>8}{'least':>8}{'most':>8}")
+    for name, values in last.items():
+        say(f"{name:32}{values.mean():8.4f}{values.min():8.4f}{values.max():8.4f}")
+    say(verdict(last))
+    draw(curves, args.epochs, out / "curves.png")
+    lists = {name: each.tolist() for name, each in curves.items()}
+    write_json(out / "summary.json", {"dataset": data.name, "curves": lists})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Parameters of one mixture from those of another model: pure functions on pytrees.
+
+All of them take and return the params of `moe`, ``{"router": ..., "experts": ...}``, or any pytree
+of that structure: an optimizer's moments follow, see `map_mixtures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax._checks import check_count
+from moejax.base import Array, Params
+
+
+def upcycle(
+    dense: Params,
+    router: Params,
+    *,
+    num_experts: int,
+    total: float = 1.0,
+    noise: float = 0.0,
+    key: Array | None = None,
+) -> Params:
+    """A mixture of E copies of one layer, which computes what the layer does.
+
+    Every expert starts as the dense layer, and the router with zeros, so that all experts are
+    equally likely. Weights that sum to one then give the layer's own output, for every K. Raw
+    weights of a softmax sum to K/E instead: with ``total=K / E`` the last layer of each expert is
+    divided by it, and the sum is the layer's output again.
+
+    Args:
+        dense: params of the layer, whose last linear layer is found by `last_layer`.
+        router: params of the router; its zeros have the same structure.
+        num_experts: E.
+        total: the sum of a token's weights at the start: 1 if they are renormalised, K/E for the
+            raw probabilities of `top_k`, 1/E for `switch`, K/2 for raw sigmoids.
+        noise: standard deviation of what is added to every copy but the first, relative to the
+            standard deviation of each leaf; copies that are equal and chosen alike never differ.
+        key: a PRNG key, for noise.
+
+    Returns:
+        Params for ``moe(layer, router, num_experts=E, ...)``.
+
+    Raises:
+        ValueError: if a number is out of range, if there is noise and no key, or if ``total`` is
+            not 1 and no last layer is found.
+
+    Example:
+        >>> layer, router = moejax.mlp(2, 4, 3), moejax.linear(2, 8)
+        >>> dense = layer.init(jax.random.key(0))
+        >>> params = upcycle(dense, router.init(jax.random.key(1)), num_experts=8)
+        >>> model = moejax.moe(layer, router, num_experts=8, route=partial(moejax.top_k, k=2))
+        >>> x = jnp.ones((5, 2))
+        >>> bool(jnp.allclose(model.apply(params, x)[0], layer.apply(dense, x), rtol=1e-5))
+        True
+
+    References:
+        Komatsuzaki et al., `Sparse Upcycling <https://arxiv.org/abs/2212.05055>`_, 2023
+    """
+    check_count("num_experts", num_experts)
+    if not total > 0:
+        raise ValueError(f"`total` must be positive, the sum of a token's weights, got {total}.")
+    _check_noise(noise, key)
+    one = dense if total == 1 else _divided(dense, total)
+    experts = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (num_experts, *jnp.shape(leaf))), one
+    )
+    if noise and key is not None:
+        experts = _perturbed(experts, noise, key)
+    return {"router": jax.tree.map(jnp.zeros_like, router), "experts": experts}
+
+
+def grow(
+    params: Params,
+    *,
+    num_experts: int,
+    offset: float | None = None,
+    noise: float = 0.0,
+    key: Array | None = None,
+) -> Params:
+    """The same mixture with more experts: copies of the old ones, in turn.
+
+    A copy has the column of the router that its original has. The function stays the same
+    - where all experts are in the sum (`softmax`): where some have more copies than others, the
+      router's bias is lowered by the logarithm of their number;
+    - where the best K are, if K grows as E does: ``k=2`` of 4 becomes ``k=4`` of 8;
+    - for every rule by logits, with K as it is and a large ``offset``: the copies stand so far
+      behind that no token chooses them yet. Lower the offset, or let `update_balance_bias`, to
+      bring them in.
+
+    Args:
+        params: of a mixture whose router ends in a linear layer.
+        num_experts: the new E, at least the old one.
+        offset: how much lower the copies' logits are than their originals'; None for the first
+            two cases.
+        noise: as in `upcycle`, added to the copies and not to the originals.
+        key: a PRNG key, for noise.
+
+    Returns:
+        Params of the larger mixture; the old experts come first.
+
+    Raises:
+        ValueError: if there would be fewer experts, if there is noise and no key, or if the router
+            has no bias where one is needed.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
+        >>> larger = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 6), num_experts=6)
+        >>> params, x = model.init(jax.random.key(0)), jnp.ones((5, 2))
+        >>> grown = grow(params, num_experts=6)
+        >>> same = jnp.allclose(larger.apply(grown, x)[0], model.apply(params, x)[0], rtol=1e-5)
+        >>> bool(same)
+        True
+    """
+    old = _num_experts(params)
+    if num_experts < old:
+        raise ValueError(f"`num_experts` must be at least {old}, got {num_experts}: use `prune`.")
+    _check_noise(noise, key)
+    origin = np.arange(num_experts) % old
+    grown = take_experts(params, origin)
+    if offset is None:
+        lower = np.log(np.bincount(origin)[origin])  # by how many each expert is one of
+    else:
+        lower = np.where(np.arange(num_experts) < old, 0, offset)
+    if lower.min() < lower.max():
+        grown["router"] = _with_last(
+            grown["router"], lambda layer: _lowered(layer, lower), what="router"
+        )
+    if noise and key is not None:
+        noisy = _perturbed(grown["experts"], noise, key)
+        keep_old = lambda new, leaf: jnp.concatenate([leaf[:old], new[old:]])  # noqa: E731
+        grown["experts"] = jax.tree.map(keep_old, noisy, grown["experts"])
+    return grown
+
+
+def prune(params: Params, keep: Any) -> Params:
+    """The mixture without some of its experts.
+
+    Dropping an expert that no token chooses changes nothing where weights are those of the chosen:
+    `top_k` renormalised, or any sigmoid. `expert_load` measures who is chosen, and
+    ``jnp.argsort(-load)[:n]`` are the n with the largest load.
+
+    Args:
+        params: of a mixture whose router ends in a linear layer.
+        keep: ids of the experts that stay, in their new order, distinct.
+
+    Returns:
+        Params of the smaller mixture.
+
+    Raises:
+        ValueError: if ids are repeated, out of range, or none.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
+        >>> smaller = prune(model.init(jax.random.key(0)), [2, 0])
+        >>> smaller["router"]["kernel"].shape, smaller["experts"]["kernel"].shape
+        ((2, 2), (2, 2, 1))
+
+    References:
+        Lu et al., `Not All Experts are Equal <https://arxiv.org/abs/2402.14800>`_, 2024
+    """
+    keep, old = np.asarray(keep), _num_experts(params)
+    ids = keep.tolist()
+    if keep.ndim != 1 or not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(old)):
+        raise ValueError(f"`keep` must be distinct ids of the {old} experts, got {ids}.")
+    return take_experts(params, keep)
+
+
+def merge(params: Params, load: Array) -> Params:
+    """One layer from all experts of a mixture: their mean, weighted by load.
+
+    The result is exact where experts are equal, or linear layers with constant gates; elsewhere it
+    is a start from which a dense layer is trained on.
+
+    Args:
+        params: of a mixture.
+        load: share or count of the choices of each expert, such as from `expert_load`, shape [E].
+
+    Returns:
+        Params of one expert.
+
+    Raises:
+        ValueError: if the load is not one number per expert, or sums to nothing.
+
+    Example:
+        >>> experts = {"kernel": jnp.stack([jnp.zeros((2, 1)), jnp.ones((2, 1))])}
+        >>> merge({"router": {}, "experts": experts}, jnp.array([1, 3]))["kernel"].ravel()
+        Array([0.75, 0.75], dtype=float32)
+
+    References:
+        Li et al., `Merge, Then Compress <https://arxiv.org/abs/2310.01334>`_, 2024
+    """
+    load, num_experts = jnp.asarray(load), _num_experts(params)
+    if load.shape != (num_experts,):
+        raise ValueError(
+            f"`load` must hold one number per expert, [{num_experts}], got {list(load.shape)}."
+        )
+    if not isinstance(load, jax.core.Tracer) and not load.sum() > 0:
+        raise ValueError("`load` must be positive for one expert at least, got a sum of 0.")
+
+    def mean(leaf: Array) -> Array:
+        leaf = jnp.asarray(leaf)
+        share = (load / load.sum()).astype(leaf.dtype)
+        return jnp.tensordot(share, leaf, axes=1)
+
+    return jax.tree.map(mean, params["experts"])
+
+
+def take_experts(params: Params, ids: Any) -> Params:
+    """Some experts of a mixture, in any order and any number of times, with their logits.
+
+    `prune` takes distinct ones, `grow` takes all of them in turn. What it does to parameters it
+    does to their moments.
+
+    Args:
+        params: of a mixture whose router ends in a linear layer, or a pytree like them.
+        ids: of the experts, integers in [0, E).
+
+    Returns:
+        Params of as many experts as there are ids.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
+        >>> params = take_experts(model.init(jax.random.key(0)), [0, 1, 2, 3, 0, 1])
+        >>> params["router"]["kernel"].shape
+        (2, 6)
+    """
+    ids = np.asarray(ids)
+    return {
+        "router": _columns(params["router"], ids),
+        "experts": jax.tree.map(lambda leaf: jnp.asarray(leaf)[ids], params["experts"]),
+    }
+
+
+def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
+    """Applies a function to whatever has the structure of a mixture's params, wherever it is.
+
+    An optimizer's moments do, and follow their parameters; all else stays as it is.
+
+    Args:
+        operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``.
+        tree: any pytree, such as the params of a whole model or an optimizer's state.
+
+    Returns:
+        The tree with changed mixtures.
+
+    Example:
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
+        >>> params = model.init(jax.random.key(0))
+        >>> state = {"count": 3, "mean": jax.tree.map(jnp.zeros_like, params)}
+        >>> smaller = map_mixtures(partial(take_experts, ids=[0, 2]), state)
+        >>> smaller["count"], smaller["mean"]["experts"]["kernel"].shape
+        (3, (2, 2, 1))
+    """
+    return jax.tree.map(
+        lambda node: operate(node) if _is_mixture(node) else node, tree, is_leaf=_is_mixture
+    )
+
+
+def _is_mixture(node: Any) -> bool:
+    return isinstance(node, dict) and set(node) == {"router", "experts"}
+
+
+def _num_experts(params: Params) -> int:
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(params["experts"])}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"Every leaf of the experts' params must have a leading axis E, got sizes {sizes}."
+        )
+    return sizes.pop()
+
+
+def _columns(router: Params, ids: np.ndarray) -> Params:
+    """These logits of a router, in this order."""
+    if not isinstance(router, dict):
+        return jnp.asarray(router)[..., ids]  # a bias that chooses
+    if "router" in router:  # `noisy`, or a router beside its bias
+        return {name: _columns(node, ids) for name, node in router.items()}
+    take = lambda layer: {name: jnp.asarray(leaf)[..., ids] for name, leaf in layer.items()}  # noqa: E731
+    return _with_last(router, take, what="router")
+
+
+def _check_noise(noise: float, key: Array | None) -> None:
+    if noise and key is None:
+        raise ValueError("`noise` needs a `key`: pass jax.random.key(0), or noise=0.")
+
+
+def _lowered(layer: Params, by: np.ndarray) -> Params:
+    if "bias" not in layer:
+        raise ValueError(
+            "The router must have a bias that tells the copies apart: grow to a multiple of the "
+            "number of experts without `offset`, or give it a bias of zeros."
+        )
+    bias = layer["bias"]
+    return {**layer, "bias": bias - jnp.asarray(by).astype(bias.dtype)}
+
+
+def _divided(dense: Params, total: float) -> Params:
+    return _with_last(
+        dense,
+        lambda layer: jax.tree.map(lambda leaf: leaf / jnp.asarray(total, leaf.dtype), layer),
+        what="layer",
+    )
+
+
+def _with_last(params: Params, change: Callable[[Params], Params], *, what: str) -> Params:
+    """Params with their last linear layer changed: of `linear`, `mlp`, `glu`, or what wraps one."""
+    if isinstance(params, dict):
+        if "kernel" in params:
+            return change(params)
+        if "layers" in params:
+            *first, last = params["layers"]
+            return {**params, "layers": [*first, _with_last(last, change, what=what)]}
+        for name in ("down", "router"):
+            if name in params:
+                return {**params, name: _with_last(params[name], change, what=what)}
+    raise ValueError(
+        f"The {what} must end in a `linear`, as `linear`, `mlp` and `glu` do: change params of "
+        "another structure by hand."
+    )
+
+
+def _perturbed(experts: Params, noise: float, key: Array) -> Params:
+    """Noise on every expert but the first, in units of each leaf's own spread."""
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(experts))))
+
+    def one(leaf: Array) -> Array:
+        spread = jnp.asarray(noise, leaf.dtype) * leaf.std()
+        added = spread * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+        return leaf + added.at[0].set(0)
+
+    return jax.tree.map(one, experts)

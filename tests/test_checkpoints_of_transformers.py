@@ -1,0 +1,115 @@
+"""Checkpoint folders: written by transformers and read here, and the other way round."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.interop import transformers as published
+from transformers_cases import CASES, config_of
+
+if os.environ.get("MOEJAX_REQUIRE_TORCH") == "1":
+    import torch
+    import transformers
+else:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+MODEL = {
+    "vocab_size": 11,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "mixtral": ("MixtralForCausalLM", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {}),
+    "gpt_oss": ("GptOssForCausalLM", {}),
+}
+
+
+def model_of(name, dtype=torch.float32):
+    case = CASES[name]
+    class_name, more = FAMILIES[name]
+    config = type(config_of(case))(**{**case.fields, **MODEL, **more})
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    return getattr(transformers, class_name)(config).to(dtype).eval()
+
+
+def block_of(model):
+    return model.model.layers[1].mlp
+
+
+def assert_is_the_block(folder, module, dtype=jnp.float32):
+    layer, _ = published.block(folder)
+    params = published.load(folder, 1)
+    x = np.random.default_rng(0).normal(size=(1, 5, 6)).astype(np.float32)
+    expected = module(torch.from_numpy(x))
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    y = layer.apply(params, jnp.asarray(x, dtype))[0]
+    np.testing.assert_allclose(y, expected.detach().numpy(), rtol=1e-4, atol=1e-6)
+    return params
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_of_transformers_is_read_and_written_back(name, tmp_path):
+    model = model_of(name)
+    model.save_pretrained(tmp_path)
+    params = assert_is_the_block(tmp_path, block_of(model))
+    changed = jax.tree.map(lambda leaf: 2 * leaf, params)
+    published.save(tmp_path, 1, changed)
+    jax.tree.map(np.testing.assert_array_equal, published.load(tmp_path, 1), changed)
+    jax.tree.map(
+        np.testing.assert_array_equal, published.load(tmp_path, 0), _unchanged(model, tmp_path)
+    )
+    again = type(model).from_pretrained(tmp_path)
+    again.config._experts_implementation = "eager"
+    assert_is_the_block(tmp_path, block_of(again))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _unchanged(model, folder):
+    from moejax.interop import torch as conversion
+
+    _, layout = published.block(folder)
+    return conversion.from_torch(layout, model.model.layers[0].mlp.state_dict())
+
+
+def test_several_shards_and_bfloat16(tmp_path):
+    model = model_of("mixtral", torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    params = published.load(tmp_path, 1)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    expected = block_of(model).experts.down_proj.detach().float().numpy()
+    kernel = np.asarray(params["experts"]["down"]["kernel"], np.float32)
+    np.testing.assert_array_equal(kernel.transpose(0, 2, 1), expected)
+    published.save(tmp_path, 1, params)
+    jax.tree.map(np.testing.assert_array_equal, published.load(tmp_path, 1), params)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    model_of("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Layer 7 must hold a block of this model"):
+        published.load(tmp_path, 7)
+    with pytest.raises(ValueError, match="must hold a block"):
+        published.load(tmp_path, 1, prefix="model.layers.1.nothing")
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ValueError, match=r"`quantization_config` .* got 'fp8'"):
+        published.load(tmp_path, 1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing \['model.safetensors'\]"):
+        published.load(tmp_path, 1)

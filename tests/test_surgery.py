@@ -1,0 +1,166 @@
+"""Parameters of one mixture from those of another: the function stays where it is said to."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import moejax
+
+D, E = 3, 4
+X = np.random.default_rng(0).normal(size=(16, D))
+LAYERS = {"linear": moejax.linear(D, 2), "mlp": moejax.mlp(D, 5, 2), "glu": moejax.glu(D, 5)}
+close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def double(params):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+
+
+def mixture(num_experts=E, layer=LAYERS["mlp"], bias=True, **options):
+    router = moejax.linear(D, num_experts, bias=bias)
+    return moejax.moe(layer, router, num_experts=num_experts, execute=moejax.dense, **options)
+
+
+def output(model, params):
+    return model.apply(params, jnp.asarray(X))[0]
+
+
+RULES = {
+    "softmax": (moejax.softmax, 1),
+    "renormalised": (partial(moejax.top_k, k=3), 1),
+    "raw": (partial(moejax.top_k, k=3, renormalize=False), 3 / 4),
+    "switch": (moejax.switch, 1 / 4),
+    "raw sigmoids": (partial(moejax.sigmoid_top_k, k=3, renormalize=False), 3 / 2),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_upcycled_mixture_is_the_layer(rule, layer, key):
+    route, total = RULES[rule]
+    dense = double(LAYERS[layer].init(key))
+    router = double(moejax.linear(D, E).init(key))
+    params = moejax.upcycle(dense, router, num_experts=E, total=total)
+    model = mixture(layer=LAYERS[layer], route=route)
+    close(output(model, params), LAYERS[layer].apply(dense, jnp.asarray(X)))
+
+
+def test_upcycled_router_starts_even_and_copies_may_differ(key):
+    dense, router = double(LAYERS["mlp"].init(key)), double(moejax.linear(D, E).init(key))
+    params = moejax.upcycle(dense, router, num_experts=E, noise=0.1, key=key)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(params["router"]))
+    kernels = params["experts"]["layers"][0]["kernel"]
+    close(kernels[0], dense["layers"][0]["kernel"])
+    differences = np.asarray(kernels[1:] - kernels[0])
+    np.testing.assert_allclose(differences.std(), 0.1 * kernels[0].std(), rtol=0.4)
+
+
+@pytest.mark.parametrize("num_experts", [4, 5, 7, 8, 12])
+def test_grown_mixture_of_all_experts_is_the_same(num_experts, key):
+    params = double(mixture().init(key))
+    grown = moejax.grow(params, num_experts=num_experts)
+    close(output(mixture(num_experts), grown), output(mixture(), params))
+
+
+@pytest.mark.parametrize("num_experts", [5, 8])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "softmax"])
+def test_grown_mixture_of_the_best_is_the_same_with_an_offset(rule, num_experts, key):
+    route, _ = RULES[rule]
+    params = double(mixture().init(key))
+    grown = moejax.grow(params, num_experts=num_experts, offset=50.0, noise=0.1, key=key)
+    close(output(mixture(num_experts, route=route), grown), output(mixture(route=route), params))
+
+
+def test_grown_mixture_of_twice_the_best_is_the_same(key):
+    params = double(mixture(bias=False).init(key))
+    grown = moejax.grow(params, num_experts=2 * E)
+    twice = mixture(2 * E, bias=False, route=partial(moejax.top_k, k=4))
+    close(
+        output(twice, grown),
+        output(mixture(bias=False, route=partial(moejax.top_k, k=2)), params),
+    )
+
+
+def test_pruning_experts_that_nobody_chooses_changes_nothing(key):
+    params = double(mixture().init(key))
+    params["router"]["bias"] = params["router"]["bias"].at[1].set(-50.0)
+    route = partial(moejax.top_k, k=2)
+    _, routing = mixture(route=route).apply(params, jnp.asarray(X))
+    load = moejax.expert_load(routing)
+    assert load[1] == 0
+    keep = np.argsort(-np.asarray(load))[:3]
+    pruned = moejax.prune(params, keep)
+    close(output(mixture(3, route=route), pruned), output(mixture(route=route), params))
+
+
+def test_merged_experts_are_their_weighted_mean(key):
+    params = double(mixture(layer=LAYERS["linear"]).init(key))
+    load = jnp.array([1, 0, 2, 5])
+    merged = moejax.merge(params, load)
+    kernels = np.asarray(params["experts"]["kernel"])
+    close(merged["kernel"], np.tensordot(np.array([1, 0, 2, 5]) / 8, kernels, axes=1))
+    equal = moejax.upcycle(double(LAYERS["mlp"].init(key)), params["router"], num_experts=E)
+    close(
+        LAYERS["mlp"].apply(moejax.merge(equal, load), jnp.asarray(X)),
+        output(mixture(), equal),
+    )
+
+
+def test_the_moments_of_an_optimizer_follow(key):
+    model = moejax.with_shared(mixture(), LAYERS["mlp"])
+    params = double(model.init(key))
+    optimizer = optax.adam(1e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = optimizer.update(params, optimizer.init(params))
+    ids = [2, 0]
+    operate = partial(moejax.take_experts, ids=ids)
+    smaller, moments = (moejax.map_mixtures(operate, tree) for tree in (params, state))
+    assert jax.tree.structure(moments[0].mu) == jax.tree.structure(smaller)
+    assert moments[0].count == state[0].count
+    for moment, before in ((moments[0].mu, state[0].mu), (moments[0].nu, state[0].nu)):
+        jax.tree.map(lambda a, b: close(a.shape, b.shape), moment, smaller)
+        close(
+            moment["routed"]["experts"]["layers"][0]["kernel"],
+            before["routed"]["experts"]["layers"][0]["kernel"][np.array(ids)],
+        )
+
+
+def test_routers_of_several_parts(key):
+    router = moejax.noisy(moejax.mlp(D, 5, E), moejax.linear(D, E))
+    params = {"router": router.init(key), "experts": {"kernel": jnp.ones((E, D, 2))}}
+    smaller = moejax.prune(params, [3, 1])["router"]
+    assert smaller["router"]["layers"][1]["kernel"].shape == (5, 2)
+    assert smaller["router"]["layers"][0]["kernel"].shape == (D, 5)
+    assert smaller["noise"]["kernel"].shape == (D, 2)
+
+
+@pytest.mark.parametrize(
+    ("operate", "message"),
+    [
+        (partial(moejax.prune, keep=[0, 0]), "distinct ids of the 4 experts, got \\[0, 0\\]"),
+        (partial(moejax.prune, keep=[4]), "distinct ids of the 4 experts, got \\[4\\]"),
+        (partial(moejax.prune, keep=[]), "distinct ids"),
+        (partial(moejax.grow, num_experts=3), "at least 4, got 3: use `prune`"),
+        (partial(moejax.grow, num_experts=8, noise=0.1), "`noise` needs a `key`"),
+        (partial(moejax.merge, load=jnp.ones(3)), "one number per expert, \\[4\\], got \\[3\\]"),
+        (partial(moejax.merge, load=jnp.zeros(4)), "positive for one expert"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(operate, message, key):
+    with pytest.raises(ValueError, match=message):
+        operate(mixture().init(key))
+
+
+def test_structures_that_are_not_known_are_refused(key):
+    params = mixture(bias=False).init(key)
+    with pytest.raises(ValueError, match="The router must have a bias"):
+        moejax.grow(params, num_experts=6)
+    with pytest.raises(ValueError, match="The layer must end in a `linear`"):
+        moejax.upcycle({"w": jnp.ones(3)}, params["router"], num_experts=2, total=0.5)
+    with pytest.raises(ValueError, match="`total` must be positive"):
+        moejax.upcycle({"w": jnp.ones(3)}, params["router"], num_experts=2, total=0.0)

@@ -1,0 +1,39 @@
+"""The experiment on upcycling, with a few digits."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+import data as datasets
+import upcycle
+
+
+def few_digits(_=None):
+    digits = datasets.digits()
+    few = lambda split: jax.tree.map(lambda leaf: leaf[:64], split)  # noqa: E731
+    return digits._replace(train=few(digits.train), test=few(digits.test))
+
+
+def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "load", few_digits)
+    options = "--epochs 2 --more-epochs 1 --seeds 1 --batch-size 32 --out"
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", *options.split(), str(tmp_path)])
+    upcycle.main()
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in ("dense", "upcycled", "from scratch"))
+    assert printed.splitlines()[-1].startswith("Upcycling ")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    curves = {name: np.array(curve) for name, curve in summary["curves"].items()}
+    assert {curve.shape for curve in curves.values()} == {(1, 3)}
+    np.testing.assert_array_equal(curves["upcycled"][:, :2], curves["dense"][:, :2])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_verdict_asks_every_seed():
+    last = {"dense": np.array([0.5, 0.5]), "from scratch": np.array([0.4, 0.6])}
+    better, mixed = np.array([0.7, 0.7]), np.array([0.55, 0.55])
+    assert "paid here" in upcycle.verdict({**last, "upcycled with noise": better})
+    assert "dense alone" in upcycle.verdict({**last, "upcycled with noise": mixed})
+    assert "did not pay" in upcycle.verdict({**last, "upcycled with noise": mixed - 0.3})
