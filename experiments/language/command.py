@@ -35,7 +35,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--top-k", type=at_least(1), default=2, help="experts per character")
     add("--hidden", type=at_least(1), default=64, help="hidden width of one expert")
     add("--batch-size", type=at_least(1), default=16)
-    add("--learning-rate", type=positive_float, default=3e-3)
+    add("--learning-rate", type=positive_float, default=1e-2)
     add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
     add("--resume", action="store_true", help="go on with the runs in --out")
     add("--sample", metavar="PROMPT", help="write on from this, by the models trained in --out")
