@@ -91,7 +91,7 @@ def test_the_presets_are_bit_for_bit_their_formulas():
     routing = moejax.top_k(LOGITS, k=3)
     same((routing.experts, routing.weights), (experts, jax.nn.softmax(kept)))
     bias = jnp.linspace(-1, 1, 8)
-    experts = jax.lax.top_k(jax.nn.sigmoid(LOGITS) + bias, 3)[1]
+    experts = jax.lax.top_k(jax.nn.sigmoid(LOGITS) + bias[None], 3)[1]
     logs = jnp.take_along_axis(jax.nn.log_sigmoid(LOGITS), experts, axis=-1)
     routing = moejax.sigmoid_top_k(LOGITS, bias, k=3, scale=2.5)
     same((routing.experts, routing.weights), (experts, 2.5 * jax.nn.softmax(logs)))
@@ -158,7 +158,7 @@ def test_sparsemixer_without_a_key(epsilon):
 def test_sparsemixer_draws_as_often_as_the_softmax_says():
     logits = jnp.tile(jnp.array([1.0, 0.9, 0.2]), (20_000, 1))
     routing = moejax.sparsemixer(logits, epsilon=10.0, key=jax.random.key(0))
-    share = jnp.mean(routing.experts[:, 0, None] == jnp.arange(3), axis=0)
+    share = jnp.mean(routing.experts[:, 0, None] == jnp.arange(3)[None], axis=0)
     np.testing.assert_allclose(share, jax.nn.softmax(logits[0]), atol=0.01)
     # A draw that is not the best keeps its weight once in four times, or a third of it.
     others = np.asarray(routing.experts[:, 0] != 0)
@@ -176,7 +176,7 @@ def test_the_gradient_of_sparsemixer_is_that_of_the_published_code():
         lambda logits: moejax.sparsemixer(logits, epsilon=epsilon, key=key).weights, LOGITS
     )
     chosen = moejax.sparsemixer(LOGITS, epsilon=epsilon, key=key).experts
-    first, second = (chosen[:, i, None] == jnp.arange(8) for i in range(2))
+    first, second = (chosen[:, i, None] == jnp.arange(8)[None] for i in range(2))
     expected = 0
     for i, (choice, taken) in enumerate([(first, jnp.zeros_like(first)), (second, first)]):
         p = jax.nn.softmax(jnp.where(taken, -jnp.inf, LOGITS))
