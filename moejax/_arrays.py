@@ -46,6 +46,11 @@ def vary_together(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(mark, jnp.zeros_like(leaf), leaf), tree)
 
 
+def along(mask: Array, ndim: int) -> Array:
+    """A mask over the leading axes of an array of ``ndim`` axes, ready to broadcast."""
+    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+
+
 def gradient_where(used: Array, tree: Any) -> Any:
     """The leaves [E, ...] themselves, but gradients reach only the experts that are used [E].
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import gradient_where, output_dtype
+from moejax._arrays import along, gradient_where, output_dtype
 from moejax._calling import hashable, with_matmul
 from moejax._checks import (
     check_array,
@@ -99,12 +99,13 @@ def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     token, the first one that chose it; and one that nobody chose has no gradient.
     """
     chosen = routing.chooses.T  # [E, T]
-    own = jnp.where(chosen, jnp.arange(x.shape[0])[None], jnp.argmax(chosen, axis=1)[:, None])
+    first = jax.lax.stop_gradient(x[jnp.argmax(chosen, axis=1)])[:, None]  # [E, 1, D]
+    own = jnp.where(along(chosen, x.ndim + 1), x[None], first)  # [E, T, D]
     params = gradient_where(chosen.any(axis=1), params)
-    outputs = jax.vmap(expert)(params, x[own])  # [E, T, O]
+    outputs = jax.vmap(expert)(params, own)  # [E, T, O]
     check_array(outputs)
     check_outputs(outputs.shape[1:], x.shape[0])
-    outputs = jnp.where(chosen.reshape(chosen.shape + (1,) * (outputs.ndim - 2)), outputs, 0)
+    outputs = jnp.where(along(chosen, outputs.ndim), outputs, 0)
     gates, blended = _promote(routing.gates, outputs)
     y = jnp.einsum("te,et...->t...", gates, blended)
     return y.astype(output_dtype(x, outputs))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import gradient_where, output_dtype
+from moejax._arrays import along, gradient_where, output_dtype
 from moejax._checks import check_problem, takes
 from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
@@ -37,6 +37,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     # An empty slot repeats its expert's first token: the expert may be undefined at zero.
     filled = decision.tokens < x.shape[0]  # [E, C]
     taken = x[jnp.where(filled, decision.tokens, decision.tokens[:, :1]) % max(x.shape[0], 1)]
+    taken = jnp.where(along(filled, taken.ndim), taken, jax.lax.stop_gradient(taken))
     params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
+from moejax._arrays import along
 from moejax._calling import with_matmul
 from moejax._sorting import Sorted
 from moejax.base import Array, Expert, Params
@@ -32,9 +34,10 @@ def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choice
     order, starts = choices
     places = jnp.arange(order.size, dtype=jnp.int32)
     kept = places < starts[-1]  # choices that go nowhere stand at the end
-    # Their rows are real ones of which nothing is read, so that no gradient passes through them.
-    token = jnp.where(kept, order, order[0]) % x.shape[0]
+    # Their rows are real ones of which nothing is read, and no gradient passes through them.
+    rows = x[jnp.where(kept, order, order[0]) % x.shape[0]]
+    rows = jnp.where(along(kept, rows.ndim), rows, jax.lax.stop_gradient(rows))
     product = partial(ragged_matmul, sizes=jnp.diff(starts))
-    outputs = with_matmul(expert, product)(params, x[token])  # [K * T, ...]
+    outputs = with_matmul(expert, product)(params, rows)  # [K * T, ...]
     slot = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.where(kept, places, order.size))
     return combine(outputs, weights, slot.reshape(-1, x.shape[0]))

@@ -1,0 +1,58 @@
+"""Without `jit`, as in a notebook: a second call compiles nothing."""
+
+from functools import partial
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import pytest
+
+import moejax
+from cases import ONE_DEVICE
+
+
+@pytest.fixture
+def compilations():
+    """What is compiled, or taken from the cache, from here on."""
+    events = []
+
+    def listen(event, duration, **_):
+        del duration
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def layer(execute):
+    return moejax.moe(
+        moejax.mlp(4, 6, 4),
+        moejax.linear(4, 4),
+        num_experts=4,
+        route=partial(moejax.top_k, k=2),
+        execute=execute,
+    )
+
+
+@pytest.mark.parametrize("schedule", ["default", *ONE_DEVICE])
+def test_a_second_call_compiles_nothing(schedule, compilations):
+    jax.clear_caches()  # equal layers share what they compiled, also between tests
+    execute = None if schedule == "default" else ONE_DEVICE[schedule]
+    x = jnp.ones((6, 4))
+
+    def call(model, params):
+        def loss(params):
+            y, routing = model.apply(params, x)
+            return jnp.sum(y) + moejax.load_balancing_loss(routing)
+
+        return jax.grad(loss)(params)
+
+    model = layer(execute)
+    params = model.init(jax.random.key(0))
+    call(model, params)
+    assert compilations
+    compilations.clear()
+    call(model, params)
+    assert not compilations

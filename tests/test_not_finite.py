@@ -1,0 +1,111 @@
+"""Zero gates times values that are not finite: neither a value nor a gradient may notice."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from cases import ONE_DEVICE, D, E
+from reference import close
+
+T, PADDING = 6, 2
+
+
+def exponential(params, x):
+    """Infinite, with an infinite derivative, where the last expert sees a token."""
+    return jnp.exp(x @ params["kernel"])
+
+
+def unit(params, x):
+    """No number at zero, and no derivative."""
+    y = x @ params["kernel"]
+    return y / jnp.sqrt(jnp.sum(y**2, axis=-1, keepdims=True))
+
+
+EXPERTS = {"overflows": exponential, "undefined at zero": unit}
+RULES = {
+    "softmax": moejax.softmax,
+    "top_2": partial(moejax.top_k, k=2),
+    "switch": moejax.switch,
+    "relu": moejax.relu,
+}
+
+
+def tokens():
+    return jnp.abs(jax.random.normal(jax.random.key(1), (T, D)))
+
+
+def params(last):
+    """Kernels of E experts, the last one times a number."""
+    kernels = jax.random.normal(jax.random.key(0), (E, D, D))
+    return {"kernel": kernels.at[-1].mul(last)}
+
+
+def avoiding_the_last(key):
+    del key
+    return {"bias": jnp.array([2.0, 1.0, 0.5, -100.0])}
+
+
+def router_logits(params, x):
+    return x @ jnp.full((D, E), 0.1) + params["bias"][None]
+
+
+ROUTER = moejax.Layer(avoiding_the_last, router_logits)
+
+
+@pytest.mark.parametrize("schedule", ["default", *ONE_DEVICE])
+def test_an_expert_that_was_not_chosen_may_overflow(schedule):
+    execute = None if schedule == "default" else ONE_DEVICE[schedule]
+    expert = moejax.Layer(lambda key: {"kernel": jnp.ones((D, D))}, exponential)
+    model = moejax.moe(expert, ROUTER, num_experts=E, route=RULES["top_2"], execute=execute)
+
+    @jax.jit
+    def value_and_gradients(experts):
+        def loss(params, x):
+            return jnp.sum(model.apply(params, x)[0] ** 2)
+
+        given = {"router": ROUTER.init(None), "experts": experts}
+        return jax.value_and_grad(loss, argnums=(0, 1))(given, tokens())
+
+    value, (gradients, to_tokens) = value_and_gradients(params(1e3))
+    expected, (same, same_to_tokens) = value_and_gradients(params(1.0))
+    close((value, to_tokens), (expected, same_to_tokens))
+    close(gradients, same)
+    np.testing.assert_array_equal(gradients["experts"]["kernel"][-1], 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", ["default", *ONE_DEVICE])
+def test_padding_changes_nothing_whatever_the_expert_does_at_zero(schedule, rule):
+    execute = None if schedule == "default" else ONE_DEVICE[schedule]
+    expert = moejax.Layer(lambda key: {"kernel": jnp.eye(D)}, unit)
+    mixture = moejax.moe(expert, ROUTER, num_experts=E, route=RULES[rule], execute=execute)
+    model = moejax.with_shared(mixture, expert)
+    given = model.init(jax.random.key(0))
+    given["routed"]["experts"] = params(1.0)
+    mask = jnp.arange(T) < T - PADDING
+
+    @jax.jit
+    def value_and_gradients(given, x, mask):
+        def loss(params):
+            y, routing = model.apply(params, x, mask=mask)
+            return jnp.sum(y**2) + moejax.router_z_loss(routing)
+
+        return jax.value_and_grad(loss)(given)
+
+    padded = jnp.where(mask[:, None], tokens(), jnp.nan)
+    close(
+        value_and_gradients(given, padded, mask),
+        value_and_gradients(given, tokens()[:-PADDING], mask[:-PADDING]),
+    )
+
+
+def test_a_switch_between_one_and_infinity():
+    expert = lambda params, x: x * params * 1e20  # noqa: E731
+    routing = moejax.switch(jnp.array([[5.0, 0.0]]))
+    for schedule in ONE_DEVICE.values():
+        y = schedule(expert, jnp.array([1.0, 1e30]), jnp.ones((1, 1)), routing)
+        np.testing.assert_allclose(y, routing.weights * 1e20, rtol=1e-6)
