@@ -107,7 +107,7 @@ def curves_of(args: argparse.Namespace, data: datasets.Dataset, seed: int) -> di
 
 def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
     """Mean test accuracy over the seeds, and its range."""
-    from moejax.plot.style import color, new_figure
+    from moejax.plot import color, new_figure
 
     figure, axes = new_figure(width=6, height=4)
     for index, (name, each) in enumerate(curves.items()):

@@ -14,9 +14,11 @@ PACKAGE = Path(moejax.__file__).parent
 EXPERIMENTS = PACKAGE.parent / "experiments"
 LAZY = {"flax", "optax", "orbax", "matplotlib", "tensorflow_datasets", "torch", "PIL", "sklearn"}
 
+FAMILIES = """afmoe aria cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v4 ernie flint gpt_oss granite
+  hunyuan jamba laguna lfm2 llama4 minimax_m2 mixtral olmo phimoe qwen switch"""
 # A module imports only from lines above its own. Each one stands here; so must a new one.
 LAYERS = [
-    ["_version", "_arrays", "_comparing"],
+    ["_version", "_comparing", "_compiling", "_arrays"],
     ["base"],
     ["_calling", "_checks", "_sorting"],
     ["layers", "routers"],
@@ -30,11 +32,15 @@ LAYERS = [
     ["schedules.scale_inputs", "schedules.grouped_matmul"],
     ["schedules._mesh", "schedules._mesh.exchange", "schedules._mesh.rounds"],
     ["schedules.expert_parallel", "schedules"],
-    ["moe_layer", "mixed", "sharding"],
+    ["moe_layer", "mixed", "surgery", "sharding"],
     ["interop.flax.paths", "interop.flax.incoming", "interop.flax.linen", "interop.flax.nnx"],
     ["interop.flax", "interop.safetensors"],
     ["interop.torch.layouts", "interop.torch.tensors", "interop.torch.checks"],
-    ["interop.torch.state_dicts", "interop.torch", "interop"],
+    ["interop.torch.state_dicts", "interop.torch"],
+    ["interop.transformers.fields", "interop.transformers.pieces"],
+    [f"interop.transformers.{family}" for family in FAMILIES.split()],
+    ["interop.transformers.families", "interop.transformers.checkpoints"],
+    ["interop.transformers", "interop"],
     ["training.step", "training.batches", "training.epoch", "training.inspection", "training"],
     ["checkpoint.folder", "checkpoint.manifest", "checkpoint.write", "checkpoint.read"],
     ["checkpoint"],

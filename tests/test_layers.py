@@ -40,8 +40,8 @@ def test_mlp_has_no_activation_after_the_last_layer(key):
     params = layer.init(key)
     x = jax.random.normal(key, (64, 3))
     first, second = params["layers"]
-    hidden = np.maximum(x @ first["kernel"] + first["bias"], 0)
-    expected = hidden @ second["kernel"] + second["bias"]
+    hidden = np.maximum(x @ first["kernel"] + first["bias"][None], 0)
+    expected = hidden @ second["kernel"] + second["bias"][None]
     np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
     assert (expected < 0).any()
 

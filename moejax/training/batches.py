@@ -26,7 +26,7 @@ class Masked(NamedTuple):
     Example:
         >>> from moejax.training import init_state, train_epoch, train_step
         >>> def loss(p, batch, key):
-        ...     return jnp.mean((p - batch.data) ** 2, where=batch.mask[:, None]), {}
+        ...     return jnp.mean((p[None] - batch.data) ** 2, where=batch.mask[:, None]), {}
         >>> step = train_step(loss, optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> data = Masked(jnp.ones((5, 1)), jnp.ones(5, bool))
