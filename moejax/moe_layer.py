@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax._arrays import at_least_float32
+from moejax._arrays import along, at_least_float32
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
 from moejax._checks import (
     check_expert_params,
@@ -154,9 +154,11 @@ def padded_by_example(tokens: Array, mask: Array) -> Array:
     """
     if tokens.shape[0] == 0:
         return tokens
-    example = jnp.where(mask.any(), tokens[jnp.argmax(mask)], 0)[None]  # [1, ...]
-    kept = mask.reshape(-1, *[1] * (tokens.ndim - 1))
-    return jnp.where(kept, tokens, jax.lax.stop_gradient(example))
+    first = mask & (jnp.arange(tokens.shape[0]) == jnp.argmax(mask))
+    # A sum and no index, which a token that is spread over a mesh does not take.
+    example = jnp.where(along(first, tokens.ndim), tokens, 0).sum(axis=0, keepdims=True)
+    example = jax.lax.stop_gradient(example.astype(tokens.dtype))  # [1, ...]
+    return jnp.where(along(mask, tokens.ndim), tokens, example)
 
 
 def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:

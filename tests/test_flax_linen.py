@@ -74,7 +74,7 @@ def test_mask_and_noise(key, x):
     module = to_linen(layer)
     variables = module.init(key, x)
     params = pure_params(layer, variables)
-    mask = jnp.arange(T // 2) < jnp.array([[3], [7]])
+    mask = jnp.arange(T // 2)[None] < jnp.array([[3], [7]])
     same(
         module.apply(variables, x, mask=mask, key=key),
         layer.apply(params, x, mask=mask, key=key),

@@ -33,7 +33,7 @@ LAYERS_OF_USERS = {
         moejax.glu(D, 6), BIASED, num_experts=E, route=partial(moejax.sigmoid_top_k, k=2)
     ),
     "glu": moejax.glu(D, 6),
-    "one's own": moejax.Layer(lambda key: jnp.ones(D), lambda params, x: params * x),
+    "one's own": moejax.Layer(lambda key: jnp.ones((1, 1, D)), lambda params, x: params * x),
 }
 
 
@@ -201,7 +201,7 @@ def test_mask_and_noise(x, key):
         route=partial(moejax.noisy_top_k, k=2),
     )
     module, params = made(layer)
-    mask = jnp.arange(T // 2) < jnp.array([[3], [7]])
+    mask = jnp.arange(T // 2)[None] < jnp.array([[3], [7]])
     rngs = nnx.Rngs(0, routing=5)
     noise = nnx.Rngs(routing=5).routing()
     actual = module(x, mask=mask, key=rngs.routing())

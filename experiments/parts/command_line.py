@@ -104,8 +104,8 @@ def start_devices() -> None:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where no platform is left
+        first, *_ = *str(error).splitlines(), "JAX found no device"
         raise EndedError(f"{first} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})") from None
 
 
