@@ -218,7 +218,7 @@ def check_layer(name: str, layer: Any) -> None:
         advice = "moejax.Layer(init, apply) makes one of two functions"
     raise ValueError(
         f"`{name}` must be a Layer, a pair of functions init(key) and apply(params, x), got a "
-        f"{type(layer).__name__}: {advice}."
+        f"{'function' if callable(layer) and not of_flax else type(layer).__name__}: {advice}."
     )
 
 

@@ -79,6 +79,7 @@ def _stack(rows):
 
 
 LOOPS = {
+    moejax.DenseRouting: loop,
     moejax.Routing: loop,
     moejax.ExpertChoice: loop_over_taken,
     moejax.SoftSlots: loop_over_slots,

@@ -11,6 +11,7 @@ from importlib import import_module
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import moejax
@@ -40,7 +41,7 @@ def value_and_gradients(schedule, expert):
     def scalar(params, x, decision):
         y = schedule(expert, params, x, decision)
         weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-        dtype = jnp.promote_types(y.dtype, jnp.float32)
+        dtype = np.promote_types(y.dtype, jnp.float32)
         return jnp.sum(weight.astype(y.dtype) * y, dtype=dtype), y
 
     return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True, allow_int=True)
@@ -81,7 +82,7 @@ def expected(rule, expert, dtype):
     """By the loop, in float32 at the least, on tokens rounded to the dtype."""
     params, x = problem(expert, dtype)
     run = value_and_gradients(obvious, EXPERTS[expert].apply)
-    return evaluate(run, rule, params, x.astype(jnp.promote_types(dtype, jnp.float32)))
+    return evaluate(run, rule, params, x.astype(np.promote_types(dtype, jnp.float32)))
 
 
 @pytest.mark.parametrize(("schedule", "rule"), PAIRS)
@@ -128,8 +129,8 @@ def test_images_go_through_the_layer(schedule, rule, key):
     close(y.reshape(plain.shape), plain, rtol=2e-6, atol=1e-5)
 
 
-def public(package):
-    """The functions of a package's public modules, by name."""
+def functions_of(package):
+    """The functions of a package's public modules."""
     modules = [package]
     for found in pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}."):
         if not any(part.startswith("_") for part in found.name.split(".")):
@@ -141,7 +142,12 @@ def public(package):
         if inspect.isfunction(value) and not name.startswith("_")
     }
     own = re.compile(r"moejax(\.[a-z]\w*)*")  # and of no private module
-    return {one.__name__: one for one in functions if own.fullmatch(one.__module__)}
+    return {one for one in functions if own.fullmatch(one.__module__)}
+
+
+def public(package):
+    """The same by name."""
+    return {one.__name__: one for one in functions_of(package)}
 
 
 def tested(table):
@@ -169,6 +175,7 @@ def test_every_public_schedule_is_in_the_table():
         or function.__annotations__.get("return") == "Schedule"
     }
     schedules.remove("mixture")  # takes gates, not a decision; `dense` is its schedule
+    schedules.remove("scale_inputs")  # another sum, held to a loop of its own in test_scale_inputs
     assert len(schedules) > 5
     assert schedules <= tested(ALL_SCHEDULES), (
         f"add {schedules - tested(ALL_SCHEDULES)} to tests/cases.py"
@@ -178,5 +185,5 @@ def test_every_public_schedule_is_in_the_table():
 def test_every_public_name_is_looked_at():
     """What the package exports is defined where the two tests above look for it."""
     exported = {getattr(moejax, name) for name in moejax.__all__}
-    found = {*public(moejax).values()}
-    assert {one for one in exported if inspect.isfunction(one)} <= found
+    functions = {one for one in exported if inspect.isfunction(one)}
+    assert functions <= functions_of(moejax), functions - functions_of(moejax)

@@ -103,6 +103,11 @@ def _weights(leaf):
     return jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
 
 
+def losses_of(decision):
+    """The losses of decisions of its kind."""
+    return next(losses for kind, losses in LOSSES.items() if isinstance(decision, kind))
+
+
 def evidence(rule):
     """All that a rule's decision says: what it weighs, and every loss of it."""
 
@@ -110,7 +115,7 @@ def evidence(rule):
         decision = ALL_RULES[rule](logits)
         given = {name: leaf for name, leaf in decision._asdict().items() if leaf is not None}
         floats = {k: v for k, v in given.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
-        losses = [one for one in LOSSES[type(decision)] if one is not moejax.load_loss]
+        losses = [one for one in losses_of(decision) if one is not moejax.load_loss]
         if getattr(decision, "chances", None) is not None:
             losses.append(moejax.load_loss)
         return floats | {one.__name__: one(decision) for one in losses}

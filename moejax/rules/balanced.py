@@ -194,4 +194,6 @@ def _expert_prices(logits: Array, counted: Array, iterations: int) -> Array:
         # An expert that no token can take has price -inf, and its logits minus that are NaN.
         return jnp.where(price > -jnp.inf, price, 0)
 
-    return jax.lax.fori_loop(0, iterations, scale_columns, jnp.zeros_like(logits[0]))
+    return jax.lax.fori_loop(
+        0, iterations, scale_columns, jnp.zeros_like(logits, shape=logits.shape[1:])
+    )

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
     def rows(self, counts: Array, r: Array | int) -> Array:
         """How many rows of every block mean anything in round r, int32 [S]."""
-        return jnp.clip(counts.sum(axis=-1) - r * self.block, 0, self.block)
+        return jnp.clip(counts.sum(axis=-1, dtype=jnp.int32) - r * self.block, 0, self.block)
 
     @property
     def most_rounds(self) -> int:
@@ -114,8 +114,8 @@ def one_round(
 
 def _leaving(plan: Plan, r: Array | int) -> Array:
     """The choices that leave in round r, int32 [S, C]; T K, which is no choice, for empty rows."""
-    queues, places = plan.sent.sum(axis=-1), plan.places(r)
-    starts = jnp.cumsum(queues) - queues  # [S]
+    queues, places = plan.sent.sum(axis=-1, dtype=jnp.int32), plan.places(r)
+    starts = jnp.cumsum(queues, dtype=jnp.int32) - queues  # [S]
     index = jnp.where(
         places[None] < queues[:, None], starts[:, None] + places[None], plan.order.size
     )
@@ -124,7 +124,7 @@ def _leaving(plan: Plan, r: Array | int) -> Array:
 
 def _arriving(plan: Plan, r: Array | int) -> Routing:
     """Whom the rows that arrive in round r are for, as a decision of S C tokens with K = 1."""
-    ends = jnp.cumsum(plan.received, axis=-1)  # queues are sorted by expert
+    ends = jnp.cumsum(plan.received, axis=-1, dtype=jnp.int32)  # queues are sorted by expert
     find = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))
     experts = find(ends, plan.places(r)).reshape(-1, 1)  # [S, C] -> [S C, 1]; E/S when empty
     weights = jnp.ones(experts.shape, jnp.float32)
@@ -161,7 +161,7 @@ def sum_of_rounds(
     y = step(0, params, x, weights)
     if plan.most_rounds == 1:
         return y
-    longest = plan.sent.sum(axis=-1).max()
+    longest = plan.sent.sum(axis=-1, dtype=jnp.int32).max()
     needed = jax.lax.pmax(-(-longest // plan.block), axes)  # rounded up
 
     def nothing(*_: Array) -> Array:
