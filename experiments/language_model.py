@@ -165,18 +165,18 @@ def main() -> None:
     check(parser, args)
     mesh = make_mesh(parser, args)
     output_folder(parser, args.out)
-    networks = build(args, mesh)
+    on_one_device = build(args, None)  # samples are of one token, which no mesh can share
     try:
         if args.sample is not None:
-            write_samples(args, networks)
+            write_samples(args, on_one_device)
             return
         text = load(parser, args)
-        runs = compete(args, networks, text, mesh)
+        runs = compete(args, build(args, mesh), text, mesh)
     except RefusedError as error:
         parser.error(str(error))
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    report(args, networks, runs, text)
+    report(args, on_one_device, runs, text)
     say(f"\nsummary, samples and pictures are in {args.out}")
 
 
