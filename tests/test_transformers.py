@@ -65,7 +65,7 @@ def outputs_of_module(module, x, cotangent):
 def close(actual, expected, tolerance):
     actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
     scale = max(np.abs(expected).max(), 1e-30)
-    error = np.abs(actual - expected).max() / scale
+    error = float(np.abs(actual - expected).max() / scale)
     assert error <= tolerance, error
     return error
 

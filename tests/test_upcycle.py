@@ -16,7 +16,7 @@ def few_digits(_=None):
     return digits._replace(train=few(digits.train), test=few(digits.test))
 
 
-def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys):
+def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, standard_promotion):
     monkeypatch.setattr(datasets, "load", few_digits)
     options = "--epochs 2 --more-epochs 1 --seeds 1 --batch-size 32 --out"
     monkeypatch.setattr(sys, "argv", ["upcycle.py", *options.split(), str(tmp_path)])
