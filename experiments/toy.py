@@ -239,8 +239,10 @@ def on_plane(task: Task, params: Any, points: np.ndarray) -> plot.Plane:
     """Every part of the mixture, evaluated on a grid around the points."""
     x, y, both = plot.grid(points)
     scores, gates, p = jax.device_get(parts_of(task, params, both.astype(np.float32)))
-    square = lambda values: values.reshape(-1, len(y), len(x))  # noqa: E731
-    return plot.Plane(x, y, square(scores), square(gates), square(p)[0])
+    scores, gates, p = (
+        values.reshape(*values.shape[:-1], len(y), len(x)) for values in (scores, gates, p)
+    )
+    return plot.Plane(x, y, scores, gates, p)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from moejax.base import Array, Expert, Layer
+from moejax.base import Array, Expert, Layer, Rule
 
 
-def accepts(function: Callable, name: str) -> bool:
+def accepts(function: Callable[..., Any], name: str) -> bool:
     """Whether ``function`` names this keyword argument (``partial`` and ``wraps`` included).
 
     A bare ``**kwargs`` does not count: what it is forwarded to may not know the keyword.
@@ -38,9 +38,7 @@ def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None
     return {"key": key} if accepts(router.apply, "key") else {}
 
 
-def check_rule(
-    route: Callable[..., Any], outputs: tuple[Array, ...], given: dict[str, Any]
-) -> None:
+def check_rule(route: Rule, outputs: tuple[Array, ...], given: dict[str, Any]) -> None:
     try:
         inspect.signature(route).bind(*outputs, **given)
     except TypeError as error:
@@ -50,7 +48,7 @@ def check_rule(
         ) from error
 
 
-def keeps_own(route: Callable[..., Any], name: str, value: Array | None) -> bool:
+def keeps_own(route: Rule, name: str, value: Array | None) -> bool:
     """Whether a rule has its own value for a missing one: a default, or bound by `partial`."""
     default = inspect.signature(route).parameters[name].default
     return value is None and default is not inspect.Parameter.empty

@@ -24,7 +24,7 @@ SCHEDULES = MappingProxyType(
 
 
 DECISIONS = tuple(SCHEDULES)
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes(*kinds: type) -> Callable[[Function], Function]:
@@ -225,7 +225,7 @@ def check_layer(name: str, layer: Any) -> None:
 def check_key(key: Any) -> None:
     """Refuses what is no PRNG key, such as a seed."""
     dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     old = dtype == jnp.uint32 and key.ndim == 1
     if not (old or (typed and key.ndim == 0)):
         got = key if is_number(key) else f"a {type(key).__name__}"

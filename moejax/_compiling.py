@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(*static: str) -> Callable[[Function], Function]:

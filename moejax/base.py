@@ -40,7 +40,7 @@ class Rule(Protocol):
     padding names ``mask``; `moe` passes these two by name, where they are asked for.
     """
 
-    def __call__(self, logits: Array, /, *outputs: Array, **options: Any) -> Any: ...  # noqa: D102
+    def __call__(self, logits: Array, /, *outputs: Any, **options: Any) -> Any: ...  # noqa: D102
 
 
 class Schedule(Protocol):

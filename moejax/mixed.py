@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moejax._arrays import at_least_float32, output_dtype
 from moejax._checks import check_count, check_stacked, check_widths, takes
 from moejax._comparing import comparable
-from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
+from moejax.base import Array, DenseRouting, Layer, Params, Routing, Rule, Schedule
 from moejax.layers import stack
 from moejax.moe_layer import default_schedule, routed
 
@@ -153,9 +153,7 @@ def constant_experts(num_experts: int, width: int) -> Bank:
 
 
 @comparable
-def moe_of(
-    *banks: Bank, router: Layer, route: Callable[..., Routing], feature_ndim: int = 1
-) -> Layer:
+def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> Layer:
     """A mixture of experts of several kinds, ``y_t = sum over banks, sum_e g_te E_e(x_t)``.
 
     Expert ids run through the banks in their order.

@@ -19,7 +19,7 @@ from moejax._checks import (
     check_stacked,
 )
 from moejax._comparing import comparable
-from moejax.base import Array, DenseRouting, Layer, Params, Routing, Schedule
+from moejax.base import Array, DenseRouting, Layer, Params, Routing, Rule, Schedule
 from moejax.layers import stack
 from moejax.rules import softmax
 from moejax.rules.limit import mask_tokens
@@ -33,8 +33,8 @@ def moe(
     router: Layer,
     *,
     num_experts: int,
-    route: Callable[..., Any] = softmax,
-    execute: Callable[..., Array] | None = None,
+    route: Rule = softmax,
+    execute: Schedule | None = None,
     feature_ndim: int = 1,
 ) -> Layer:
     """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
@@ -101,7 +101,7 @@ def routed(
     router: Layer,
     *,
     num_experts: int,
-    route: Callable[..., Any],
+    route: Rule,
     feature_ndim: int,
     check: Callable[[Params, int], None] = lambda params, num_experts: None,
 ) -> Layer:
@@ -175,7 +175,7 @@ def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]
 
 def _decide(
     router: Layer,
-    route: Callable[..., Any],
+    route: Rule,
     params: Params,
     tokens: Array,
     num_experts: int,

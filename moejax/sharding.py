@@ -12,7 +12,6 @@ that of one device, and a training step needs no change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from moejax._comparing import comparable
-from moejax.base import Array, Params
+from moejax.base import Array, Params, Rule
 from moejax.schedules.expert_parallel import check_axis, check_tokens, expert_parallel, placed
 
 __all__ = ["expert_parallel", "shardings", "token_sharding", "tokenwise"]
@@ -55,7 +54,7 @@ def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
     check_axis(mesh, axis)
     num_shards = mesh.shape[axis]
 
-    def sharding(path: tuple, leaf: Array) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
         names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
         if "experts" not in names or leaf.ndim == 0:
             return NamedSharding(mesh, jax.P())
@@ -88,7 +87,7 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
 
 
 @comparable
-def tokenwise(route: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def tokenwise(route: Rule, mesh: Mesh) -> Rule:
     """A rule that decides on each device for that device's own tokens.
 
     The decision is the same, for a rule that treats tokens independently of each other. Left to

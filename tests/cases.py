@@ -15,11 +15,6 @@ AUTO = jax.sharding.AxisType.Auto
 MESH = jax.make_mesh((4, 2), ("data", "expert"), (AUTO, AUTO))  # each device has two experts
 
 
-def root_softplus(logits):
-    """The score of DeepSeek-V4."""
-    return jnp.sqrt(jax.nn.softplus(logits))
-
-
 RULES = {
     "softmax": moejax.softmax,
     "top_2": partial(moejax.top_k, k=2),
@@ -34,7 +29,7 @@ RULES = {
     "by_score_groups": partial(
         moejax.by_score,
         k=2,
-        score=root_softplus,
+        score=moejax.root_softplus,
         bias=jnp.arange(E) / 8,
         num_groups=2,
         group_best=1,

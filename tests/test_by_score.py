@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import root_softplus
 from reference import by_expert, golden
 
 LOGITS = 2 * jax.random.normal(jax.random.key(3), (64, 8))
@@ -240,7 +239,7 @@ def test_numbers_out_of_range_are_refused(call, message):
 
 
 def test_a_score_of_ones_own():
-    routing = moejax.by_score(LOGITS, k=2, score=root_softplus, scale=1.5)
+    routing = moejax.by_score(LOGITS, k=2, score=moejax.root_softplus, scale=1.5)
     scores = np.sqrt(np.log1p(np.exp(np.asarray(LOGITS))))
     best = np.sort(np.argsort(-scores, axis=-1)[:, :2], axis=-1)
     weights = np.take_along_axis(scores, best, axis=-1)

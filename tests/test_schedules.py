@@ -150,7 +150,7 @@ def public(package):
     return {one.__name__: one for one in functions_of(package)}
 
 
-def tested(table):
+def covered_by(table):
     """The names of the functions in a table; of what a function made, the name of its maker."""
     functions = [one.func if isinstance(one, partial) else one for one in table.values()]
     return {function.__qualname__.split(".")[0] for function in functions}
@@ -164,7 +164,7 @@ def test_every_public_rule_is_in_the_table():
         and function.__annotations__.get("return") in ("Routing", "ExpertChoice", "SoftSlots")
     }
     assert len(rules) > 10
-    assert rules <= tested(ALL_RULES), f"add {rules - tested(ALL_RULES)} to tests/cases.py"
+    assert rules <= covered_by(ALL_RULES), f"add {rules - covered_by(ALL_RULES)} to tests/cases.py"
 
 
 def test_every_public_schedule_is_in_the_table():
@@ -177,8 +177,8 @@ def test_every_public_schedule_is_in_the_table():
     schedules.remove("mixture")  # takes gates, not a decision; `dense` is its schedule
     schedules.remove("scale_inputs")  # another sum, held to a loop of its own in test_scale_inputs
     assert len(schedules) > 5
-    assert schedules <= tested(ALL_SCHEDULES), (
-        f"add {schedules - tested(ALL_SCHEDULES)} to tests/cases.py"
+    assert schedules <= covered_by(ALL_SCHEDULES), (
+        f"add {schedules - covered_by(ALL_SCHEDULES)} to tests/cases.py"
     )
 
 

@@ -97,7 +97,9 @@ def program(
         execute=execute,
     )
 
-    def loss(params: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict]:
+    def loss(
+        params: Any, x: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         y, routing = layer.apply(params, x)
         return jnp.mean(y**2) + 0.01 * moejax.load_balancing_loss(routing), {}
 

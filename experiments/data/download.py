@@ -33,7 +33,7 @@ def download(folder: Path) -> None:
             raise ConnectionError(f"MNIST could not be downloaded: {reason}")
 
 
-def _wait(process: subprocess.Popen, folder: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Returns when the process has ended; raises when it stops making progress."""
     size, since = -1, time.monotonic()
     while process.poll() is None:

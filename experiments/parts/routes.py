@@ -74,12 +74,12 @@ def sinkhorn(logits: jax.Array, *, k: int, key: jax.Array | None = None) -> moej
     return moejax.sinkhorn(logits, k=k)
 
 
-def top_k(rule: Callable[..., moejax.Routing], **settings: object) -> Callable:
+def top_k(rule: moejax.base.Rule, **settings: object) -> Callable[[int], moejax.base.Rule]:
     """A rule whose number of experts per image is still open."""
     return lambda k: partial(rule, k=k, **settings)
 
 
-def fixed(rule: Callable[..., moejax.Routing]) -> Callable:
+def fixed(rule: moejax.base.Rule) -> Callable[[int], moejax.base.Rule]:
     """A rule that settles the number of experts by itself."""
     return lambda k: rule
 

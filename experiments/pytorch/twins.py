@@ -155,7 +155,9 @@ def run_moejax(twin: Twin, state_dict: dict[str, np.ndarray], problem: Problem) 
     return Trace(outputs, to_torch(gradients), losses, to_torch(parameters))
 
 
-def trace(twin: Twin, params: Any, data: tuple[jax.Array, ...], order: jax.Array) -> tuple:
+def trace(
+    twin: Twin, params: Any, data: tuple[jax.Array, ...], order: jax.Array
+) -> tuple[Any, ...]:
     """A run as a pure function: a `Trace` of which gradients and parameters are still pytrees."""
     x, y = (leaf[order[0]] for leaf in data)
     gradients = jax.grad(lambda p: twin.loss(twin.apply(p, x), y))(params)

@@ -22,7 +22,7 @@ INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uin
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64", "bfloat16")
 
 
-def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes named arrays, such as `conversion.to_torch` makes, to one safetensors file.
 
     Args:
@@ -50,7 +50,7 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the arrays that `save` wrote, and checks that they are the same.
 
     Args:

@@ -5,7 +5,7 @@ Ties go to the lower index. Without a key nothing is random.
 """
 
 from moejax.rules.balanced import sigmoid_top_k, sinkhorn, update_balance_bias
-from moejax.rules.by_score import by_score
+from moejax.rules.by_score import by_score, root_softplus
 from moejax.rules.hashed import hashed
 from moejax.rules.limit import (
     by_choice,
@@ -39,6 +39,7 @@ __all__ = [
     "noisy_top_k",
     "positions",
     "relu",
+    "root_softplus",
     "sigmoid_top_k",
     "sinkhorn",
     "soft_slots",

@@ -55,7 +55,8 @@ def by_score(
         bias: b, shape [E], no part of the gradient: state that `update_balance_bias` maps to the
             next step's; None for zero.
         k: experts per token.
-        score: ``logits -> s``, not negative, shape [T, E].
+        score: ``logits -> s``, not negative, shape [T, E]: ``jax.nn.softmax``, ``jax.nn.sigmoid``,
+            `root_softplus` or one's own.
         num_groups: number of equal groups of neighbouring experts, a divisor of E.
         kept_groups: how many groups a token may choose from.
         group_best: how many of its best experts a group is judged by; 1 for its maximum.
@@ -70,8 +71,6 @@ def by_score(
             is then a constant and the router gets no gradient.
 
     Example:
-        >>> def root_softplus(logits):
-        ...     return jnp.sqrt(jax.nn.softplus(logits))
         >>> logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
         >>> by_score(logits, k=2, score=root_softplus).experts
         Array([[0, 1]], dtype=int32)
@@ -92,6 +91,30 @@ def by_score(
     if renormalize:
         weights = _to_sum_one(weights)
     return Routing(experts, scale * weights, _to_sum_one(scores), logits)
+
+
+def root_softplus(logits: Array) -> Array:
+    """A score for `by_score`: ``s = sqrt(log(1 + exp(x)))``, with a gradient where it is zero.
+
+    A score that underflows, as an expert's that -inf switches off, has the gradient zero; the
+    root alone would have none.
+
+    Args:
+        logits: x, any shape.
+
+    Returns:
+        s, the shape of logits.
+
+    Example:
+        >>> root_softplus(jnp.array([0.0, -jnp.inf]))
+        Array([0.8325546, 0.       ], dtype=float32)
+
+    References:
+        DeepSeek-AI, DeepSeek-V4, 2026
+    """
+    squared = jax.nn.softplus(logits)
+    positive = squared >= jnp.finfo(squared.dtype).tiny  # smaller ones may count as zero
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 def choose(logits: Array, scores: Array, bias: Array | None, k: int, groups: Groups) -> Array:

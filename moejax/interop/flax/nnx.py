@@ -11,7 +11,7 @@ from moejax.base import Array, Layer
 from moejax.interop.flax.paths import BALANCE, Axes, Path, cast, named, nested
 
 
-class BalanceBias(nnx.Variable):
+class BalanceBias(nnx.Variable[Any]):
     """The bias of `moejax.biased`: state, moved by `moejax.update_balance_bias`.
 
     It is no ``nnx.Param``, so ``nnx.grad`` and ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leave
@@ -85,7 +85,7 @@ def to_nnx(
     return NnxLayer(layer, rngs=rngs, axes=axes, param_dtype=param_dtype)
 
 
-def _variable(path: Path, leaf: Array, axes: Axes | None) -> nnx.Variable:
+def _variable(path: Path, leaf: Array, axes: Axes | None) -> nnx.Variable[Any]:
     kind = BalanceBias if path[-1] == BALANCE else nnx.Param
     names = axes(path, leaf) if axes else ()
     if not names:
@@ -102,7 +102,7 @@ def _modules(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at(module: Any, path: Path) -> nnx.Variable:
+def _at(module: Any, path: Path) -> nnx.Variable[Any]:
     for name in path:
         module = getattr(module, name)
     return module

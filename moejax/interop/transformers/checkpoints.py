@@ -23,7 +23,7 @@ from moejax.interop.transformers.fields import as_dict, refuse
 from moejax.interop.transformers.pieces import Block
 
 Files = Mapping[str, Path]  # which file holds a tensor, by the tensor's name
-Folder = str | os.PathLike
+Folder = str | os.PathLike[str]
 
 
 def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:

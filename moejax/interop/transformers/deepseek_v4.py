@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from moejax.base import Array
@@ -26,7 +25,7 @@ from moejax.interop.transformers.pieces import (
     mixture,
     router,
 )
-from moejax.rules import by_score
+from moejax.rules import by_score, root_softplus
 
 
 def deepseek_v4(config: Config, **options: Any) -> Block:
@@ -44,7 +43,7 @@ def deepseek_v4(config: Config, **options: Any) -> Block:
     route = partial(
         by_score,
         k=chosen(config, num_experts),
-        score=_root_softplus,
+        score=root_softplus,
         scale=get(config, "routed_scaling_factor"),
     )
     experts = glu_experts(d_model, d_hidden, num_experts, names=MIXTRAL, combine=clamped)
@@ -60,7 +59,3 @@ def deepseek_v4(config: Config, **options: Any) -> Block:
     logits = router(d_model, num_experts)
     gate = choosing(logits, num_experts, "gate.e_score_correction_bias", published="gate.bias")
     return beside(mixture(gate, experts, num_experts, route, **options), shared)
-
-
-def _root_softplus(logits: Array) -> Array:
-    return jnp.sqrt(jax.nn.softplus(logits))

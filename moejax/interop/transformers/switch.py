@@ -42,12 +42,15 @@ def switch_transformers(config: Config, *, execute: Schedule | None = None) -> B
     return block._replace(layer=_by_sequence(block.layer))
 
 
+def _with_mask(layer: Layer, params: Params, x: Array, mask: Array) -> Any:
+    return layer.apply(params, x, mask=mask)
+
+
 def _by_sequence(layer: Layer) -> Layer:
     def apply(params: Params, x: Array, *, mask: Array | None = None) -> Any:
         if mask is None:
             return jax.vmap(layer.apply, in_axes=(None, 0))(params, x)
-        masked = jax.vmap(lambda x, mask: layer.apply(params, x, mask=mask))
-        return masked(x, mask)
+        return jax.vmap(partial(_with_mask, layer), in_axes=(None, 0, 0))(params, x, mask)
 
     return Layer(layer.init, apply)
 

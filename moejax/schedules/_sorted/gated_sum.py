@@ -135,7 +135,7 @@ def _forward(
     return y, (outputs, operands, slots, choices)
 
 
-def _backward(program: Program, saved: Any, cotangent: Array) -> tuple:
+def _backward(program: Program, saved: Any, cotangent: Array) -> tuple[Any, ...]:
     apply, policy, _ = program
     outputs, operands, slots, choices = saved
     total = jax.tree.map(jnp.zeros_like, differentiable(operands))

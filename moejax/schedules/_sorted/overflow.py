@@ -122,7 +122,6 @@ def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) 
     blocks = (jnp.maximum(rows.end - rows.begin, 0) + size - 1) // size  # [E]
     last = jnp.cumsum(blocks)  # [E]: blocks of the experts up to and with this one
 
-    @sequential_vmap
     def run(rows: Rows, last: Array, operands: Operands, init: Operands) -> Operands:
         def step(index: Array, total: Operands) -> Operands:
             expert = jnp.searchsorted(last, index, side="right").astype(jnp.int32)
@@ -137,7 +136,7 @@ def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) 
 
         return jax.lax.fori_loop(jnp.zeros((), last.dtype), last[-1], step, init)
 
-    return run(rows, last, operands, init)
+    return sequential_vmap(run)(rows, last, operands, init)
 
 
 def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Operands:
