@@ -31,8 +31,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-import data as datasets
 import parts.resume as resumable
+from data import Dataset, Split, digits, load, mnist
 from moejax.diagnostics import (
     confidence,
     effective_experts,
@@ -80,13 +80,13 @@ OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 # For what runs once: it takes less time to compile than it can save.
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
 FROM_FOLDERS = ("auto", "mnist")
-DATASETS = {"auto": datasets.load, "mnist": datasets.mnist, "digits": lambda _: datasets.digits()}
+DATASETS = {"auto": load, "mnist": mnist, "digits": lambda _: digits()}
 
 
 def objective(
     model: Model,
     params: Any,
-    batch: datasets.Split,
+    batch: Split,
     key: jax.Array | None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -105,7 +105,7 @@ def masked_objective(
     return objective(model, params, batch.data, key, batch.mask)
 
 
-def evaluate(model: Model, params: Any, split: datasets.Split) -> dict[str, Any]:
+def evaluate(model: Model, params: Any, split: Split) -> dict[str, Any]:
     """The whole split in one batch: loss, accuracy, confusion, and what the gate did."""
     logits, routing = model.apply(params, split.images, None)
     predicted = jnp.argmax(logits, axis=-1)
@@ -147,7 +147,7 @@ def begin_compiling(
     model: Model,
     state: TrainState,
     train: Masked,
-    test: datasets.Split,
+    test: Split,
     batch_size: int,
     mesh: Mesh | None,
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
@@ -172,7 +172,7 @@ def begin_compiling(
 
 
 def train(
-    args: argparse.Namespace, model: Model, data: datasets.Dataset, mesh: Mesh | None, out: Path
+    args: argparse.Namespace, model: Model, data: Dataset, mesh: Mesh | None, out: Path
 ) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
@@ -367,7 +367,7 @@ def memory(args: argparse.Namespace) -> int:
     return 4 * (4 * parameters + 2 * activations)
 
 
-def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> datasets.Dataset:
+def load_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dataset:
     """The data, as NumPy arrays."""
     try:
         data = DATASETS[args.dataset](args.data_dir)
@@ -428,7 +428,7 @@ def work(
     mesh: Mesh | None,
 ) -> None:
     """The experiment."""
-    data = load(parser, args)
+    data = load_images(parser, args)
     check_length(args, len(data.train.labels))
     on_device = data._replace(train=to_device(data.train), test=place(to_device(data.test), mesh))
     runs = {}
@@ -456,7 +456,7 @@ def check_length(args: argparse.Namespace, num_examples: int) -> None:
         raise RefusedError(f"--epochs must be at most {most:,} here, got {args.epochs}")
 
 
-def to_device(split: datasets.Split) -> datasets.Split:
+def to_device(split: Split) -> Split:
     """The split as arrays on the device, images still uint8."""
     return jax.tree.map(jnp.asarray, split)
 

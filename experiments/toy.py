@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import data as datasets
 import moejax
+from data import Points, toy
 from moejax import plot
 from moejax.training import TrainState, init_state, train_step
 from parts.cache import keep_programs
@@ -67,8 +67,8 @@ class Task(NamedTuple):
 
     init: Callable[[jax.Array], Any]
     probability: Callable[[Any, jax.Array], jax.Array]
-    loss: Callable[[Any, datasets.Points], jax.Array]
-    alone: Callable[[Any, datasets.Points], jax.Array]
+    loss: Callable[[Any, Points], jax.Array]
+    alone: Callable[[Any, Points], jax.Array]
 
 
 def cooperating(num_experts: int) -> Task:
@@ -79,7 +79,7 @@ def cooperating(num_experts: int) -> Task:
         score, _ = model.apply(params, x)
         return jax.nn.sigmoid(score[:, 0])
 
-    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+    def loss(params: Any, batch: Points) -> jax.Array:
         return jnp.mean((probability(params, batch.x) - batch.y) ** 2)
 
     return Task(model.init, probability, loss, alone)
@@ -92,7 +92,7 @@ def competing(num_experts: int) -> Task:
         scores, logits = scores_and_logits(params, x)
         return jnp.einsum("ne,en->n", jax.nn.softmax(logits), jax.nn.sigmoid(scores))
 
-    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+    def loss(params: Any, batch: Points) -> jax.Array:
         scores, logits = scores_and_logits(params, batch.x)
         log_p = moejax.bernoulli_log_likelihood(scores, batch.y)
         return moejax.mixture_nll(jax.nn.log_softmax(logits), log_p)
@@ -109,7 +109,7 @@ def single_squared_error() -> Task:
     """One linear expert under the mean squared error of its sigmoid."""
     probability = single_probability
 
-    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+    def loss(params: Any, batch: Points) -> jax.Array:
         return jnp.mean((probability(params, batch.x) - batch.y) ** 2)
 
     return Task(single().init, probability, loss, single_accuracy)
@@ -118,7 +118,7 @@ def single_squared_error() -> Task:
 def single_likelihood() -> Task:
     """One linear expert under -log p."""
 
-    def loss(params: Any, batch: datasets.Points) -> jax.Array:
+    def loss(params: Any, batch: Points) -> jax.Array:
         scores = single().apply(params, batch.x)[:, 0]
         return -jnp.mean(moejax.bernoulli_log_likelihood(scores[None], batch.y))
 
@@ -130,7 +130,7 @@ def single_probability(params: Any, x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(single().apply(params, x)[:, 0])
 
 
-def single_accuracy(params: Any, data: datasets.Points) -> jax.Array:
+def single_accuracy(params: Any, data: Points) -> jax.Array:
     """The accuracy of one linear expert."""
     return jnp.mean((single_probability(params, data.x) > 0.5) == (data.y > 0.5))
 
@@ -153,14 +153,14 @@ def scores_and_logits(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def objective(
-    task: Task, params: Any, batch: datasets.Points, key: jax.Array | None
+    task: Task, params: Any, batch: Points, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss, with the accuracy at 1/2."""
     right = (task.probability(params, batch.x) > 0.5) == (batch.y > 0.5)
     return task.loss(params, batch), {"accuracy": jnp.mean(right)}
 
 
-def alone(params: Any, data: datasets.Points) -> jax.Array:
+def alone(params: Any, data: Points) -> jax.Array:
     """The accuracy if the expert with the largest gate decides each point by itself."""
     scores, logits = scores_and_logits(params, data.x)
     score = jnp.take_along_axis(scores.T, logits.argmax(axis=-1, keepdims=True), axis=-1)
@@ -172,7 +172,7 @@ def start(task: Task, key: jax.Array) -> TrainState:
     return init_state(task.init(key), optax.adam(LEARNING_RATE), key)
 
 
-def run(task: Task, data: datasets.Points, steps: int, key: jax.Array) -> dict[str, Any]:
+def run(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, Any]:
     """A whole run as a pure function of its key: full-batch steps under one scan.
 
     Returns:
@@ -198,7 +198,7 @@ def run(task: Task, data: datasets.Points, steps: int, key: jax.Array) -> dict[s
     }
 
 
-def fit(task: Task, data: datasets.Points, steps: int, key: jax.Array) -> dict[str, jax.Array]:
+def fit(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, jax.Array]:
     """A run without its parameters."""
     return {name: value for name, value in run(task, data, steps, key).items() if name != "frames"}
 
@@ -209,7 +209,7 @@ def frame_steps(steps: int) -> np.ndarray:
 
 
 def train(
-    task: Task, data: datasets.Points, steps: int, keys: jax.Array
+    task: Task, data: Points, steps: int, keys: jax.Array
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A run for each key, all by one program, and what they took."""
     with waiting("compiling the training"):
@@ -370,13 +370,11 @@ def work(args: argparse.Namespace) -> None:
 
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_TO_COMPILE)
-def begin(
-    samples: int, seeds: int, seed: np.uint32
-) -> tuple[datasets.Points, jax.Array, jax.Array]:
+def begin(samples: int, seeds: int, seed: np.uint32) -> tuple[Points, jax.Array, jax.Array]:
     """The points, the keys of this run and of the seeds, and the key of this run again."""
     data_key, model_key, seeds_key = jax.random.split(jax.random.key(seed), 3)
     keys = jnp.concatenate([model_key[None], jax.random.split(seeds_key, seeds)])
-    return datasets.toy(data_key, samples), keys, model_key
+    return toy(data_key, samples), keys, model_key
 
 
 def draw(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import data as datasets
 import moejax
+from data import Dataset, Split, flat, load
 from moejax.training import TrainState, init_state, train_epoch, train_step
 from parts.command_line import OneLineParser, at_least, output_folder, say, write_json
 
@@ -49,16 +49,16 @@ def mixture(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def objective(
-    apply: Apply, params: Any, batch: datasets.Split, key: jax.Array
+    apply: Apply, params: Any, batch: Split, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy plus the balance loss."""
-    logits, extra = apply(params, datasets.flat(batch.images))
+    logits, extra = apply(params, flat(batch.images))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
     return loss + extra, {"cross_entropy": loss}
 
 
 def trainer(
-    apply: Apply, optimizer: optax.GradientTransformation, data: datasets.Dataset, batch_size: int
+    apply: Apply, optimizer: optax.GradientTransformation, data: Dataset, batch_size: int
 ) -> Callable[[TrainState, int], tuple[TrainState, Curve]]:
     """A function that trains for some epochs and says how accurate the tests were after each."""
     step = train_step(partial(objective, apply), optimizer)
@@ -67,7 +67,7 @@ def trainer(
     @jax.jit
     def one_epoch(state: TrainState) -> tuple[TrainState, jax.Array]:
         state, _ = train_epoch(step, state, train, batch_size=batch_size)
-        logits, _ = apply(state.params, datasets.flat(test.images))
+        logits, _ = apply(state.params, flat(test.images))
         return state, jnp.mean(jnp.argmax(logits, axis=-1) == test.labels)
 
     def run(state: TrainState, epochs: int) -> tuple[TrainState, Curve]:
@@ -80,7 +80,7 @@ def trainer(
     return run
 
 
-def curves_of(args: argparse.Namespace, data: datasets.Dataset, seed: int) -> dict[str, Curve]:
+def curves_of(args: argparse.Namespace, data: Dataset, seed: int) -> dict[str, Curve]:
     """The four curves of one seed, each over all epochs."""
     optimizer = optax.adam(1e-3)
     train_dense, train_mixture = (
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
     args = parser.parse_args()
     out = output_folder(parser, args.out)
-    data = datasets.load(args.data_dir)
+    data = load(args.data_dir)
     say(data.notice or f"Data: {data.source}")
     each = [curves_of(args, data, seed) for seed in range(args.seeds)]
     curves = {name: np.array([one[name] for one in each]) for name in each[0]}

@@ -37,7 +37,7 @@ TOKEN_CHOICE = [
     partial(moejax.capacity_for, factor=1.0),
     partial(moejax.mask_tokens, mask=jnp.ones(T, bool)),
 ]
-SCHEDULES = {
+READ_BY = {
     "Routing": [moejax.dense, moejax.dropless, partial(moejax.capacity, factor=1.0)],
     "ExpertChoice": [moejax.gather_slots],
     "SoftSlots": [moejax.mix_slots],
@@ -51,7 +51,7 @@ def scheduled(schedule):
 
 
 READERS = [("Routing", reader) for reader in TOKEN_CHOICE] + [
-    (kind, scheduled(one)) for kind, schedules in SCHEDULES.items() for one in schedules
+    (kind, scheduled(one)) for kind, schedules in READ_BY.items() for one in schedules
 ]
 
 

@@ -39,6 +39,7 @@ def start():
 def run(out, *flags, devices):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS")  # conftest's eight devices
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # it trains for longer than it compiles
     command = [sys.executable, ROOT / "experiments" / "mnist.py", *STEPS, "--out", out, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -87,7 +88,7 @@ def test_losses_of_a_hundred_steps_on_a_mesh_and_in_two_processes(start, tmp_pat
 def test_when_a_process_dies_the_other_ends_and_the_run_goes_on_elsewhere(
     start, tmp_path, one_device, victim, devices
 ):
-    flags = ["--epochs", "100", "--checkpoint-every", "5"]
+    flags = ["--epochs", "30", "--checkpoint-every", "5"]
     processes = start_two(start, tmp_path, *flags)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 12)
     processes[victim].send_signal(signal.SIGKILL)
@@ -98,7 +99,7 @@ def test_when_a_process_dies_the_other_ends_and_the_run_goes_on_elsewhere(
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert "resumed after step" in output
-    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), one_device[:30], rtol=0, atol=1e-5)
 
 
 def wait_for(condition, seconds=300):

@@ -12,7 +12,7 @@ from cases import on_accelerators
 from reference import close
 
 D, F = 4, 5
-SCHEDULES = {
+SPARSE = {
     "dropless": moejax.dropless,
     "capacity": partial(moejax.capacity, factor=8.0),  # at least E / K in every case
 }
@@ -95,7 +95,7 @@ def in_double_precision(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_equals_the_definition(schedule, case, x64):
     arguments = in_double_precision(case)
     close(compiled(schedule)(*arguments), compiled(moejax.dense)(*arguments), 1e-10)
@@ -114,7 +114,7 @@ def bend(params, x):
 
 
 @pytest.mark.parametrize("case", ["masked tokens", "by uneven load"])
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_gradient_of_a_gradient(schedule, case, x64):
     params, x, routing = in_double_precision(case)
     params = {name: params[name] for name in ("gate", "down")}
@@ -129,7 +129,7 @@ def test_gradient_of_a_gradient(schedule, case, x64):
     close(result, expected, 1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_what_an_expert_closes_over_has_gradients(schedule, x64):
     params, x, routing = in_double_precision("collapsed")
 
@@ -152,7 +152,7 @@ def batched(function):
     return jax.jit(jax.vmap(jax.value_and_grad(function)))(jnp.array([0.5, 2.0]))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_tokens_and_outputs_of_any_shape(schedule):
     """Integer images in, a scalar per token out, and an integer among the parameters."""
     routing = decision(*CASES["spread"])
@@ -181,7 +181,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_vmap_over_parameters_tokens_and_routing(schedule, batch, x64):
     choices, num_experts = batch
     routings = [decision(experts, num_experts) for experts in choices]
@@ -195,13 +195,13 @@ def test_vmap_over_parameters_tokens_and_routing(schedule, batch, x64):
     close(result, expected, 1e-10)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_no_tokens(schedule):
     routing = decision(jnp.zeros((0, 2), int), 4)
     assert schedule(glu, glu_params(4), jnp.zeros((0, D)), routing).shape == (0, D)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
 def test_empty_slots_hold_no_values_that_are_not_in_the_data(schedule):
     """An expert without a gradient at zero never sees a zero."""
     routing = decision(*CASES["masked tokens"])

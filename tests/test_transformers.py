@@ -62,7 +62,7 @@ def outputs_of_module(module, x, cotangent):
     return y, x.grad, gradients
 
 
-def close(actual, expected, tolerance):
+def error_within(actual, expected, tolerance):
     actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
     scale = max(np.abs(expected).max(), 1e-30)
     error = float(np.abs(actual - expected).max() / scale)
@@ -86,12 +86,12 @@ def compare(name, dtype, execute=moejax.dense):
     (_, y), (to_params, to_x) = jax.value_and_grad(scalar, (0, 1), has_aux=True)(params, x)
     expected, expected_to_x, gradients = outputs_of_module(module, x, cotangent)
     errors = [
-        close(y, numpy_of(expected), TOLERANCE[dtype]),
-        close(to_x, numpy_of(expected_to_x), TOLERANCE[dtype]),
+        error_within(y, numpy_of(expected), TOLERANCE[dtype]),
+        error_within(to_x, numpy_of(expected_to_x), TOLERANCE[dtype]),
     ]
     expected_params = conversion.from_torch(layout, gradients)
     jax.tree.map(
-        lambda a, b: errors.append(close(a, np.asarray(b, np.float64), TOLERANCE[dtype])),
+        lambda a, b: errors.append(error_within(a, np.asarray(b, np.float64), TOLERANCE[dtype])),
         to_params,
         expected_params,
     )

@@ -6,18 +6,18 @@ import sys
 import jax
 import numpy as np
 
-import data as datasets
+import data
 import upcycle
 
 
 def few_digits(_=None):
-    digits = datasets.digits()
+    digits = data.digits()
     few = lambda split: jax.tree.map(lambda leaf: leaf[:64], split)  # noqa: E731
     return digits._replace(train=few(digits.train), test=few(digits.test))
 
 
 def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, standard_promotion):
-    monkeypatch.setattr(datasets, "load", few_digits)
+    monkeypatch.setattr(upcycle, "load", few_digits)
     options = "--epochs 2 --more-epochs 1 --seeds 1 --batch-size 32 --out"
     monkeypatch.setattr(sys, "argv", ["upcycle.py", *options.split(), str(tmp_path)])
     upcycle.main()

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-import data as datasets
 import moejax
+from data import channels_last, flat
 from parts.routes import ROUTES, importance_and_load, load, with_noise
 
 PIXELS, DIGITS = 28 * 28, 10
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 def mlp_expert(hidden: int) -> Kind:
     """784-hidden-10 on flat images."""
-    return Kind(moejax.mlp(PIXELS, hidden, DIGITS), datasets.flat, 1)
+    return Kind(moejax.mlp(PIXELS, hidden, DIGITS), flat, 1)
 
 
 def conv_expert(hidden: int) -> Kind:
@@ -49,7 +49,7 @@ def conv_expert(hidden: int) -> Kind:
     from moejax.interop.flax import from_nnx
     from parts.convolutional import Convolutional  # loads flax
 
-    return Kind(from_nnx(partial(Convolutional, hidden, DIGITS)), datasets.channels_last, 3)
+    return Kind(from_nnx(partial(Convolutional, hidden, DIGITS)), channels_last, 3)
 
 
 def dense(kind: Kind, num_experts: int, top_k: int, execute: Execute | None) -> Model:

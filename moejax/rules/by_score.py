@@ -106,8 +106,8 @@ def root_softplus(logits: Array) -> Array:
         s, the shape of logits.
 
     Example:
-        >>> root_softplus(jnp.array([0.0, -jnp.inf]))
-        Array([0.8325546, 0.       ], dtype=float32)
+        >>> root_softplus(jnp.array([1.0, -jnp.inf])).round(2)
+        Array([1.15, 0.  ], dtype=float32)
 
     References:
         DeepSeek-AI, DeepSeek-V4, 2026

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moejax._arrays import vary_together
+from moejax._calling import hashable
 from moejax._checks import check_problem, takes
 from moejax._comparing import comparable
-from moejax.base import Array, Expert, Params, Routing
+from moejax.base import Array, Expert, Params, Routing, Schedule
 from moejax.schedules._mesh.exchange import Exchange, exchange_for
 from moejax.schedules._mesh.rounds import make_plan, one_round, sum_of_rounds
 from moejax.schedules._sorted.gated_sum import output_like
 from moejax.schedules.dropless import dropless
-
-Schedule = Callable[[Expert, Params, Array, Routing], Array]
 
 
 @comparable
@@ -74,36 +72,52 @@ def expert_parallel(
     check_axis(mesh, axis)
     if not 0 < factor < math.inf:
         raise ValueError(f"`factor` must be a positive finite number, got {factor}.")
-    exchange = exchange or exchange_for(mesh)
-    spec_experts, spec_tokens = jax.P(axis), jax.P(mesh.axis_names)
+    way = Way(mesh, axis, factor, local, exchange or exchange_for(mesh))
 
     @takes(Routing)
     def execute(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         params, x = check_problem(params, x, routing.scores.shape)
         check_tokens(mesh, len(x))
         _check_experts(mesh, axis, routing.num_experts)
-
-        def on_device(params: Params, x: Array, routing: Routing) -> Array:
-            # Once here, or every round would sum the parameters' gradients over the data axes.
-            params, x, routing = vary_together((params, x, routing))
-            output = output_like(expert, params, x)
-            if routing.experts.size == 0:
-                return jnp.zeros(output.shape, output.dtype)
-            plan = make_plan(routing, axis, factor)
-            step = partial(one_round, partial(local, expert), exchange, axis, plan)
-            y = sum_of_rounds(step, plan, mesh.axis_names, params, x, routing.weights)
-            return y.astype(output.dtype)
-
-        on_mesh = jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(spec_experts, spec_tokens, spec_tokens),
-            out_specs=spec_tokens,
-        )
-        x, routing = placed((x, routing), mesh, spec_tokens)
-        return on_mesh(placed(params, mesh, spec_experts), x, routing)
+        return _on_mesh(way, hashable(expert), params, x, routing)
 
     return execute
+
+
+class Way(NamedTuple):
+    """How the sum is spread over devices: what `expert_parallel` is given."""
+
+    mesh: Mesh
+    axis: str
+    factor: float
+    local: Schedule
+    exchange: Exchange
+
+
+# Under jit even where the caller's code is not: each operation would be compiled for all devices.
+@partial(jax.jit, static_argnums=(0, 1))
+def _on_mesh(way: Way, expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    of_experts, of_tokens = jax.P(way.axis), jax.P(way.mesh.axis_names)
+    on_mesh = jax.shard_map(
+        partial(_on_device, way, expert),
+        mesh=way.mesh,
+        in_specs=(of_experts, of_tokens, of_tokens),
+        out_specs=of_tokens,
+    )
+    x, routing = placed((x, routing), way.mesh, of_tokens)
+    return on_mesh(placed(params, way.mesh, of_experts), x, routing)
+
+
+def _on_device(way: Way, expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
+    # Once here, or every round would sum the parameters' gradients over the data axes.
+    params, x, routing = vary_together((params, x, routing))
+    output = output_like(expert, params, x)
+    if routing.experts.size == 0:
+        return jnp.zeros(output.shape, output.dtype)
+    plan = make_plan(routing, way.axis, way.factor)
+    step = partial(one_round, partial(way.local, expert), way.exchange, way.axis, plan)
+    y = sum_of_rounds(step, plan, way.mesh.axis_names, params, x, routing.weights)
+    return y.astype(output.dtype)
 
 
 def check_axis(mesh: Mesh, axis: str) -> None:
