@@ -78,7 +78,7 @@ from parts.routes import ROUTES, asks_for_k
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 # For what runs once: it takes less time to compile than it can save.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 1}
+QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
 FROM_FOLDERS = ("auto", "mnist")
 DATASETS = {"auto": load, "mnist": mnist, "digits": lambda _: digits()}
 

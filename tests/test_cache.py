@@ -51,6 +51,15 @@ def test_a_cache_that_is_off_or_cannot_be_written_changes_nothing(tmp_path, monk
     assert compute(monkeypatch, tmp_path / "file") == "41.0\n"
 
 
+def test_a_run_that_is_killed_keeps_what_it_compiled(tmp_path, monkeypatch):
+    killed = "\nimport os, parts.cache\nparts.cache.sign_programs()\nos._exit(0)"
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", PROGRAM + killed)
+    compute(monkeypatch, tmp_path)
+    programs = list(tmp_path.rglob("*-cache"))
+    assert programs
+    assert all(cache.signature(path).read_text() == cache.digest(path) for path in programs)
+
+
 @pytest.mark.parametrize("change", ["processor_features", "versions"])
 def test_programs_of_another_processor_or_version_are_elsewhere(change, monkeypatch):
     before = cache.programs_folder()

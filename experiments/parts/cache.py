@@ -37,11 +37,20 @@ def keep_programs(wanted: bool) -> None:
     except OSError:
         return  # a cache that cannot be written costs time and nothing else
     drop_damaged(folder)
-    atexit.register(sign, folder)
+    atexit.register(sign_programs)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_raise_persistent_cache_errors", False)
+
+
+def sign_programs() -> None:
+    """Signs what has been compiled so far, so that a run that is killed later keeps it."""
+    import jax
+
+    folder = programs_folder()
+    if jax.config.jax_compilation_cache_dir == str(folder):  # type: ignore[attr-defined]
+        sign(folder)
 
 
 def programs_folder() -> Path:

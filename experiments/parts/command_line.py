@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import moejax
+from parts.cache import sign_programs
 from parts.ending import EndedError, RefusedError, whole_file
 from parts.output import make_writable
 
@@ -190,7 +191,9 @@ def compiled(
     start = time.perf_counter()
     jitted = jax.jit(function, out_shardings=out_shardings, compiler_options=compiler_options)
     program = jitted.lower(*args).compile()
-    return program, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    sign_programs()
+    return program, seconds
 
 
 def compile_in_background(
@@ -213,6 +216,7 @@ def compile_in_background(
 
     def wait() -> tuple[list[jax.stages.Compiled], float]:
         programs, ends = zip(*(one.result() for one in coming), strict=True)
+        sign_programs()
         return list(programs), max(ends) - began
 
     return wait
