@@ -20,7 +20,7 @@ def compiled(*static: str) -> Callable[[Function], Function]:
     """Compiles a function once for each shape of its arrays and each value of its ``static``."""
 
     def decorate(function: Function) -> Function:
-        jitted = jax.jit(function, static_argnames=static, inline=True)
+        jitted = jax.jit(function, static_argnames=static)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:

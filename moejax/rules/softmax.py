@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_k, checked_logits
+from moejax._compiling import compiled
 from moejax.base import Array, DenseRouting, Routing
 from moejax.rules.by_score import Groups, choose
 
 
+@compiled()
 def softmax(logits: Array) -> Routing:
     """Sends every token to every expert, with gates ``g = softmax(logits)``.
 
@@ -36,6 +38,7 @@ def softmax(logits: Array) -> Routing:
     return DenseRouting(experts, scores, scores, logits)
 
 
+@compiled("k", "renormalize")
 def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
     """Sends every token to its k best experts: `by_score` with a softmax, ranked by logits.
 
