@@ -1,6 +1,7 @@
 """Weights on disk: exact, and never silently wrong."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import moejax
 from moejax.interop import safetensors as weights
 from moejax.interop import torch as conversion
+from moejax.interop import transformers as published
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -105,3 +107,27 @@ def test_names_are_strings(path, name):
     with pytest.raises(ValueError, match=re.escape(f"got [{name!r}]")):
         weights.save(path, {name: np.ones(3)})
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("written", ["~/a b", "file://{home}/a%20b", "file:{home}/a%20b"])
+def test_a_path_by_its_other_names(tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    weights.save(written.format(home=tmp_path), {"x": np.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a b"]
+    np.testing.assert_array_equal(weights.load(written.format(home=tmp_path))["x"], np.ones(2))
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/w", "gs://w", Path("s3://bucket/w")])
+def test_an_address_elsewhere_is_refused_by_name(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    uses = [
+        lambda: weights.save(address, {"x": np.ones(1)}),
+        lambda: weights.load(address),
+        lambda: published.block(address),
+        lambda: published.load(address, 0),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=f"on this machine.*got {address}"):
+            use()
+    assert not list(tmp_path.iterdir())

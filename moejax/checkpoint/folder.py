@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote
+
+from moejax._paths import local
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder until it is complete
 
@@ -80,23 +80,6 @@ def steps_in(folder: Path) -> list[int]:
         return []
     numbered = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
     return [int(path.name) for path in numbered if path.name == str(int(path.name))]
-
-
-def local(folder: str | Path) -> Path:
-    """The absolute path of a folder on this machine, given with or without ``file:`` or ``~``.
-
-    Raises:
-        ValueError: if it is the address of something else; as a path, it would make a folder
-            called ``s3:`` here.
-    """
-    text = str(folder)
-    if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
-        return Path(unquote(here[1])).absolute()
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text):  # a single slash in a Path of s3://bucket
-        raise ValueError(
-            f"`folder` must be a folder on this machine, or one that is mounted here, got {folder}."
-        )
-    return Path(folder).expanduser().absolute()
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.folder import apart, local, orbax, steps_in
+from moejax._paths import local
+from moejax.checkpoint.folder import apart, orbax, steps_in
 from moejax.checkpoint.manifest import (
     DamagedError,
     Manifest,

@@ -11,7 +11,8 @@ from typing import Any, SupportsIndex
 
 import jax
 
-from moejax.checkpoint.folder import apart, clear, delete, latest, local, orbax, steps_in
+from moejax._paths import local
+from moejax.checkpoint.folder import apart, clear, delete, latest, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+
+from moejax._paths import local
 
 CHECKSUM = "sha256"
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -30,8 +31,8 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
         arrays: by name; booleans, integers, or floats of 16 to 64 bits.
 
     Raises:
-        ValueError: if a name is not a string, or an array has a dtype that `load` cannot read;
-            names them. Nothing is written then.
+        ValueError: if the path is not one on this machine, if a name is not a string, or an array
+            has a dtype that `load` cannot read; names them. Nothing is written then.
         ImportError: without safetensors; names the command that installs it.
 
     Example:
@@ -45,7 +46,8 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     contiguous = {name: _native(np.array(array, order="C")) for name, array in arrays.items()}
     _check(contiguous)
     metadata = {CHECKSUM: _digest(contiguous)}
-    partial = Path(path).with_name(Path(path).name + ".partial")
+    path = local(path)
+    partial = path.with_name(path.name + ".partial")
     partial.write_bytes(library().numpy.save(contiguous, metadata=metadata))
     os.replace(partial, path)
 
@@ -61,11 +63,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         Arrays by name.
 
     Raises:
-        ValueError: if the file is damaged or has no checksum; names the file.
+        ValueError: if the path is not one on this machine, or if the file is damaged or has no
+            checksum; names it.
         ImportError: without safetensors; names the command that installs it.
     """
     safetensors = library()
-    content = Path(path).read_bytes()
+    content = local(path).read_bytes()
     try:
         arrays = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
         expected = _metadata(content).get(CHECKSUM)

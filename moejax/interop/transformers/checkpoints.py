@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax._paths import local
 from moejax.base import Params
 from moejax.interop.safetensors import library
 from moejax.interop.torch import Layout, Tensor, to_torch
@@ -99,7 +100,7 @@ def _block(folder: Folder) -> Block:
 def _opened(folder: Folder) -> Iterator[tuple[Files, Callable[[str], Any]]]:
     """Which file holds each tensor, and a function that opens one without reading it."""
     with ExitStack() as stack:
-        handles = {file: stack.enter_context(_open(file)) for file in _files(Path(folder))}
+        handles = {file: stack.enter_context(_open(file)) for file in _files(local(folder))}
         files = {name: file for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
         yield files, lambda name: handles[files[name]].get_slice(name)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 
 from moejax._checks import is_integer
+from moejax._paths import local
 from moejax.base import Array
 
 Config = Mapping[str, Any]
@@ -34,7 +34,7 @@ ACTIVATIONS = MappingProxyType(
 def as_dict(config: Any) -> Config:
     """The fields of a configuration object, a dict, a ``config.json``, or the folder of one."""
     if isinstance(config, str | os.PathLike):
-        path = Path(config)
+        path = local(config)
         return json.loads((path / "config.json" if path.is_dir() else path).read_text())
     if isinstance(config, Mapping):
         return config
