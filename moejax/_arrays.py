@@ -72,5 +72,5 @@ def at_least_float32(x: Array) -> Array:
 
 
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
-    """The dtype of a mixture: that of x, or of the outputs if x holds integers."""
+    """The dtype of a mixture: the dtype of x, or of the outputs if x holds integers."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype

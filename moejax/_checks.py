@@ -82,7 +82,7 @@ def positive_like(name: str, value: Array | float, of: str, array: Array) -> Arr
 
 
 def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
-    """Refuses a mask that would broadcast, or whose numbers could mean anything."""
+    """Refuses a mask of another shape, which would broadcast, and one that is not boolean."""
     if mask.shape != shape or mask.dtype != bool:
         raise ValueError(
             f"`mask` must be a boolean array of shape {list(shape)}, True for tokens that count, "
@@ -162,7 +162,7 @@ def check_k(k: int, logits: Array) -> None:
 
 
 def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Params, Array]:
-    """Refuses what a decision ``[T, E]`` is not about: an index beyond the end reads the last.
+    """Refuses parameters or tokens that do not fit a decision: an index too large reads the last.
 
     Returns:
         The parameters and tokens as JAX's arrays: NumPy's cannot be indexed by traced choices.

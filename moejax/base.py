@@ -90,7 +90,7 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """E, read from the shape of the scores; every reader of the ids asks for it.
+        """E, from the shape of the scores. Whatever reads the ids reads E first, so it checks them.
 
         Raises:
             ValueError: if the ids cannot hold E, "nowhere", which would wrap round to an expert.

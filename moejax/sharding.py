@@ -1,8 +1,8 @@
 """Mixtures on a mesh of devices: data parallel along every axis, expert parallel along one.
 
-Everything outside the schedule is ordinary JAX on global arrays. So a balance loss is that of the
-whole batch (loads and mean scores are summed over the mesh before they are multiplied), noise is
-that of one device, and a training step needs no change.
+Everything outside the schedule is ordinary JAX on global arrays. So a balance loss covers the whole
+batch (loads and mean scores are summed over the mesh before they are multiplied), noise is the same
+as on one device, and a training step needs no change.
 
 - `shardings` alone is the simple way: place the parameters, keep any schedule, and XLA's
   partitioner finds the communication. It serves `dense` and `capacity`, and meshes with Auto axes.

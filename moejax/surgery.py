@@ -86,12 +86,12 @@ def grow(
     """The same mixture with more experts: copies of the old ones, in turn.
 
     A copy has the column of the router that its original has. The function stays the same
-    - where all experts are in the sum (`softmax`): where some have more copies than others, the
+    - under `softmax`, where all experts are in the sum; if some have more copies than others, the
       router's bias is lowered by the logarithm of their number;
-    - where the best K are, if K grows as E does: ``k=2`` of 4 becomes ``k=4`` of 8;
-    - for every rule by logits, with K as it is and a large ``offset``: the copies stand so far
-      behind that no token chooses them yet. Lower the offset, or let `update_balance_bias`, to
-      bring them in.
+    - under top-k, if K grows with E: ``k=2`` of 4 becomes ``k=4`` of 8;
+    - under every rule that ranks logits, with the same K and a large ``offset``: the copies rank so
+      low that no token chooses them yet. Lower the offset, or use `update_balance_bias`, to bring
+      them in.
 
     Args:
         params: of a mixture whose router ends in a linear layer.
@@ -240,7 +240,7 @@ def take_experts(params: Params, ids: Any) -> Params:
 def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
     """Applies a function to whatever has the structure of a mixture's params, wherever it is.
 
-    An optimizer's moments do, and follow their parameters; all else stays as it is.
+    An optimizer's moments have it, so they follow their parameters; everything else is unchanged.
 
     Args:
         operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``.

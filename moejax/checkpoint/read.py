@@ -191,7 +191,7 @@ def _read_item(reader: Any, path: Path, **item: Any) -> Any:
 
 
 def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
-    # The array, of the kind and on the devices of the one it is to be like.
+    # The array, converted to the kind of `like` and placed on its devices.
     if isinstance(like, (np.ndarray, np.generic)):
         return like if array is None else array.astype(like.dtype)  # in its order of bytes
     leaf: Any = array
@@ -203,5 +203,5 @@ def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    # An array that is not committed goes where the others are; so must its restored twin.
+    # An uncommitted array follows the others to their device, and so must the restored one.
     return leaf.sharding if getattr(leaf, "committed", True) else None

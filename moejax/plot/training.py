@@ -94,7 +94,7 @@ def loss(
 
 
 def confusion(counts: np.ndarray) -> Figure:
-    """Which class is taken for which.
+    """The confusion matrix: which class is taken for which.
 
     Args:
         counts: examples by true class and predicted class, shape [classes, classes].

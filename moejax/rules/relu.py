@@ -16,7 +16,7 @@ def relu(logits: Array) -> Routing:
 
     How many these are differs between tokens and is held at k on average by a penalty, `l1_loss`
     times a coefficient that `update_l1_coefficient` maps to the next step's. The gate is
-    continuous in the logits, where that of top-k jumps.
+    continuous in the logits, where the output of top-k jumps.
 
     Args:
         logits: router output, shape [T, E].

@@ -17,7 +17,7 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
     two weights do not sum to one.
 
     With a key, training: each expert is drawn from its softmax, and a draw that is not the best one
-    has a third of its weight with probability 3/4. The gradient is that of the whole weight; the
+    has a third of its weight with probability 3/4. The gradient is taken of the whole weight; the
     two together are Heun's third-order estimate of the gradient through the draw.
 
     Args:

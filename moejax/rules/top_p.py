@@ -13,8 +13,8 @@ def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
     """Sends every token to its best experts until their probabilities reach p.
 
     ``q = softmax(logits)``, experts in descending order of q; expert e is chosen while the sum of
-    those before it is less than p. The weights are q as it is. A sure token takes one expert, a
-    doubtful one many.
+    those before it is less than p. The weights are q, not renormalised. A sure token takes
+    one expert, a doubtful one many.
 
     Args:
         logits: router output, shape [T, E].

@@ -14,10 +14,10 @@ from moejax.training.step import TrainState
 class Masked(NamedTuple):
     """Data for a loss that reads a mask, so that all batches of an epoch have one size.
 
-    The last batch of an epoch has N mod B examples, and a program of its own costs as much to
-    compile as that of all others. A loss that takes ``Masked`` batches spares it: the last batch
-    is filled up with other examples, of which the mask says that they do not count. ``mask`` may
-    leave out examples of the data, too.
+    The last batch of an epoch has N mod B examples, and compiling a second step for it takes as
+    long as compiling the first. A loss that takes ``Masked`` batches needs no second step: the last
+    batch is filled up with other examples, for which the mask is False. ``mask`` can also leave
+    out examples of the data.
 
     Attributes:
         data: pytree of arrays [N, ...]; in a batch, [B, ...].

@@ -23,7 +23,7 @@ from moejax.training.step import Metrics, Step, TrainState
 def train_epoch(
     step: Step, state: TrainState, data: Any, *, batch_size: int
 ) -> tuple[TrainState, Metrics]:
-    """Every example once, in the order of the epoch that the state is in.
+    """Takes every example once, in the order of the epoch that the state is in.
 
     This is `train_until` with the epoch's order, to the epoch's end; the epoch's number is read
     from the step count. The examples left over by whole batches make one smaller batch at the
@@ -70,7 +70,7 @@ def train_until(
     *,
     batch_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """The part of an epoch from the step that the state is at to another.
+    """Goes on with an epoch from the step that the state is at to the step ``stop``.
 
     The number of steps is not part of the compiled program, so the same program runs every piece,
     and an epoch gives the same bits in whatever pieces it is run.

@@ -22,7 +22,7 @@ def padded_exchange(rows: Array, sent: Array, received: Array, axis: str) -> Arr
 
     Args:
         rows: one block for each of the S devices of the axis, shape [S, C, ...].
-        sent: rows of each block that mean anything, int32 [S]; not read.
+        sent: filled rows of each block, int32 [S]; not read.
         received: the same of the blocks that arrive, int32 [S]; not read.
         axis: the mesh axis. The function must run inside `jax.shard_map`.
 
@@ -44,7 +44,7 @@ def padded_exchange(rows: Array, sent: Array, received: Array, axis: str) -> Arr
 
 
 def ragged_exchange(rows: Array, sent: Array, received: Array, axis: str) -> Array:
-    """Sends only the rows that mean anything: fewer bytes, on GPU and TPU.
+    """Sends only the rows that are filled: fewer bytes, on GPU and TPU.
 
     Args:
         rows: one block for each of the S devices of the axis, shape [S, C, ...].

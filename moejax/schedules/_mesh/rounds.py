@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     """Which choices of this device travel where.
 
     Attributes:
-        order: the choices, numbered as in `moejax.dispatch`, sorted by expert and so by device,
+        order: the choices, numbered k T + t, sorted by expert and so by device,
             int32 [T K].
         sent: how many choices go to each expert, int32 [S, E/S].
         received: how many come from each device to each expert here, int32 [S, E/S].
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
         return r * self.block + jnp.arange(self.block, dtype=jnp.int32)
 
     def rows(self, counts: Array, r: Array | int) -> Array:
-        """How many rows of every block mean anything in round r, int32 [S]."""
+        """How many rows of every block are filled in round r, int32 [S]."""
         return jnp.clip(counts.sum(axis=-1, dtype=jnp.int32) - r * self.block, 0, self.block)
 
     @property
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(routing: Routing, axis: str, factor: float) -> Plan:
-    """Sorts the choices of this device by where they go, and tells the others how many come.
+    """Sorts the choices of this device by destination, and tells the others how many will come.
 
     Args:
         routing: the decision of this device's T tokens among all E experts.
@@ -83,7 +83,7 @@ def one_round(
     x: Array,
     weights: Array,
 ) -> Array:
-    """What the choices of round r add to the mixture: there, through the experts, and back.
+    """The part of the sum that the choices of round r give: sent, computed, and sent back.
 
     Args:
         local: the mixture of this device's own experts, ``(params, rows, routing) -> outputs``.
@@ -123,7 +123,7 @@ def _leaving(plan: Plan, r: Array | int) -> Array:
 
 
 def _arriving(plan: Plan, r: Array | int) -> Routing:
-    """Whom the rows that arrive in round r are for, as a decision of S C tokens with K = 1."""
+    """The experts of the rows that arrive in round r, as a decision of S C tokens with K = 1."""
     ends = jnp.cumsum(plan.received, axis=-1, dtype=jnp.int32)  # queues are sorted by expert
     find = jax.vmap(partial(jnp.searchsorted, side="right"), in_axes=(0, None))
     experts = find(ends, plan.places(r)).reshape(-1, 1)  # [S, C] -> [S C, 1]; E/S when empty

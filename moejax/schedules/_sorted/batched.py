@@ -33,16 +33,16 @@ class PerExpert(NamedTuple):
 
 
 def outputs_of_slots(apply: Apply, policy: Policy, slots: Slots, operands: Operands) -> Array:
-    """What every expert makes of its slots, ``[T, ...] -> [S, ...]``.
+    """The outputs of every expert on its slots, ``[T, ...] -> [S, ...]``.
 
     Args:
         apply: the expert, for one expert's parameters and C rows.
         policy: how many slots the experts have, and how many are computed together.
-        slots: who stands where.
+        slots: which choice stands in which slot.
         operands: parameters, tokens, gates of the choices, and what the expert closes over.
 
     Returns:
-        Outputs, shape [S, ...]; what stands in an empty slot means nothing.
+        Outputs, shape [S, ...]; those of empty slots are not read.
     """
     x = operands.tokens
 
@@ -60,12 +60,12 @@ def cotangents(
     outputs: Array,
     cotangent: Array,
 ) -> Operands:
-    """The cotangents of the operands, given that of the gated sum over the slots.
+    """The cotangents of the operands, from the cotangent of the gated sum over the slots.
 
     Args:
         apply: the expert, for one expert's parameters and C rows.
         policy: how many slots the experts have, and how many are computed together.
-        slots: who stands where.
+        slots: which choice stands in which slot.
         operands: parameters, tokens, gates of the choices, and what the expert closes over.
         outputs: from `outputs_of_slots`, shape [S, ...].
         cotangent: of the sum, shape [T, ...].
@@ -103,8 +103,8 @@ def cotangents(
 def clear(experts: Array, count: Array, tree: Tree) -> Tree:
     """The leaves [E, ...] with zeros for the first ``count`` of these experts, in place.
 
-    An expert without choices computes rows that it may overflow on, and zero times infinity is no
-    gradient. A `where` would read and write every expert's gradient to clear the few.
+    An expert without choices still computes rows, of tokens that it may overflow on, and zero times
+    infinity is not zero. A `where` would read and write every expert's gradient to clear a few.
     """
 
     def one(i: Array, tree: Tree) -> Tree:

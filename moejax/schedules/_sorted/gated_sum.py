@@ -95,13 +95,13 @@ def output_like(expert: Expert, params: Params, x: Array) -> jax.ShapeDtypeStruc
 
 
 def _gates(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
-    """The weights by choice, ``[T, K] -> [K * T]``, in the dtype of the sum: at least float32."""
+    """The weights by choice, ``[T, K] -> [K * T]``, in the dtype of the sum, float32 or more."""
     dtype = np.promote_types(output.dtype, np.promote_types(weights.dtype, "f4"))
     return weights.T.astype(dtype).reshape(-1)
 
 
 def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[Apply, list[Array]]:
-    """Makes arguments of the traced arrays that an expert closes over: they may have gradients.
+    """Turns the traced arrays that an expert closes over into arguments, so they get gradients.
 
     Returns:
         The expert with those arrays as its third argument, for the policy's numbers of rows; and
@@ -157,7 +157,7 @@ def _zeros_of_sum(program: Program, operands: Operands) -> Array:
 
 
 def _batched(program: Program, run: Any, slots: Slots, *args: Any) -> Any:
-    """What a batched pass gives; zeros where it does not pay, and the loops take every choice."""
+    """The batched pass, or zeros where it does not pay and the loops take every choice."""
     if always_batched(program.policy):
         return run(slots, *args)
     shapes = jax.eval_shape(run, slots, *args)
@@ -166,7 +166,7 @@ def _batched(program: Program, run: Any, slots: Slots, *args: Any) -> Any:
 
 
 def _overflow(policy: Policy, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
-    """What the batched pass left, cut into whole blocks of each size but the last."""
+    """The rows that the batched pass left: whole blocks of each size, and the rest for the last."""
     order, starts = choices
     batched = slots.capacity
     if not always_batched(policy):

@@ -1,9 +1,9 @@
 """What did not fit the batched pass: a loop over blocks of rows, one expert per block.
 
 The loop has as many trips as there are blocks, a number that only the data knows. Reverse mode
-through such a loop is not defined, but the derivative of the loop is again a loop of the same
-form, with the derivative of its body: ``block_loop`` says so, and is differentiable any number
-of times.
+through such a loop is not defined. But its derivative is a loop of the same form, over the
+derivative of its body; `block_loop` is defined that way, so it can be differentiated any number of
+times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tree = Any  # a pytree of arrays
 
 
 class Operands(NamedTuple):
-    """What a block reads, or what it adds to, by the way it is indexed.
+    """The arrays that a block reads or adds to, grouped by how they are indexed.
 
     Attributes:
         params: one entry per expert, leaves ``[E, ...]``; a block sees ``[...]``.
@@ -57,11 +57,11 @@ Body = Callable[[Operands], Operands]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def block_loop(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) -> Operands:
-    """Adds to ``init`` what ``body`` makes of every block of at most ``size`` rows.
+    """Adds to ``init`` the result of ``body`` on every block of at most ``size`` rows.
 
-    A padded row is a copy of a real one (so that an expert never sees values that are not in
-    the data) with zeros for its choices; what ``body`` returns for it is dropped. What it adds
-    to the parameters must therefore vanish with the choices, which holds for
+    A padded row is a copy of a real one, so that an expert never sees values that are not in the
+    data, with zeros for its choices. What ``body`` returns for it is dropped, so its part of the
+    parameters' gradient must be zero where the choices are. That holds for
     ``weight * expert(params, x)`` and for all its derivatives.
 
     Args:
