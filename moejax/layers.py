@@ -179,8 +179,8 @@ def glu(
         layer: makes each of the three layers from its two widths; `linear` without bias by default.
 
     Returns:
-        A layer with params ``{"gate": {"kernel": [D, F]}, "up": {"kernel": [D, F]},
-        "down": {"kernel": [F, D]}}``.
+        A layer with params ``{"gate": ..., "up": ..., "down": ...}``, each of a layer: by default
+        ``{"kernel": [D, F]}`` twice, and ``{"kernel": [F, D]}``.
 
     Raises:
         ValueError: if a width is not a positive integer.

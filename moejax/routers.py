@@ -115,8 +115,8 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
         num_experts: E.
 
     Returns:
-        A layer with params ``{"projection": {"kernel": [D, P], "bias": [P]}, "directions":
-        [P, E], "log_scale": []}`` and ``apply(params, x [T, D]) -> logits [T, E]``.
+        A layer with ``apply(params, x [T, D]) -> logits [T, E]`` and three params: ``projection``,
+        those of a `linear` layer, ``directions`` [P, E] and the scalar ``log_scale``.
 
     Raises:
         ValueError: if a number is not a positive integer.

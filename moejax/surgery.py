@@ -85,7 +85,8 @@ def grow(
 ) -> Params:
     """The same mixture with more experts: copies of the old ones, in turn.
 
-    A copy has the column of the router that its original has. The function stays the same
+    A copy has the column of the router that its original has. The function stays the same:
+
     - under `softmax`, where all experts are in the sum; if some have more copies than others, the
       router's bias is lowered by the logarithm of their number;
     - under top-k, if K grows with E: ``k=2`` of 4 becomes ``k=4`` of 8;
