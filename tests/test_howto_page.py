@@ -1,0 +1,25 @@
+"""The code of the how-to page runs as it stands, and parts of a batch add up."""
+
+import jax
+import numpy as np
+import pytest
+
+import moejax
+from pages import code_of
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_the_code_runs():
+    names: dict = {}
+    exec(code_of("howto.md"), names)
+    params, x, gradient = names["params"], names["x"], jax.grad(names["biased_loss"], has_aux=True)
+    _, routing = gradient(params, np.zeros(8, "f4"), x)
+    bias = moejax.update_balance_bias(np.zeros(8, "f4"), routing, rate=1e-3)  # the page's first
+    whole, _ = gradient(params, bias, x)
+    # The experts of a token do not depend on the other tokens, so parts add up to the whole.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        names["gradients"],
+        whole,
+    )
