@@ -33,6 +33,15 @@ def key():
 
 
 @pytest.fixture
+def optimized():
+    """Programs as users compile them, for a test that runs one for long."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def x64():
     """Double precision for one test."""
     with jax.enable_x64(True):

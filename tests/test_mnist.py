@@ -170,7 +170,7 @@ def test_the_baseline_of_the_study(tmp_path):
 
 
 @needs_mnist
-def test_the_soft_mixture_passes_97_percent(tmp_path):
+def test_the_soft_mixture_passes_97_percent(tmp_path, optimized):
     run("mnist", "--out", str(tmp_path), "--dataset", "mnist")
     summary, history = read(tmp_path)
     assert len(history) == 5
