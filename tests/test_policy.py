@@ -111,6 +111,7 @@ def test_many_experts_have_slots_by_load_on_cpu_alone():
 def test_chunks_divide_the_experts(num_experts, capacity):
     chunk = experts_per_chunk(num_experts, capacity)
     assert num_experts % chunk == 0
+    assert (chunk > 1) == (num_experts > 1), "a batch of one product takes twice as long"
     assert chunk <= 4 or chunk * capacity <= CACHED_ROWS or num_experts == chunk
 
 
