@@ -14,14 +14,14 @@ from reference import close
 T, PADDING = 6, 2
 
 
-def exponential(params, x):
+def exponential(params, x, *, matmul=jnp.matmul):
     """Infinite, with an infinite derivative, where the last expert sees a token."""
-    return jnp.exp(x @ params["kernel"])
+    return jnp.exp(matmul(x, params["kernel"]))
 
 
-def unit(params, x):
+def unit(params, x, *, matmul=jnp.matmul):
     """No number at zero, and no derivative."""
-    y = x @ params["kernel"]
+    y = matmul(x, params["kernel"])
     return y / jnp.sqrt(jnp.sum(y**2, axis=-1, keepdims=True))
 
 
@@ -109,3 +109,27 @@ def test_a_switch_between_one_and_infinity():
     for schedule in ONE_DEVICE.values():
         y = schedule(expert, jnp.array([1.0, 1e30]), jnp.ones((1, 1)), routing)
         np.testing.assert_allclose(y, routing.weights * 1e20, rtol=1e-6)
+
+
+def divided(params, x, *, matmul=jnp.matmul):
+    """No number where the product is zero, and no derivative by what is divided by it."""
+    y = matmul(x, params["kernel"])
+    return x / jnp.sqrt(jnp.sum(y**2, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("expert", [unit, divided])
+@pytest.mark.parametrize("schedule", ONE_DEVICE)
+def test_a_schedule_by_itself_leaves_out_what_goes_nowhere(schedule, expert):
+    x, here = tokens(), jnp.arange(T) < T - PADDING
+    routing = moejax.top_k(jax.random.normal(jax.random.key(3), (T, E)), k=2)
+
+    def scalar(params, x, routing):
+        y = ONE_DEVICE[schedule](expert, params, x, routing)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.value_and_grad(scalar, (0, 1), has_aux=True)
+    present = jax.tree.map(lambda leaf: leaf[: T - PADDING], routing)
+    (_, expected), (to_params, to_x) = run(params(1.0), x[: T - PADDING], present)
+    (_, y), gradients = run(params(1.0), x, moejax.mask_tokens(routing, here))
+    padded = [jnp.pad(a, ((0, PADDING), (0, 0))) for a in (expected, to_x)]
+    close((y, *gradients), (padded[0], to_params, padded[1]), rtol=1e-5)
