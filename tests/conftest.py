@@ -35,9 +35,9 @@ def key():
 @pytest.fixture
 def optimized():
     """Programs as users compile them, for a test that runs one for long."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
+    before = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
     jax.config.update("jax_disable_most_optimizations", before)
 
 
