@@ -56,6 +56,7 @@ from moejax.training import (
 )
 from parts.cache import keep_programs
 from parts.command_line import (
+    QUICK_TO_COMPILE,
     OneLineParser,
     add_arguments,
     at_least,
@@ -77,8 +78,6 @@ from parts.resume import Progress, metrics_log, pauses
 from parts.routes import ROUTES, asks_for_k
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
-# For what runs once: it takes less time to compile than it can save.
-QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
 FROM_FOLDERS = ("auto", "mnist")
 DATASETS = {"auto": load, "mnist": mnist, "digits": lambda _: digits()}
 

@@ -38,6 +38,7 @@ from moejax import plot
 from moejax.training import TrainState, init_state, train_step
 from parts.cache import keep_programs
 from parts.command_line import (
+    QUICK_TO_COMPILE,
     OneLineParser,
     add_arguments,
     at_least,
@@ -55,8 +56,6 @@ from parts.progress import progress, waiting
 
 LEARNING_RATE = 0.01
 FRAMES = 16  # of the animation
-# For what is compiled for one command: it takes less time to compile than it can save.
-QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
 
 
 class Task(NamedTuple):

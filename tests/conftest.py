@@ -34,7 +34,7 @@ def key():
 
 @pytest.fixture
 def optimized():
-    """Programs as users compile them, for a test that runs one for long."""
+    """Programs that take longer to compile and less to run, for a test that runs one for long."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     before = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"

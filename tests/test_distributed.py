@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -41,8 +40,6 @@ def run(out, *flags, devices):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS")  # conftest's eight devices
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # it trains for longer than it compiles
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     command = [sys.executable, ROOT / "experiments" / "mnist.py", *STEPS, "--out", out, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -181,16 +181,14 @@ def processor() -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
-def compiled(
-    function: Callable[..., Any],
-    *args: Any,
-    out_shardings: Any = None,
-    compiler_options: dict[str, Any] | None = None,
-) -> tuple[Callable[..., Any], float]:
+# For what runs once: it takes less time to compile than it can save.
+QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
     """The function compiled for these arguments, and the seconds that took."""
     start = time.perf_counter()
-    jitted = jax.jit(function, out_shardings=out_shardings, compiler_options=compiler_options)
-    program = jitted.lower(*args).compile()
+    program = jax.jit(function).lower(*args).compile()
     seconds = time.perf_counter() - start
     sign_programs()
     return program, seconds
