@@ -18,10 +18,14 @@ traffic  bytes that a training step sends between devices, read from the compile
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.layers import grouped_suite, layer_suite, scaling_suite
@@ -31,13 +35,15 @@ from benchmarks.traffic import traffic_suite
 from benchmarks.whole_runs import load_suite, mnist_suite, toy_suite
 from parts.command_line import (
     OneLineParser,
-    output_folder,
+    add_out,
     processor,
     rounded,
     say,
+    start_devices,
     versions,
     write_json,
 )
+from parts.output import output_of_one_run
 
 ROUNDS = 7
 SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]
@@ -71,11 +77,18 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    add_out(parser, "runs/benchmark")
     parser.add_argument("--quick", action="store_true", help="small problems, to see that it runs")
     parser.add_argument("--suite", choices=SUITES, help="one suite instead of all")
     options = parser.parse_args()
-    folder = output_folder(parser, options.out)
+    with ending.one_line_errors(), output_of_one_run(options.out):
+        start_devices()
+        work(options)
+
+
+def work(options: argparse.Namespace) -> None:
+    """The suites."""
+    folder = options.out
     results: list[Result] = []
     settings = "".join(f", {name}={value}" for name, value in environment().items())
     say(f"{os.cpu_count()} cores of {processor()}{settings}\n")

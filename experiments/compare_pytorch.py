@@ -8,6 +8,11 @@ done is written at once to summary.json and table.md, so a run that is stopped l
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 from functools import partial
 from importlib import metadata
@@ -27,7 +32,17 @@ import numpy as np
 from data import Dataset, Points, load, mnist_sample, toy
 from moejax.interop import torch as conversion
 from moejax.training import init_state, train_step
-from parts.command_line import OneLineParser, output_folder, rounded, say, versions, write_json
+from parts.command_line import (
+    OneLineParser,
+    add_out,
+    folder_name,
+    rounded,
+    say,
+    start_devices,
+    versions,
+    write_json,
+)
+from parts.output import output_of_one_run, save_figure, save_text
 from parts.progress import progress
 from pytorch import figures, races, twins
 from pytorch.table import table
@@ -104,7 +119,7 @@ def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[
     }
     record["tolerance"] = LOSS_TOLERANCE[name]
     record["met"] = record["float64"]["losses"] <= record["tolerance"]
-    figures.overlay(f"{name}: the same run twice", curves).savefig(out / f"overlay_{name}.png")
+    save_figure(figures.overlay(f"{name}: the same run twice", curves), out / f"overlay_{name}.png")
     return record
 
 
@@ -128,7 +143,7 @@ def compare_distributions(twin: Twin, problem: Problem, seeds: int, out: Path) -
     }
     first, second, third = accuracies.values()
     test, test_own = ks_2samp(first, second), ks_2samp(first, third)
-    figures.seeds(accuracies, test.pvalue).savefig(out / "seeds.png")
+    save_figure(figures.seeds(accuracies, test.pvalue), out / "seeds.png")
     return {
         "seeds": seeds,
         "steps": steps,
@@ -196,8 +211,13 @@ def machine() -> dict[str, str]:
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/pytorch"))
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST")
+    add_out(parser, "runs/pytorch")
+    parser.add_argument(
+        "--data-dir",
+        type=folder_name,
+        metavar="FOLDER",
+        help="folder of MNIST (default: $MOEJAX_DATA_DIR, else the cache, else a download)",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -219,7 +239,13 @@ def images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dataset
 def main() -> None:
     """Compares numbers, distributions and speed, and reports."""
     parser, args = arguments()
-    output_folder(parser, args.out)
+    with ending.one_line_errors(), output_of_one_run(args.out):
+        start_devices()
+        work(parser, args)
+
+
+def work(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The comparison."""
     size = QUICK if args.quick else FULL
     data = images(parser, args)
     models = {name: make() for name, make in TWINS.items()}
@@ -236,7 +262,7 @@ def main() -> None:
 
     def save() -> None:
         write_json(args.out / "summary.json", rounded(record))
-        (args.out / "table.md").write_text(table(record))
+        save_text(table(record), args.out / "table.md")
 
     # A cache from an earlier run would hide what compilation costs.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -253,7 +279,7 @@ def main() -> None:
         for name, twin in models.items():
             record["speed"][name] = compare_speed(name, twin, problems[name], size)
             save()
-    figures.speed(record["speed"], UNITS).savefig(args.out / "speed.png")
+    save_figure(figures.speed(record["speed"], UNITS), args.out / "speed.png")
     say("\n" + table(record))
     say(f"summary.json, table.md and the pictures are in {args.out}")
     if data.notice:

@@ -12,6 +12,11 @@ run that was killed goes on with --resume.
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 import hashlib
 from collections.abc import Iterator
@@ -28,16 +33,18 @@ from data.text import Text, decode, encode
 from language.command import arguments, build, check, load
 from language.contenders import Network
 from language.report import add_times, claim, print_table, summarize
-from language.runs import HEADER, Plan, Programs, RefusedError, Run, check_fresh, train, trained
+from language.runs import HEADER, Plan, Programs, Run, check_fresh, train, trained
 from language.sampling import Sample, sample
 from language.training import advance, evaluate, optimizer, start, windows_of
-from parts.command_line import output_folder, say, versions, write_json
+from parts.cache import keep_programs
+from parts.command_line import say, start_devices, versions, write_json
 from parts.devices import everywhere, make_mesh, place, places, shapes
+from parts.output import output_of_one_run
 from parts.progress import progress
 
 PROMPT = "def "
 # What a run may be resumed with: its place, its company, and what is done with it afterwards.
-FREE_TO_DIFFER = {"out", "text", "resume", "seeds", "model", "mesh"} | {
+FREE_TO_DIFFER = {"out", "text", "resume", "seeds", "model", "mesh", "no_cache"} | {
     "sample",
     "sample_length",
     "temperature",
@@ -163,20 +170,18 @@ def main() -> None:
     """Trains what was asked for, reports and draws; or writes text by what was trained."""
     parser, args = arguments(__doc__.splitlines()[0])
     check(parser, args)
-    mesh = make_mesh(parser, args)
-    output_folder(parser, args.out)
-    on_one_device = build(args, None)  # samples are of one token, which no mesh can share
-    try:
+    with ending.one_line_errors():
+        keep_programs(not args.no_cache)
+        start_devices()
+        mesh = make_mesh(parser, args)
+        on_one_device = build(args, None)  # samples are of one token, which no mesh can share
         if args.sample is not None:
             write_samples(args, on_one_device)
             return
-        text = load(parser, args)
-        runs = compete(args, build(args, mesh), text, mesh)
-    except RefusedError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    report(args, on_one_device, runs, text)
+        with output_of_one_run(args.out):
+            text = load(parser, args)
+            runs = compete(args, build(args, mesh), text, mesh)
+            report(args, on_one_device, runs, text)
     say(f"\nsummary, samples and pictures are in {args.out}")
 
 

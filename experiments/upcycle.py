@@ -10,6 +10,11 @@ of that. A table says how accurate the tests were at the end; curves and summary
 
 from __future__ import annotations
 
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
 import argparse
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +29,18 @@ import optax
 import moejax
 from data import Dataset, Split, flat, load
 from moejax.training import TrainState, init_state, train_epoch, train_step
-from parts.command_line import OneLineParser, at_least, output_folder, say, write_json
+from parts.cache import keep_programs
+from parts.command_line import (
+    OneLineParser,
+    add_arguments,
+    at_least,
+    folder_name,
+    say,
+    start_devices,
+    write_json,
+)
+from parts.output import output_of_one_run, save_figure
+from parts.progress import progress
 
 NUM_EXPERTS, HIDDEN, DIGITS = 8, 50, 10
 NOISE = 0.1
@@ -119,7 +135,7 @@ def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
     axes[0, 0].axvline(switched, color="0.7", linestyle="--")
     axes[0, 0].set(xlabel="epoch", ylabel="test accuracy")
     axes[0, 0].legend()
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def verdict(last: dict[str, np.ndarray]) -> str:
@@ -136,26 +152,49 @@ def verdict(last: dict[str, np.ndarray]) -> str:
 def main() -> None:
     """Trains, compares, and says so."""
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=None, help="where MNIST is")
-    parser.add_argument("--epochs", type=at_least(1), default=5, help="of the dense network alone")
-    parser.add_argument("--more-epochs", type=at_least(1), default=5, help="of all")
-    parser.add_argument("--batch-size", type=at_least(1), default=128)
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
+    add_arguments(parser, "runs/upcycle")
+    parser.add_argument(
+        "--data-dir",
+        type=folder_name,
+        metavar="FOLDER",
+        help="folder of MNIST (default: $MOEJAX_DATA_DIR, else the cache, else a download)",
+    )
+    counts = {
+        "--epochs": (5, "of the dense network alone"),
+        "--more-epochs": (5, "of all that go on"),
+        "--batch-size": (128, "images per step"),
+        "--seeds": (3, "runs of each, from --seed on"),
+    }
+    for name, (default, text) in counts.items():
+        parser.add_argument(
+            name, type=at_least(1), default=default, help=f"{text} (default: %(default)s)"
+        )
     args = parser.parse_args()
-    out = output_folder(parser, args.out)
-    data = load(args.data_dir)
+    with ending.one_line_errors():
+        keep_programs(not args.no_cache)
+        start_devices()
+        with output_of_one_run(args.out):
+            work(parser, args)
+
+
+def work(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The experiment."""
+    try:
+        data = load(args.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
     say(data.notice or f"Data: {data.source}")
-    each = [curves_of(args, data, seed) for seed in range(args.seeds)]
+    seeds = range(args.seed, args.seed + args.seeds)
+    each = [curves_of(args, data, seed) for seed in progress(seeds, "seeds")]
     curves = {name: np.array([one[name] for one in each]) for name in each[0]}
     last = {name: curve[:, -1] for name, curve in curves.items()}
     say(f"{'test accuracy after all epochs':32}{'mean':>8}{'least':>8}{'most':>8}")
     for name, values in last.items():
         say(f"{name:32}{values.mean():8.4f}{values.min():8.4f}{values.max():8.4f}")
     say(verdict(last))
-    draw(curves, args.epochs, out / "curves.png")
+    draw(curves, args.epochs, args.out / "curves.png")
     lists = {name: each.tolist() for name, each in curves.items()}
-    write_json(out / "summary.json", {"dataset": data.name, "curves": lists})
+    write_json(args.out / "summary.json", {"dataset": data.name, "curves": lists})
 
 
 if __name__ == "__main__":

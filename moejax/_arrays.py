@@ -17,10 +17,15 @@ Array = jax.Array
 @compiled("num_experts")
 def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
     """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
-    if values.shape[1] * num_experts <= 64:
-        # XLA fuses a few comparisons with what is around them, which it does not do for a scatter.
+    num_choices = values.shape[1]
+    if num_choices * num_experts <= 64:
+        # XLA fuses comparisons with what is around them, which it does not do for a scatter.
         ids = jnp.arange(num_experts, dtype=experts.dtype)[None]  # [1, E]
-        columns = [slice(k, k + 1) for k in range(values.shape[1])]
+        if num_choices > 2:
+            same = experts[:, :, None] == ids[None]  # [T, K, E]
+            return jnp.where(same, values[:, :, None], 0).sum(axis=1)
+        # Two columns run faster than a reduction; many take long to compile.
+        columns = [slice(k, k + 1) for k in range(num_choices)]
         laid_out = [jnp.where(experts[:, k] == ids, values[:, k], 0) for k in columns]  # [T, E]
         return reduce(jnp.add, laid_out)
 

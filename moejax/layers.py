@@ -1,7 +1,8 @@
 """Layers of which experts and routers are built: linear, mlp, glu, and what wraps and stacks them.
 
 Every built-in layer takes its matrix product as an argument, ``matmul``. One source then serves
-``vmap`` (plain products, one per expert) and a grouped product over rows sorted by expert.
+``vmap`` (plain products, one per expert) and a grouped product over rows sorted by expert. Without
+one it is the plain product, compiled with what is around it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from moejax._calling import accepts
 from moejax._checks import check_count, check_gate, check_input, check_widths
 from moejax._comparing import comparable
+from moejax._compiling import compiled
 from moejax.base import Array, Layer, Matmul, Params
 
 Initializer = Callable[..., Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
@@ -87,6 +89,7 @@ def linear(
     check_widths("linear", d_in, d_out)
     kernel_init = kernel_init or fan_in_uniform(d_in)
     bias_init = bias_init or fan_in_uniform(d_in)
+    names = ("kernel", "bias") if bias else ("kernel",)
 
     def init(key: Array) -> Params:
         kernel_key, bias_key = jax.random.split(key)
@@ -95,16 +98,26 @@ def linear(
             params["bias"] = bias_init(bias_key, (d_out,), param_dtype)
         return params
 
-    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+    def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         check_input(x, params["kernel"])
-        y = matmul(x, params["kernel"].astype(x.dtype))
-        if bias:
-            # The bias is the kernel of one constant input, so a grouped product finds its rows too.
-            one = jnp.ones_like(x[..., :1])  # [..., 1], on the devices where x is
-            y += matmul(one, params["bias"].astype(x.dtype)[..., None, :])
-        return y
+        own = {name: params[name] for name in names}
+        return _affine(own, x) if matmul is None else _affine_by(matmul, own, x)
 
     return Layer(init, apply)
+
+
+def _affine_by(matmul: Matmul, params: Params, x: Array) -> Array:
+    y = matmul(x, params["kernel"].astype(x.dtype))
+    if "bias" in params:
+        # The bias is the kernel of one constant input, so a grouped product finds its rows too.
+        one = jnp.ones_like(x[..., :1])  # [..., 1], on the devices where x is
+        y += matmul(one, params["bias"].astype(x.dtype)[..., None, :])
+    return y
+
+
+@compiled()
+def _affine(params: Params, x: Array) -> Array:
+    return _affine_by(jnp.matmul, params, x)
 
 
 @comparable
@@ -143,7 +156,7 @@ def mlp(
         keys = jax.random.split(key, len(layers))
         return {"layers": [one.init(k) for one, k in zip(layers, keys, strict=True)]}
 
-    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+    def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         *hidden, last = zip(layers, params["layers"], strict=True)
         for one, p in hidden:
             x = activation(one.apply(p, x, matmul=matmul))
@@ -204,7 +217,7 @@ def glu(
         gate_key, up_key, down_key = jax.random.split(key, 3)
         return {"gate": up.init(gate_key), "up": up.init(up_key), "down": down.init(down_key)}
 
-    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+    def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         hidden = combine(
             up.apply(params["gate"], x, matmul=matmul), up.apply(params["up"], x, matmul=matmul)
         )
@@ -242,7 +255,7 @@ def gated(layer: Layer, gate: Layer) -> Layer:
         layer_key, gate_key = jax.random.split(key)
         return {"layer": layer.init(layer_key), "gate": gate.init(gate_key)}
 
-    def apply(params: Params, x: Array, *, matmul: Matmul = jnp.matmul) -> Array:
+    def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         y = _apply(layer, params["layer"], x, matmul)
         opened = jax.nn.sigmoid(_apply(gate, params["gate"], x, matmul))
         check_gate(opened, y)
@@ -291,7 +304,7 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
     return Layer(init, apply)
 
 
-def _apply(layer: Layer, params: Params, x: Array, matmul: Matmul) -> Array:
+def _apply(layer: Layer, params: Params, x: Array, matmul: Matmul | None) -> Array:
     if accepts(layer.apply, "matmul"):
         return layer.apply(params, x, matmul=matmul)
     return layer.apply(params, x)

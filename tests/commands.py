@@ -1,7 +1,9 @@
 """Runs an experiment's script in this process, as `python experiments/NAME.py ARGUMENTS` would."""
 
+import os
 import runpy
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,12 @@ from unittest import mock
 import pytest
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+ONE_DEVICE = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+}
 
 
 @contextmanager
@@ -40,3 +48,15 @@ def refusal(name, *arguments, capsys, code=2):
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
+
+
+def start_process(name, *arguments, **environment):
+    """Starts the script in a process of its own."""
+    command = [sys.executable, str(EXPERIMENTS / f"{name}.py"), *arguments]
+    return subprocess.Popen(
+        command,
+        env=os.environ | ONE_DEVICE | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

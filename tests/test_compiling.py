@@ -31,3 +31,12 @@ def test_the_backward_pass_is_compiled_as_a_whole_too(function, caplog):
     own = [message for message in compiled if function.__name__ in message]
     assert len(own) == 2, compiled
     assert len(compiled) <= 6, compiled  # and what JAX makes to start from one
+
+
+def test_a_first_gradient_of_a_mixture_is_few_programs(caplog):
+    model = moejax.moe(moejax.mlp(3, 4, 3), moejax.linear(3, 5), num_experts=5)
+    params, x = jax.jit(model.init)(jax.random.key(0)), jnp.ones((29, 3))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        jax.grad(lambda params: jnp.sum(model.apply(params, x)[0]))(params)
+    compiled = [message for message in caplog.messages if message.startswith("Compiling")]
+    assert len(compiled) <= 14, compiled  # 26 where the router's operations are compiled singly

@@ -4,28 +4,19 @@ import contextlib
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from commands import EXPERIMENTS, refusal, run
+from commands import refusal, run, start_process
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TOY = "--samples 30 --steps 20 --seeds 2".split()
+SAMPLE = "--epochs 1000 --batch-size 4000".split()
 DIGITS = "--dataset digits --hidden 4 --experts 2".split()
-QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-
-
-def start(name, *arguments, **environment):
-    script = EXPERIMENTS / f"{name}.py"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.Popen(command, env=os.environ | QUICK | environment, **pipes)
 
 
 def wait_for(condition, process):
@@ -47,6 +38,7 @@ MOMENTS = {
     "imports": ("toy", TOY, lambda out: True),
     "compiling": ("toy", [*TOY, "--no-cache"], lambda out: (out / "data.png").exists()),
     "training": ("mnist", [*DIGITS, "--epochs", "100000"], lambda out: epochs(out) > 2),
+    "seeds": ("upcycle", SAMPLE, lambda out: True),
     "drawing": ("toy", TOY, lambda out: (out / "boundaries.png").exists()),
 }
 
@@ -63,12 +55,13 @@ def epochs(out):
         ("imports", signal.SIGINT),
         ("compiling", signal.SIGTERM),
         ("training", signal.SIGINT),
+        ("seeds", signal.SIGTERM),
         ("drawing", signal.SIGTERM),
     ],
 )
 def test_a_signal_ends_a_run_with_one_line(moment, signum, tmp_path):
     name, arguments, come = MOMENTS[moment]
-    process = start(name, "--out", str(tmp_path), *arguments)
+    process = start_process(name, "--out", str(tmp_path), *arguments)
     wait_for(lambda: catches(process, signal.SIGTERM) and come(tmp_path), process)
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
@@ -81,7 +74,7 @@ def test_a_signal_ends_a_run_with_one_line(moment, signum, tmp_path):
 def test_a_run_ends_well_in_a_poor_place(tmp_path):
     """An ASCII terminal, a path that is not, a notebook's backend, and a reader that goes away."""
     out = tmp_path / "Fräulein"
-    process = start(
+    process = start_process(
         "toy",
         *("--out", str(out), *TOY),
         PYTHONIOENCODING="ascii",
@@ -99,7 +92,7 @@ def test_a_run_ends_well_in_a_poor_place(tmp_path):
 
 
 def test_a_device_that_is_not_there(tmp_path):
-    process = start("toy", "--out", str(tmp_path), *TOY, JAX_PLATFORMS="cuda")
+    process = start_process("toy", "--out", str(tmp_path), *TOY, JAX_PLATFORMS="cuda")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.startswith("toy.py: ")
@@ -151,6 +144,11 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
         ("toy", ["--samples", "9" * 5000], "must be a whole number of at least 2, got 999"),
         ("toy", ["--out", ""], "argument --out: must name a folder, got nothing"),
         ("toy", ["--out", __file__], "--out must be a folder, got the file"),
+        ("toy", ["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket"),
+        ("mnist", ["--data-dir", "gs://bucket"], "must be a folder on this machine, got gs://"),
+        ("benchmark", ["--out", __file__], "--out must be a folder, got the file"),
+        ("upcycle", ["--data-dir", "/no/such"], "/no/such"),
+        ("upcycle", ["--seeds", "0"], "must be a whole number of at least 1, got 0"),
         ("mnist", ["--data-dir", ""], "argument --data-dir: must name a folder, got nothing"),
         ("mnist", ["--coordinator", "a:1"], "do nothing without --mesh and --processes"),
         ("mnist", ["--top-k", "3"], "--top-k does nothing with --model soft"),

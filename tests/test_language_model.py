@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from commands import refusal, run
+from commands import refusal, run, start_process
 from data.kinds import KINDS, kinds_of
 from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
 from language.contenders import CONTENDERS, Mixture, count
@@ -195,6 +196,26 @@ def test_it_reports_and_resumes(files, tmp_path, capsys):
     assert "import " in written
 
 
+def test_killed_it_goes_on_to_the_same_end(files, tmp_path):
+    steps = ["--steps=40", "--evaluate-every=2", "--model=sparse", "--seeds=1"]
+    arguments = [*SHORT, *steps, "--text", *map(str, files), "--out"]
+    run("language_model", *arguments, str(tmp_path / "whole"))
+    out = tmp_path / "killed"
+    process = start_process("language_model", *arguments, str(out))
+    metrics = out / "sparse" / "seed-0" / "metrics.jsonl"
+    with process:
+        lines = (line for line in process.stdout if line.startswith("sparse"))
+        assert next(lines)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not metrics.exists()  # it had not come to its end
+    begun = checkpoint.latest(out / "sparse" / "seed-0" / "checkpoints")
+    run("language_model", *arguments, str(out), "--resume")
+    assert begun in (None, *range(2, 40, 2))
+    ends = [summary(folder)["sparse"]["validation_loss"] for folder in (tmp_path / "whole", out)]
+    assert ends[0] == ends[1]
+
+
 def test_one_rule_on_a_mesh(files, tmp_path):
     arguments = [*SHORT, "--text", *map(str, files), "--model=switch", "--seeds=1"]
     losses = []
@@ -214,6 +235,7 @@ def test_one_rule_on_a_mesh(files, tmp_path):
         (["--model=gpt"], "must be all or one of dense, sparse"),
         (["--width=30"], "even multiple of --heads"),
         (["--top-k=9"], "at most --experts"),
+        (["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket/run"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--sample=x"], "Train dense first"),
         (["--mesh=data=2,expert=4", "--batch-size=3", "--context=3"], "multiple of the 8 devices"),

@@ -12,6 +12,7 @@ from benchmarks.peers import Shape
 from benchmarks.timing import BACKWARD, FORWARD, Result
 from moejax.plot import color, new_figure
 from parts.command_line import say
+from parts.output import save_figure
 
 
 def print_table(result: Result) -> None:
@@ -89,7 +90,7 @@ def draw(results: list[Result], folder: Path) -> list[str]:
     if layers:
         pictures["share.png"] = shares(layers)
     for name, figure in pictures.items():
-        figure.savefig(folder / name)
+        save_figure(figure, folder / name)
     return list(pictures)
 
 

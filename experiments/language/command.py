@@ -12,7 +12,14 @@ from data.text import VOCABULARY, Text, from_files, standard_library
 from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
 from language.transformer import Sizes
 from moejax.sharding import expert_parallel
-from parts.command_line import OneLineParser, at_least, positive_float, say
+from parts.command_line import (
+    OneLineParser,
+    add_no_cache,
+    add_out,
+    at_least,
+    positive_float,
+    say,
+)
 from parts.devices import mesh_axes
 
 
@@ -20,7 +27,8 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     """The command line."""
     parser = OneLineParser(description=description)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/language_model"), help="folder for all written")
+    add_out(parser, "runs/language_model")
+    add_no_cache(parser)
     add("--text", type=Path, nargs="+", metavar="FILE", help="text of one's own")
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)}")
     add("--seeds", type=at_least(1), default=3, help="runs of each model")

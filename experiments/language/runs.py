@@ -15,16 +15,14 @@ from language.training import Windows
 from moejax import checkpoint
 from moejax.training import TrainState
 from parts.command_line import rounded, say
+from parts.ending import RefusedError
+from parts.output import save_text
 
 KEEP = 2  # checkpoints
 LINE = (
     "{name:<12} {seed:>4} {step:>7,} {train_loss:>11.4f} {validation_loss:>16.4f} {seconds:>9.1f}"
 )
 HEADER = "model        seed    step  train loss  validation loss   seconds"
-
-
-class RefusedError(Exception):
-    """A run that cannot be begun or resumed as asked."""
 
 
 class Programs(NamedTuple):
@@ -166,4 +164,4 @@ def check_identity(now: dict[str, Any], was: dict[str, Any]) -> None:
 
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """A file of one record per line."""
-    path.write_text("".join(json.dumps(one) + "\n" for one in history))
+    save_text("".join(json.dumps(one) + "\n" for one in history), path)

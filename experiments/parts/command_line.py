@@ -15,14 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
 
 import jax
 import numpy as np
 
 import moejax
 from parts.cache import sign_programs
-from parts.ending import EndedError, RefusedError, whole_file
-from parts.output import make_writable
+from parts.ending import EndedError, RefusedError
+from parts.output import save_text
 
 LARGEST_SEED = 2**32 - 1  # a larger one would be cut, and be the seed of another run
 
@@ -49,9 +50,14 @@ def at_least(minimum: int, at_most: int | None = None) -> Callable[[str], int]:
 
 
 def folder_name(text: str) -> Path:
-    """An argparse type: the name of a folder, with the user's own folder for ``~``."""
+    """An argparse type: a folder on this machine, given with ``file:``, ``~`` or neither."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a folder, got nothing")
+    address = urlsplit(text)
+    if address.scheme == "file" and address.netloc in ("", "localhost"):
+        return Path(unquote(address.path))
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"must be a folder on this machine, got {text}")
     return Path(text).expanduser()
 
 
@@ -66,8 +72,8 @@ def positive_float(text: str) -> float:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """The options that every experiment has."""
+def add_out(parser: argparse.ArgumentParser, out: str) -> None:
+    """The folder that a command writes to."""
     parser.add_argument(
         "--out",
         type=folder_name,
@@ -75,26 +81,27 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         metavar="FOLDER",
         help="where pictures and numbers are written (default: %(default)s)",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options that every experiment has."""
+    add_out(parser, out)
     parser.add_argument(
         "--seed",
         type=at_least(0, LARGEST_SEED),
         default=0,
         help="another seed gives another run, the same seed the same (default: %(default)s)",
     )
+    add_no_cache(parser)
+
+
+def add_no_cache(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that keeps what it compiles."""
     parser.add_argument(
         "--no-cache",
         action="store_true",
         help="compile everything, instead of keeping compiled programs in the cache folder",
     )
-
-
-def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """Makes the folder, and finds out now and not after training whether it can be written."""
-    try:
-        make_writable(folder)
-    except RefusedError as refused:
-        parser.error(str(refused))
-    return folder
 
 
 def start_devices() -> None:
@@ -143,8 +150,7 @@ def in_words(size: int) -> str:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a record; what stood there before is replaced only once the new one is complete."""
-    with whole_file(path) as other:
-        other.write_text(json.dumps(record, indent=2) + "\n")
+    save_text(json.dumps(record, indent=2) + "\n", path)
 
 
 def rounded(value: Any) -> Any:

@@ -58,6 +58,12 @@ def make_writable(folder: Path) -> None:
         ) from None
 
 
+def save_text(text: str, path: Path) -> None:
+    """Writes a text; what stood there before is replaced only once the new one is complete."""
+    with whole_file(path) as other:
+        other.write_text(text, encoding="utf-8")
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a picture; what stood there before is replaced only once the new one is complete."""
     with whole_file(path) as other:
