@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import moejax
+from cases import RULES, SLOT_RULES, C, E, T
 
 LOSSES = [moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss]
 
@@ -19,6 +20,20 @@ def test_one_program_and_not_one_for_each_operation(function, caplog):
         function(routing)
     compiled = [message for message in caplog.messages if message.startswith("Compiling")]
     assert len(compiled) == 1, compiled
+
+
+@pytest.mark.parametrize("name", [*RULES, *SLOT_RULES])
+def test_a_rule_is_one_program(name, caplog):
+    rule, shape = (RULES | SLOT_RULES)[name], (T, E, C) if name == "soft_slots" else (T, E)
+    logits = jnp.ones(shape)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        rule(logits)
+    compiled = [message for message in caplog.messages if message.startswith("Compiling")]
+    # Beside it, a number that a rule is given becomes an array.
+    makes_an_array = ("jit(stage)", "jit(convert_element_type)")
+    programs = [one for one in compiled if not any(name in one for name in makes_an_array)]
+    assert len(programs) == 1, programs
 
 
 @pytest.mark.parametrize("function", LOSSES)

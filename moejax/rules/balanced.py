@@ -60,6 +60,18 @@ def sigmoid_top_k(
     logits = checked_logits(logits)
     groups = Groups(num_groups, kept_groups)
     check_choice("sigmoid_top_k", logits, bias, k, groups, renormalize)
+    return _sigmoid_top_k(logits, bias, scale, k, groups, renormalize)
+
+
+@compiled("k", "groups", "renormalize")
+def _sigmoid_top_k(
+    logits: Array,
+    bias: Array | None,
+    scale: Array | float,
+    k: int,
+    groups: Groups,
+    renormalize: bool,
+) -> Routing:
     experts = choose(logits, jax.nn.sigmoid(logits), bias, k, groups)
     # Softmax of log s is s / sum s, and stays finite where every s underflows.
     log_affinity = jax.nn.log_sigmoid(logits)

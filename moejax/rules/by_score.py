@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax._calling import hashable
 from moejax._checks import check_count, check_k, checked_logits
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
 Score = Callable[[Array], Array]  # logits [T, E] -> scores [T, E], not negative
@@ -85,6 +87,19 @@ def by_score(
     logits = checked_logits(logits)
     groups = Groups(num_groups, kept_groups, group_best)
     check_choice("by_score", logits, bias, k, groups, renormalize)
+    return _by_score(logits, bias, scale, hashable(score), k, groups, renormalize)
+
+
+@compiled("score", "k", "groups", "renormalize")
+def _by_score(
+    logits: Array,
+    bias: Array | None,
+    scale: Array | float,
+    score: Score,
+    k: int,
+    groups: Groups,
+    renormalize: bool,
+) -> Routing:
     scores = score(logits)
     experts = choose(logits, scores, bias, k, groups)
     weights = jnp.take_along_axis(scores, experts, axis=-1)

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import checked_logits
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
 
+@compiled()
 def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
     """Sends every token to the expert that a table holds for its id, with weight one.
 

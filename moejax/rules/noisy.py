@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import checked_logits, is_number, positive_like
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 from moejax.rules.softmax import top_k
 
@@ -50,6 +51,11 @@ def noisy_top_k(
     """
     clean = checked_logits(logits)
     noise_scale = positive_like("noise_scale", noise_scale, "logits", clean)
+    return _noisy_top_k(clean, noise_scale, key, k)
+
+
+@compiled("k")
+def _noisy_top_k(clean: Array, noise_scale: Array, key: Array | None, k: int) -> Routing:
     if key is None:
         return choose_noisy(clean, clean, noise_scale, k=k)
     noise = jax.random.normal(key, clean.shape, clean.dtype)
@@ -120,6 +126,11 @@ def gshard_top_2(
             f"`threshold` must be positive, got {threshold}: use `top_k(k=2)` to keep every "
             "second choice."
         )
+    return _gshard_top_2(logits, threshold, key)
+
+
+@compiled()
+def _gshard_top_2(logits: Array, threshold: Array | float, key: Array | None) -> Routing:
     decision = top_k(logits, k=2)
     if key is None:
         return decision

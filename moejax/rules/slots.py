@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from moejax._arrays import at_least_float32
 from moejax._checks import check_mask, checked_logits, is_integer
+from moejax._compiling import compiled
 from moejax.base import Array, ExpertChoice, SoftSlots
 
 
+@compiled("capacity")
 def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) -> ExpertChoice:
     """Lets every expert take its C best tokens: perfect balance, and no loss for it.
 
@@ -64,6 +66,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
     return ExpertChoice(jnp.where(rank > -jnp.inf, tokens, num_tokens), weights, scores, logits)
 
 
+@compiled()
 def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
     """Fills every slot with a mean of all tokens: differentiable in everything, nothing dropped.
 

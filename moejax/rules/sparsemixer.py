@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_k, checked_logits, is_number
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
 
@@ -47,6 +48,11 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
     check_k(2, logits)
     if is_number(epsilon) and not epsilon > 0:
         raise ValueError(f"`epsilon` must be positive, got {epsilon}: it is 0.01 in Phi-3.5-MoE.")
+    return _sparsemixer(logits, epsilon, key)
+
+
+@compiled()
+def _sparsemixer(logits: Array, epsilon: Array | float, key: Array | None) -> Routing:
     first_key, second_key = (None, None) if key is None else jax.random.split(key)
     nobody = jnp.zeros(logits.shape, bool)
     first, first_weight = _one_expert(logits, nobody, epsilon, first_key)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._checks import check_k, checked_logits, is_number
+from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
 
@@ -38,11 +39,16 @@ def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
         Huang et al., `Harder Tasks Need More Experts <https://arxiv.org/abs/2403.07652>`_, 2024
     """
     logits = checked_logits(logits)
-    num_experts = logits.shape[-1]
-    k = num_experts if k is None else k
+    k = logits.shape[-1] if k is None else k
     check_k(k, logits)
     if is_number(p) and not 0 < p <= 1:
         raise ValueError(f"`p` must be a probability above 0 and at most 1, got {p}.")
+    return _top_p(logits, p, k)
+
+
+@compiled("k")
+def _top_p(logits: Array, p: Array | float, k: int) -> Routing:
+    num_experts = logits.shape[-1]
     scores = jax.nn.softmax(logits)
     # By logits and not by scores: scores that underflow to zero would tie.
     experts = jax.lax.top_k(logits, k)[1]
