@@ -104,7 +104,9 @@ def biased(router: Layer, num_experts: int) -> Layer:
 
 
 @comparable
-def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
+def cosine(
+    d_model: int, d_projected: int, num_experts: int, *, param_dtype: jnp.dtype = jnp.float32
+) -> Layer:
     """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
 
     No token and no expert can dominate by its length; the learned scale starts at 2.
@@ -113,6 +115,7 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
         d_model: width of x, D.
         d_projected: width P of the space in which directions are compared.
         num_experts: E.
+        param_dtype: dtype in which the params start.
 
     Returns:
         A layer with ``apply(params, x [T, D]) -> logits [T, E]`` and three params: ``projection``,
@@ -133,35 +136,38 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
         <https://arxiv.org/abs/2204.09179>`_, 2022
     """
     check_count("num_experts", num_experts)
-    projection = linear(d_model, d_projected)
+    projection = linear(d_model, d_projected, param_dtype=param_dtype)
     directions_init = jax.nn.initializers.lecun_normal()
 
     def init(key: Array) -> Params:
         projection_key, directions_key = jax.random.split(key)
         return {
             "projection": projection.init(projection_key),
-            "directions": directions_init(directions_key, (d_projected, num_experts), jnp.float32),
-            "log_scale": jnp.asarray(math.log(2), jnp.float32),
+            "directions": directions_init(directions_key, (d_projected, num_experts), param_dtype),
+            "log_scale": jnp.asarray(math.log(2), param_dtype),
         }
 
     def apply(params: Params, x: Array) -> Array:
         x = at_least_float32(x)
         projected = _unit(projection.apply(params["projection"], x), axis=-1, eps=1e-12)
         directions = _unit(params["directions"].astype(x.dtype), axis=0, eps=1e-12)
-        scale = jnp.exp(jnp.minimum(params["log_scale"], math.log(100))).astype(x.dtype)
+        scale = jnp.exp(jnp.minimum(params["log_scale"].astype(x.dtype), math.log(100)))
         return scale * (projected @ directions)  # [T, E]
 
     return Layer(init, apply)
 
 
 @comparable
-def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
+def slots(
+    d_model: int, num_experts: int, slots_per_expert: int, *, param_dtype: jnp.dtype = jnp.float32
+) -> Layer:
     """The router of `soft_slots`, ``l_tec = scale cos(x_t, mu_ec)``.
 
     Args:
         d_model: width of x, D.
         num_experts: E.
         slots_per_expert: C; ``T / E`` makes as many slots as tokens.
+        param_dtype: dtype in which the params start.
 
     Returns:
         A layer with params ``{"slots": [E, C, D], "scale": []}`` and
@@ -186,8 +192,8 @@ def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
 
     def init(key: Array) -> Params:
         return {
-            "slots": slots_init(key, (num_experts, slots_per_expert, d_model), jnp.float32),
-            "scale": jnp.ones((), jnp.float32),
+            "slots": slots_init(key, (num_experts, slots_per_expert, d_model), param_dtype),
+            "scale": jnp.ones((), param_dtype),
         }
 
     def apply(params: Params, x: Array) -> Array:

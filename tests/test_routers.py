@@ -48,6 +48,16 @@ def test_gradient_is_finite_at_a_zero_token(router):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("make", [partial(moejax.cosine, 4, 6, 3), partial(moejax.slots, 4, 3, 2)])
+def test_params_may_start_in_another_dtype(make):
+    params = make(param_dtype=jnp.bfloat16).init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    like = jax.eval_shape(make().init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, like)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    np.testing.assert_array_equal(make().apply(params, X), make().apply(exact, X))
+
+
 def test_jitter_is_bounded_uniform_and_off_without_key():
     router = moejax.jittered(IDENTITY, epsilon=0.1)
     x = jnp.ones((400, 25))
