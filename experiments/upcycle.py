@@ -97,7 +97,7 @@ def trainer(
 
 
 def curves_of(args: argparse.Namespace, data: Dataset, seed: int) -> dict[str, Curve]:
-    """The four curves of one seed, each over all epochs."""
+    """The four curves of one seed; upcycled mixtures begin where the dense network ends."""
     optimizer = optax.adam(1e-3)
     train_dense, train_mixture = (
         trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
@@ -115,7 +115,7 @@ def curves_of(args: argparse.Namespace, data: Dataset, seed: int) -> dict[str, C
     for name, params in goes_on.items():
         # The order of later epochs is that of the dense network: it is counted from its steps.
         state = init_state(params, optimizer, run_key)._replace(step=first.step)
-        curves[name] = begun + train_mixture(state, args.more_epochs)[1]
+        curves[name] = begun[-1:] + train_mixture(state, args.more_epochs)[1]
     scratch = init_state(MIXTURE.init(init_key), optimizer, run_key)
     curves["from scratch"] = train_mixture(scratch, args.epochs + args.more_epochs)[1]
     return curves
@@ -125,14 +125,16 @@ def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
     """Mean test accuracy over the seeds, and its range."""
     from moejax.plot import color, new_figure
 
+    end = max(each.shape[1] for each in curves.values())
     figure, axes = new_figure(width=6, height=4)
     for index, (name, each) in enumerate(curves.items()):
-        epochs = np.arange(1, each.shape[1] + 1)
+        epochs = np.arange(end - each.shape[1], end) + 1
         axes[0, 0].plot(epochs, each.mean(axis=0), color=color(index), label=name)
         axes[0, 0].fill_between(
             epochs, each.min(axis=0), each.max(axis=0), color=color(index), alpha=0.2
         )
     axes[0, 0].axvline(switched, color="0.7", linestyle="--")
+    axes[0, 0].annotate(" upcycled", (switched, 0.02), xycoords=("data", "axes fraction"))
     axes[0, 0].set(xlabel="epoch", ylabel="test accuracy")
     axes[0, 0].legend()
     save_figure(figure, path)

@@ -1,6 +1,7 @@
 """Strict mode: several devices, no silent promotion of dtypes or ranks, warnings are errors."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -9,7 +10,7 @@ os.environ["XLA_FLAGS"] = (
 # Small programs, each run a few times: compiling them fast saves more than it costs. With
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment they are compiled as users compile them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and metadata.version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("MPLBACKEND", "agg")
 

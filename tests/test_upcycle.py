@@ -26,8 +26,10 @@ def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, stand
     assert printed.splitlines()[-1].startswith("Upcycling ")
     summary = json.loads((tmp_path / "summary.json").read_text())
     curves = {name: np.array(curve) for name, curve in summary["curves"].items()}
-    assert {curve.shape for curve in curves.values()} == {(1, 3)}
-    np.testing.assert_array_equal(curves["upcycled"][:, :2], curves["dense"][:, :2])
+    shapes = {name: curve.shape for name, curve in curves.items()}
+    ups = dict.fromkeys(("upcycled", "upcycled with noise"), (1, 2))
+    assert shapes == {"dense": (1, 3), **ups, "from scratch": (1, 3)}
+    np.testing.assert_array_equal(curves["upcycled"][:, 0], curves["dense"][:, 1])
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 

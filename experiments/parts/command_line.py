@@ -187,8 +187,8 @@ def processor() -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
-# For what runs once: it takes less time to compile than it can save.
-QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+# For what runs once: it takes less time to compile than it can save. JAX 0.11 has no such choice.
+QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
