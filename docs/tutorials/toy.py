@@ -146,10 +146,11 @@ print("largest difference:", abs(score - by_hand).max())
 #     optimizer.step()
 # ```
 #
-# In JAX there is no gradient to set to zero and no module that changes. `value_and_grad` makes of
-# the loss a function that returns the gradient as a value, a step maps parameters to parameters,
-# and `scan` is the loop. So a whole run is a pure function of its key, and `jit` compiles it as one
-# program. (`moejax.training.train_step` is this step with the bookkeeping of longer runs.)
+# In JAX there is no gradient to set to zero and no module that changes. `value_and_grad` turns the
+# loss into a function that returns its value and its gradient, a step maps parameters to
+# parameters, and `scan` is the loop. So a whole run is a pure function of its key, and `jit`
+# compiles it as one program. (`moejax.training.train_step` is this step with the bookkeeping of
+# longer runs.)
 
 # %%
 optimizer = optax.adam(0.01)
@@ -194,16 +195,15 @@ for name, one in {"before": params, "after": trained}.items():
 # %%
 keys = jax.random.split(seeds_key, SEEDS)
 single = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 1), num_experts=1)
-every = {}
+curves = {}
 for name, one in {"two experts": model, "a single line": single}.items():
-    every[name] = many, curves = jax.jit(jax.vmap(partial(train, one)))(keys)
-    right = jax.vmap(partial(accuracy, one))(many)
+    many, curves[name] = jax.jit(jax.vmap(partial(train, one)))(keys)
+    right = jax.vmap(partial(accuracy, one))(many)  # [SEEDS]
     low, middle, high = jnp.quantile(right, jnp.array([0.05, 0.5, 0.95]))
-    print(f"{name}: median accuracy {middle:.1%}, 90% of {SEEDS} seeds {low:.1%} to {high:.1%}")
+    print(f"{name}: median accuracy {middle:.1%}, 90% of seeds {low:.1%} to {high:.1%}")
 
 # %%
-_, curves = every["two experts"]
-plot.loss({"this page's run": np.asarray(losses)}, np.asarray(curves))
+plot.loss({"this page's run": np.asarray(losses)}, np.asarray(curves["two experts"]))
 
 # %% [markdown]
 # ## Decision boundaries
