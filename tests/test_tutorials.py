@@ -1,0 +1,99 @@
+"""Tutorials: every notebook stores its script's cells with their outputs, and every script runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from mnist_files import write_small_mnist
+
+ROOT = Path(__file__).parent.parent
+TUTORIALS = ROOT / "docs" / "tutorials"
+SCRIPTS = {path.stem: path for path in TUTORIALS.glob("*.py") if path.stem != "execute"}
+
+# What the first cell of each script says, for a run that takes seconds.
+SMALL = {
+    "mnist": {"SGD_STEPS": 1, "EPOCHS": 1, "EXPERTS": 3, "HIDDEN": 8},
+    "toy": {"SAMPLES": 100, "STEPS": 20, "SEEDS": 2},
+    "your_own": {"POINTS": 64, "WAVES": 3, "STEPS": 20},
+}
+
+tutorials = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def notebook(name):
+    return nbformat.read(SCRIPTS[name].with_suffix(".ipynb"), as_version=4)
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells]
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def small(name):
+    """The script with other values in its first cell of code."""
+    text = SCRIPTS[name].read_text()
+    for parameter, value in SMALL[name].items():
+        line = rf"^{parameter} = .*$"
+        text, count = re.subn(line, f"{parameter} = {value!r}", text, flags=re.MULTILINE)
+        assert count == 1, f"{name}.py must assign {parameter} once"
+    return text
+
+
+@tutorials
+def test_the_notebook_stores_the_cells_of_its_script(name):
+    stored, script = notebook(name), jupytext.read(SCRIPTS[name], fmt="py:percent")
+    assert cells(stored) == cells(script), f"run: python docs/tutorials/execute.py {name}"
+
+
+@tutorials
+def test_the_notebook_was_run_from_the_top(name):
+    code = [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for output in outputs(notebook(name))}
+    assert kinds & {"stream", "display_data", "execute_result"}
+    assert "error" not in kinds
+    assert all(output.get("name") != "stderr" for output in outputs(notebook(name)))
+
+
+@tutorials
+def test_pictures_are_small(name):
+    pictures = [output.get("data", {}).get("image/png", "") for output in outputs(notebook(name))]
+    assert any(pictures)
+    assert max(map(len, pictures)) * 3 / 4 < 150_000  # bytes, from base64
+
+
+@tutorials
+def test_sizes_come_first(name):
+    code = [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+    tags = [cell.metadata.get("tags") for cell in code]
+    assert tags == [["parameters"], *[None] * (len(code) - 1)]
+    assert all(re.fullmatch(r"[A-Z_]+ = .+", line) for line in code[0].source.splitlines())
+
+
+@tutorials
+def test_the_site_shows_it(name):
+    assert f"tutorials/{name}" in (ROOT / "docs" / "index.md").read_text().split()
+
+
+@tutorials
+def test_the_script_runs(name, tmp_path):
+    script = tmp_path / f"{name}.py"
+    script.write_text(small(name))
+    write_small_mnist(tmp_path / "mnist", train_size=200, test_size=100)
+    environment = os.environ | {
+        "MOEJAX_DATA_DIR": str(tmp_path / "mnist"),
+        "MPLBACKEND": "agg",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # quick to compile; one device
+    }
+    command = [sys.executable, "-W", "error", script]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
