@@ -37,7 +37,9 @@ def moe(
     execute: Schedule | None = None,
     feature_ndim: int = 1,
 ) -> Layer:
-    """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
+    r"""A mixture of experts: gates blend the outputs of E networks.
+
+    .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
 
     Differentiable in reverse mode any number of times. Forward mode (``jax.jvp``, and with it
     ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; for it, pass
@@ -252,7 +254,9 @@ def outputs_of(layer: Layer) -> Layer:
 
 @comparable
 def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
-    """A mixture beside an expert that always runs, ``y = S(x) + sum_e g_e E_e(x)``.
+    r"""A mixture beside an expert S that always runs.
+
+    .. math:: y_t = S(x_t) + \sum_e g_{te}\, E_e(x_t)
 
     Args:
         model: the mixture, as from `moe`.

@@ -19,10 +19,11 @@ from moejax.layers import linear
 
 @comparable
 def noisy(router: Layer, noise_router: Layer) -> Layer:
-    """A router that also learns how much noise its logits get.
+    r"""A router that also learns how much noise its logits get.
 
-    ``logits = router(x)`` and ``noise_scale = softplus(noise_router(x)) + 1e-2``: the two
-    arguments of `noisy_top_k`.
+    With R the router and N the noise router, the two arguments of `noisy_top_k` are
+
+    .. math:: l = R(x), \qquad s = \operatorname{softplus}(N(x)) + 10^{-2}
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.
@@ -105,7 +106,9 @@ def biased(router: Layer, num_experts: int) -> Layer:
 
 @comparable
 def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
-    """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
+    r"""Logits by direction alone: the cosine of a projected token and a vector per expert.
+
+    .. math:: l_e = e^{\min(\tau, \log 100)} \cos(x W + b, v_e)
 
     No token and no expert can dominate by its length; the learned scale starts at 2.
 
@@ -156,7 +159,9 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
 
 @comparable
 def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
-    """The router of `soft_slots`, ``l_tec = scale cos(x_t, mu_ec)``.
+    r"""The router of `soft_slots`: the cosine of a token and a vector per slot.
+
+    .. math:: l_{tec} = \text{scale} \cdot \cos(x_t, \mu_{ec})
 
     Args:
         d_model: width of x, D.
@@ -205,7 +210,7 @@ def _unit(x: Array, *, axis: int, eps: float) -> Array:
 
 @comparable
 def jittered(router: Layer, *, epsilon: float) -> Layer:
-    """A router that reads ``x u`` with u uniform in ``[1 - epsilon, 1 + epsilon]``.
+    r"""A router that reads :math:`x \odot u`, u uniform in :math:`[1 - \epsilon, 1 + \epsilon]`.
 
     Only the router reads it: the experts get x itself. Without a key there is no jitter.
 
@@ -243,7 +248,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
 
 @comparable
 def tempered(router: Layer, *, temperature: Array | float) -> Layer:
-    """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
+    r"""A router with logits :math:`l / \text{temperature}`: below 1 sharper, above 1 softer.
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is divided.
@@ -266,7 +271,9 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
 
 @comparable
 def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
-    """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
+    r"""A router with bounded logits, within ``±cap`` and the same near zero.
+
+    .. math:: \text{cap} \cdot \tanh(l / \text{cap})
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is capped.

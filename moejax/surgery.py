@@ -34,7 +34,7 @@ def upcycle(
     divided by it, and the sum is the layer's output again.
 
     Args:
-        dense: params of the layer, whose last linear layer is found by `last_layer`.
+        dense: params of the layer; its last linear layer is found by its names.
         router: params of the router; its zeros have the same structure.
         num_experts: E.
         total: the sum of a token's weights at the start: 1 if they are renormalised, K/E for the
