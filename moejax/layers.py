@@ -115,7 +115,7 @@ def mlp(
 ) -> Layer:
     r"""A multi-layer perceptron, affine maps with an activation a between them.
 
-    .. math:: h_0 = x, \quad h_i = a(h_{i-1} W_i + b_i), \quad y = h_{n-1} W_n + b_n
+    .. math:: h_0 = x, \qquad h_i = a(h_{i-1} W_i + b_i), \qquad y = h_{n-1} W_n + b_n
 
     Args:
         *widths: D, the hidden widths, O.

@@ -22,10 +22,10 @@ def load_balancing_loss(routing: Routing) -> Array:
 
     .. math:: E \sum_e f_e P_e
 
-    f_e is the share of the T K choices that go to expert e, before any capacity drops them, and
-    has no gradient; P_e is the mean score of e. It is 1 at perfect balance for every K, and E / K
-    at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of it.) Where every
-    token goes to all experts, as from `softmax`, it is 1 whatever the router does.
+    :math:`f_e` is the share of the T K choices that go to expert e, before any capacity drops them,
+    and has no gradient; :math:`P_e` is the mean score of e. The loss is 1 at perfect balance for
+    every K, and E / K at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of
+    it.) Where every token goes to all experts, as from `softmax`, it is 1 whatever the router does.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -56,8 +56,8 @@ def importance_loss(routing: Routing) -> Array:
         I_e = \sum_t g_{te}, \qquad
         \frac{\operatorname{Var}(I)}{\operatorname{Mean}(I)^2 + 10^{-10}}
 
-    I_e is the importance of expert e; the variance is the population's. Written so, and not as
-    ``(std / mean)^2``, its gradient is finite at perfect balance.
+    :math:`I_e` is the importance of expert e; the variance is the population's. Written so, and not
+    as ``(std / mean)^2``, its gradient is finite at perfect balance.
 
     Args:
         routing: a decision of T tokens among E experts.

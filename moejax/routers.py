@@ -64,8 +64,8 @@ def biased(router: Layer, num_experts: int) -> Layer:
     """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
 
     The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` makes the
-    next step's. In a Flax module (`moejax.interop.flax`) it is a variable of its own; keep it from
-    an optimizer that decays weights.
+    next step's. In a Flax module (``moejax.interop.flax``) it is a variable of its own; keep it
+    from an optimizer that decays weights.
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.

@@ -16,9 +16,9 @@ def visit_inline(self, node):
 
 
 def visit_block(self, node):
-    """``$$...$$`` or ``.. math::`` on a line of its own."""
-    formula = tex2mathml(node.astext(), as_block=True)
-    self.body.append(self.starttag(node, "div", CLASS="math") + formula + "</div>\n")
+    r"""``$$...$$`` or ``.. math::``; where a phone is too narrow, a line breaks at ``\qquad``."""
+    parts = [tex2mathml(tex, as_block=True) for tex in node.astext().split(r"\qquad")]
+    self.body.append(self.starttag(node, "div", CLASS="math") + "".join(parts) + "</div>\n")
     raise nodes.SkipNode
 
 

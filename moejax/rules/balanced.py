@@ -78,8 +78,8 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
 
     .. math:: b_e \leftarrow b_e + \text{rate} \cdot \operatorname{sign}(\bar n - n_e)
 
-    n_e counts the choices that go to expert e, masked tokens left out. At exact balance nothing
-    changes.
+    :math:`n_e` counts the choices that go to expert e, masked tokens left out. At exact balance
+    nothing changes.
 
     One step of the optimizer may take several decisions: with gradient accumulation, or where
     each device routes tokens of its own. Sum their ``routing.counts`` first, and pass the sum.
@@ -127,7 +127,7 @@ def sinkhorn(
     Rows and columns of ``exp(logits)`` are scaled in turn until each token has mass 1 and each
     expert mass T/E,
 
-    .. math:: \pi_{te} = u_t\, e^{l_{te}}\, v_e, \quad \sum_e \pi_{te} = 1, \quad
+    .. math:: \pi_{te} = u_t\, e^{l_{te}}\, v_e, \qquad \sum_e \pi_{te} = 1, \qquad
         \sum_t \pi_{te} = T / E
 
     The choice is the k largest of a token's row, and has no gradient. The weights are the raw

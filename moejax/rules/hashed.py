@@ -14,8 +14,8 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
 
     .. math:: e_t = \text{table}[\text{id}_t]
 
-    The logits say how many experts there are and do not enter: a router that
-    returns zeros is enough.
+    The logits say how many experts there are and do not enter: a router that returns zeros is
+    enough.
 
     Args:
         logits: router output, shape [T, E].

@@ -93,8 +93,8 @@ def switch(logits: Array) -> Routing:
     r"""Sends every token to one expert, weighted by its raw probability.
 
     .. math::
-        p_t = \operatorname{softmax}(l_t), \quad
-        e_t = \arg\max_e p_{te}, \quad
+        p_t = \operatorname{softmax}(l_t), \qquad
+        e_t = \arg\max_e p_{te}, \qquad
         g_t = p_{t e_t}
 
     Args:

@@ -52,7 +52,8 @@ def expert_parallel(
     Returns:
         A schedule, ``(expert, params, x, routing) -> y``, for `moe`'s ``execute``. Arguments are
         global arrays. Params must be sharded over ``axis`` on their leading axis to save memory,
-        and x over all axes on its leading axis to save communication; see `moejax.sharding`.
+        and x over all axes on its leading axis to save communication; see `shardings` and
+        `token_sharding`.
 
     Raises:
         ValueError: if the mesh has no such axis or the factor is not positive; when the schedule
