@@ -34,6 +34,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # a named tuple's fields are described once
+napoleon_attr_annotations = False  # and their types stand in the signature
 python_maximum_signature_line_length = 90  # longer ones have a line for each argument
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
@@ -41,6 +42,7 @@ nb_execution_mode = "off"
 
 html_theme = "furo"
 html_title = f"moejax {release}"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"

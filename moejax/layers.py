@@ -311,7 +311,7 @@ def stack(layer: Layer, num_experts: int) -> Layer:
 
     Args:
         layer: the expert.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layer whose params have a leading axis E on every leaf, and whose apply gives

@@ -50,7 +50,7 @@ def moe(
             independently of each other.
         router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 at the least. What it
             returns goes to the rule, several values as several arguments.
-        num_experts: E.
+        num_experts: E, how many there are.
         route: the rule, ``logits -> Routing``.
         execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
             `DenseRouting`, and `dropless` for any other.
@@ -112,7 +112,7 @@ def routed(
     Args:
         experts: all experts at once, ``apply(params, x [T, ...], decision) -> y [T, ...]``.
         router: as in `moe`.
-        num_experts: E.
+        num_experts: E, how many there are.
         route: as in `moe`.
         feature_ndim: as in `moe`.
         check: refuses parameters of the experts that do not fit E, before the router runs.

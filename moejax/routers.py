@@ -69,7 +69,7 @@ def biased(router: Layer, num_experts: int) -> Layer:
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layer with params ``{"router": ..., "balance_bias": [E]}``, the bias zero at first, and
@@ -115,7 +115,7 @@ def cosine(d_model: int, d_projected: int, num_experts: int) -> Layer:
     Args:
         d_model: width of x, D.
         d_projected: width P of the space in which directions are compared.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layer with ``apply(params, x [T, D]) -> logits [T, E]`` and three params: ``projection``,
@@ -165,7 +165,7 @@ def slots(d_model: int, num_experts: int, slots_per_expert: int) -> Layer:
 
     Args:
         d_model: width of x, D.
-        num_experts: E.
+        num_experts: E, how many there are.
         slots_per_expert: C; ``T / E`` makes as many slots as tokens.
 
     Returns:

@@ -176,7 +176,7 @@ def stack(layout: Layout, num_experts: int) -> Layout:
 
     Args:
         layout: of one expert.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layout.
@@ -196,7 +196,7 @@ def stacked(layout: Layout, num_experts: int) -> Layout:
 
     Args:
         layout: of one expert, with no axis that is spread over several tensors.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layout.
@@ -275,7 +275,7 @@ def moe(
     Args:
         expert: layout of one expert.
         router: layout of the router.
-        num_experts: E.
+        num_experts: E, how many there are.
         gate: what the router is called there.
         experts: what the list of experts is called there.
 
