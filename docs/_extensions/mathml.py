@@ -8,26 +8,36 @@ script, no fonts, no network.
 import re
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 # What stands between "log" and "p" is invisible, and browsers set "logp" without a space.
 APPLIED = re.compile(r"<mo>&ApplyFunction;</mo>(?=\s*<(?!mo\b))")
+BIG = re.compile(r"\\[bB]igg?[lrm]?(?![A-Za-z])")  # \big( and the like, which docutils lacks
 
 
-def mathml(tex, **options):
+def mathml(tex, node, **options):
     """The formula, with a thin space between a function and an argument without brackets."""
-    return APPLIED.sub('<mspace width="0.1667em"></mspace>', tex2mathml(tex, **options))
+    try:
+        formula = tex2mathml(BIG.sub("", tex), **options)
+    except MathError as error:
+        logger.warning("%s in the formula %s", error, tex, location=node)
+        return tex
+    return APPLIED.sub('<mspace width="0.1667em"></mspace>', formula)
 
 
 def visit_inline(self, node):
     """``$...$`` or ``:math:`` within a sentence."""
-    self.body.append(mathml(node.astext()))
+    self.body.append(mathml(node.astext(), node))
     raise nodes.SkipNode
 
 
 def visit_block(self, node):
     r"""``$$...$$`` or ``.. math::``; where a phone is too narrow, a line breaks at ``\qquad``."""
-    parts = [mathml(tex, as_block=True) for tex in node.astext().split(r"\qquad")]
+    parts = [mathml(tex, node, as_block=True) for tex in node.astext().split(r"\qquad")]
     self.body.append(self.starttag(node, "div", CLASS="math") + "".join(parts) + "</div>\n")
     raise nodes.SkipNode
 
