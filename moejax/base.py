@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from moejax._arrays import by_expert
 
 Array = jax.Array
-Params = Any  # a pytree of arrays
+Params = Any
+"""A pytree of arrays, the parameters of a layer."""
 Matmul = Callable[[Array, Array], Array]  # (x [T, D], kernel [D, O]) -> [T, O]
 
 
@@ -27,6 +28,13 @@ class Expert(Protocol):
 
     A schedule decides which rows an expert sees together, so it must treat tokens (axis 0 of x)
     independently of each other.
+
+    Example:
+        >>> def fourier(params, x):
+        ...     return jnp.sin(x @ params["frequencies"]) @ params["amplitudes"]
+        >>> params = {"frequencies": jnp.ones((2, 3, 8)), "amplitudes": jnp.ones((2, 8, 4))}
+        >>> moejax.mixture(fourier, params, jnp.ones((5, 3)), jnp.ones((5, 2)) / 2).shape
+        (5, 4)
     """
 
     def __call__(self, params: Params, x: Array, /) -> Array: ...  # noqa: D102
@@ -38,16 +46,37 @@ class Rule(Protocol):
     The first argument is the router's output, [T, E]. A router that returns several arrays gives
     the rule as many arguments. A rule that draws noise names ``key``, and one that must know the
     padding names ``mask``; `moe` passes these two by name, where they are asked for.
+
+    Example:
+        >>> def second_best(logits):
+        ...     best_two = moejax.top_k(logits, k=2, renormalize=False)
+        ...     return best_two._replace(
+        ...         experts=best_two.experts[:, 1:], weights=best_two.weights[:, 1:]
+        ...     )
+        >>> second_best(jnp.array([[3.0, 1.0, 2.0]])).experts
+        Array([[2]], dtype=int32)
     """
 
     def __call__(self, logits: Array, /, *outputs: Any, **options: Any) -> Any: ...  # noqa: D102
 
 
 class Schedule(Protocol):
-    """A schedule, ``(expert, params, x, decision) -> y``: one way to compute the gated sum.
+    r"""A schedule, ``(expert, params, x, decision) -> y``: one way to compute the gated sum.
 
-    Every schedule of one kind of decision returns the same sum, ``y_t = sum_e g_te E_e(x_t)``,
-    and differs from the others in cost alone. The leaves of ``params`` have a leading axis E.
+    Every schedule of one kind of decision returns the same sum and differs from the others in
+    cost alone. The leaves of ``params`` have a leading axis E.
+
+    .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
+
+    Example:
+        >>> def limited(expert, params, x, decision):
+        ...     decision = moejax.limit_capacity(decision, capacity=3)
+        ...     return moejax.dropless(expert, params, x, decision)
+        >>> layer = moejax.linear(4, 4)
+        >>> model = moejax.moe(layer, layer, num_experts=4, route=moejax.switch, execute=limited)
+        >>> y, routing = model.apply(model.init(jax.random.key(0)), jnp.ones((5, 4)))
+        >>> int((y != 0).any(axis=1).sum())  # all five tokens choose one expert, which takes three
+        3
     """
 
     def __call__(  # noqa: D102
@@ -61,6 +90,11 @@ class Layer(NamedTuple):
     Attributes:
         init: ``key -> params``, where params is a pytree of arrays.
         apply: ``(params, x, ...) -> y``.
+
+    Example:
+        >>> scale = Layer(lambda key: jnp.ones(3), lambda params, x: params * x)
+        >>> scale.apply(scale.init(jax.random.key(0)), jnp.array([1.0, 2.0, 3.0]))
+        Array([1., 2., 3.], dtype=float32)
     """
 
     init: Callable[[Array], Params]
@@ -80,6 +114,13 @@ class Routing(NamedTuple):
         logits: the router's output before any noise, shape [T, E].
         chances: how likely each expert would be chosen if the noise were drawn again, shape
             [T, E]; None for a rule without noise.
+
+    Example:
+        >>> routing = moejax.top_k(jnp.array([[0.0, 2.0, 2.0]]), k=2)
+        >>> routing.experts, routing.weights
+        (Array([[1, 2]], dtype=int32), Array([[0.5, 0.5]], dtype=float32))
+        >>> routing.gates, routing.counts
+        (Array([[0. , 0.5, 0.5]], dtype=float32), Array([0, 1, 1], dtype=int32))
     """
 
     experts: Array
@@ -128,7 +169,7 @@ class Routing(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Which tokens are no padding: those that go to an expert at all, shape [T]."""
+        """Which tokens are no padding, since they go to an expert at all, shape [T]."""
         return self.chosen.any(axis=-1)
 
 
@@ -137,6 +178,10 @@ class DenseRouting(Routing):
 
     K = E. The type says so, since a shape cannot: `relu` has K = E, too, and leaves most experts
     out. `moe` computes this decision with `dense` by default, and any other with `dropless`.
+
+    Example:
+        >>> type(moejax.softmax(jnp.zeros((1, 3)))) is DenseRouting
+        True
     """
 
 
@@ -148,6 +193,12 @@ class ExpertChoice(NamedTuple):
         weights: their gates, zero in an empty slot, shape [E, C].
         scores: probabilities over experts, zero for a masked token, shape [T, E].
         logits: the router's output, shape [T, E].
+
+    Example:
+        >>> decision = moejax.expert_choice(jnp.array([[2.0, 0.0], [1.0, 5.0]]), capacity=1)
+        >>> decision.tokens
+        Array([[0],
+               [1]], dtype=int32)
     """
 
     tokens: Array
@@ -168,6 +219,11 @@ class SoftSlots(NamedTuple):
         dispatch: share of a token in a slot, sums to one over tokens, shape [T, E, C].
         combine: share of a slot in a token's output, sums to one over slots, shape [T, E, C].
         logits: the router's output, shape [T, E, C].
+
+    Example:
+        >>> decision = moejax.soft_slots(jnp.zeros((4, 2, 1)))  # 4 tokens, 2 slots, all alike
+        >>> decision.dispatch[0, 0], decision.combine[0, 0]
+        (Array([0.25], dtype=float32), Array([0.5], dtype=float32))
     """
 
     dispatch: Array

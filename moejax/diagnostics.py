@@ -17,7 +17,9 @@ from moejax.losses import entropy, mean_over_tokens
 @takes(Routing)
 @compiled()
 def expert_load(routing: Routing) -> Array:
-    """The share of all choices that goes to each expert, ``f_e = n_e / sum n``.
+    r"""The share of all choices that goes to each expert.
+
+    .. math:: f_e = \frac{n_e}{\sum_j n_j}
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -54,7 +56,9 @@ def dead_experts(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def share_dropped(before: Routing, after: Routing) -> Array:
-    """The share of choices that found no slot, ``1 - n_after / n_before``.
+    r"""The share of choices that found no slot.
+
+    .. math:: 1 - \frac{n_{after}}{n_{before}}
 
     Args:
         before: the decision of the rule.
@@ -76,7 +80,9 @@ def share_dropped(before: Routing, after: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def gate_entropy(routing: Routing) -> Array:
-    """The mean entropy of a token's gates, ``mean_t H(g_t)``, g normalised to sum to one.
+    r"""The mean entropy of a token's gates, normalised to sum to one.
+
+    .. math:: \frac{1}{T} \sum_t H(g_t), \qquad H(g) = -\sum_e g_e \log g_e
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -94,7 +100,9 @@ def gate_entropy(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def confidence(routing: Routing) -> Array:
-    """The mean of a token's largest gate, ``mean_t max_e g_te``, g normalised to sum to one.
+    r"""The mean of a token's largest gate, its gates normalised to sum to one.
+
+    .. math:: \frac{1}{T} \sum_t \max_e g_{te}
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -112,7 +120,9 @@ def confidence(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def effective_experts(routing: Routing) -> Array:
-    """How many experts share the work, ``exp H(mean_t g_t)``: the perplexity of the mean gate.
+    r"""How many experts share the work: the perplexity of the mean gate.
+
+    .. math:: \exp H\left( \frac{1}{T} \sum_t g_t \right)
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -129,10 +139,12 @@ def effective_experts(routing: Routing) -> Array:
 
 @takes(Routing)
 def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
-    """Which expert serves which class: the gate mass of every pair.
+    r"""Which expert serves which class: the gate mass of every pair.
 
-    ``table_ec = sum over tokens t of class c of g_te``, g normalised to sum to one, so that a
-    column sums to the number of tokens of its class.
+    .. math:: \text{table}_{ec} = \sum_{t\,:\,\text{label}_t = c} g_{te}
+
+    A token's gates are normalised to sum to one, so that a column sums to the number of tokens of
+    its class.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -165,7 +177,9 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
 
 @compiled()
 def mutual_information(table: Array) -> Array:
-    """How much the expert tells about the class, ``I = sum_ec p_ec log(p_ec / (p_e p_c))``.
+    r"""How much the expert tells about the class.
+
+    .. math:: I = \sum_{ec} p_{ec} \log \frac{p_{ec}}{p_e\, p_c}
 
     Args:
         table: non-negative masses, shape [E, classes], as from `expert_by_class`.

@@ -29,7 +29,9 @@ Combine = Callable[[Array, Array], Array]  # (gate [..., F], up [..., F]) -> [..
 
 @comparable
 def fan_in_uniform(fan_in: int) -> Initializer:
-    """Uniform within ``±1/sqrt(fan_in)``: how ``torch.nn.Linear`` starts its weight and bias.
+    r"""How ``torch.nn.Linear`` starts its weight and bias: uniformly within a bound.
+
+    .. math:: \pm 1 / \sqrt{\text{fan-in}}
 
     Args:
         fan_in: number of inputs of the layer.
@@ -60,7 +62,7 @@ def linear(
     bias_init: Initializer | None = None,
     param_dtype: jnp.dtype = jnp.float32,
 ) -> Layer:
-    """An affine map, ``y = x W + b``.
+    """An affine map, :math:`y = x W + b`.
 
     It computes in the dtype of ``x``: parameters are cast to it, so float32 parameters serve
     bfloat16 activations.
@@ -124,7 +126,9 @@ def _affine(params: Params, x: Array) -> Array:
 def mlp(
     *widths: int, activation: Activation = jax.nn.relu, layer: Callable[..., Layer] = linear
 ) -> Layer:
-    """A multi-layer perceptron, ``y = W_n a(... a(W_1 x + b_1) ...) + b_n``.
+    r"""A multi-layer perceptron, affine maps with an activation a between them.
+
+    .. math:: h_0 = x, \qquad h_i = a(h_{i-1} W_i + b_i), \qquad y = h_{n-1} W_n + b_n
 
     Args:
         *widths: D, the hidden widths, O.
@@ -178,10 +182,12 @@ def glu(
     combine: Combine | None = None,
     layer: Callable[..., Layer] = _unbiased,
 ) -> Layer:
-    """A gated linear unit, ``y = (a(x W_gate) * (x W_up)) W_down``; SwiGLU with the default.
+    r"""A gated linear unit; SwiGLU with the default activation a.
 
-    With ``combine``, any ``y = c(x W_gate, x W_up) W_down``: GPT-OSS clamps both and adds 1 to the
-    second.
+    .. math:: y = (a(x W_{gate}) \odot x W_{up})\, W_{down}
+
+    With ``combine``, any :math:`y = c(x W_{gate}, x W_{up})\, W_{down}`: GPT-OSS clamps both and
+    adds 1 to the second.
 
     Args:
         d_model: input and output width D.
@@ -228,7 +234,9 @@ def glu(
 
 @comparable
 def gated(layer: Layer, gate: Layer) -> Layer:
-    """A layer behind a gate of its own, ``y = sigmoid(G(x)) * L(x)``.
+    r"""A layer L behind a gate G of its own.
+
+    .. math:: y = \sigma(G(x)) \odot L(x)
 
     It makes the shared expert of `with_shared` one that a token can switch off.
 
@@ -266,7 +274,7 @@ def gated(layer: Layer, gate: Layer) -> Layer:
 
 @comparable
 def between(before: Layer, model: Layer, after: Layer) -> Layer:
-    """A layer in another space, ``y = A(M(B(x)))``: experts in a narrower one, for example.
+    """A layer in another space, :math:`y = A(M(B(x)))`: experts in a narrower one, for example.
 
     Args:
         before: B, ``x [T, D] -> [T, D']``.
@@ -312,11 +320,11 @@ def _apply(layer: Layer, params: Params, x: Array, matmul: Matmul | None) -> Arr
 
 @comparable
 def stack(layer: Layer, num_experts: int) -> Layer:
-    """E copies of a layer, each with its own parameters: ``y_e = f(params_e, x)``.
+    r"""E copies of a layer, each with its own parameters: :math:`y_e = f(\theta_e, x)`.
 
     Args:
         layer: the expert.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layer whose params have a leading axis E on every leaf, and whose apply gives

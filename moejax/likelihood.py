@@ -18,7 +18,9 @@ from moejax.base import Array
 
 
 def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None = None) -> Array:
-    """Minus the mean log-likelihood of a mixture, ``-mean_t log sum_e g_te p_e(y_t | x_t)``.
+    r"""Minus the mean log-likelihood of a mixture.
+
+    .. math:: -\frac{1}{T} \sum_t \log \sum_e g_{te}\, p_e(y_t \mid x_t)
 
     Args:
         log_gates: log g, normalised, shape [T, E]: ``jax.nn.log_softmax(logits)``.
@@ -58,7 +60,9 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
 def gaussian_log_likelihood(
     means: Array, targets: Array, *, variance: Array | float = 1.0
 ) -> Array:
-    """``log N(y; mu_e, variance I)`` of every expert.
+    r"""The log-likelihood of a Gaussian around the output of every expert.
+
+    .. math:: \log N(y_t;\, \mu_{et},\, \text{variance} \cdot I)
 
     Args:
         means: the experts' outputs mu, shape [E, T, ...], as from `stack`.
@@ -87,7 +91,9 @@ def gaussian_log_likelihood(
 
 
 def bernoulli_log_likelihood(logits: Array, labels: Array) -> Array:
-    """``y log s(l_e) + (1 - y) log s(-l_e)`` of every expert, s the sigmoid.
+    r"""The log-likelihood of zeros and ones under the logits of every expert.
+
+    .. math:: y_t \log \sigma(l_{et}) + (1 - y_t) \log \sigma(-l_{et})
 
     Args:
         logits: the experts' outputs l, shape [E, T, ...], as from `stack`.
@@ -112,7 +118,9 @@ def bernoulli_log_likelihood(logits: Array, labels: Array) -> Array:
 
 
 def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
-    """``log softmax(l_e)[y]`` of every expert.
+    r"""The log-likelihood of a class under the logits of every expert.
+
+    .. math:: \log \operatorname{softmax}(l_{et})_{y_t}
 
     Args:
         logits: the experts' outputs l, shape [E, T, classes], as from `stack`.

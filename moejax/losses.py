@@ -18,12 +18,14 @@ from moejax.base import Array, ExpertChoice, Routing, SoftSlots
 @takes(Routing)
 @compiled()
 def load_balancing_loss(routing: Routing) -> Array:
-    """How far the load is from uniform, ``E sum_e f_e P_e``.
+    r"""How far the load is from uniform.
 
-    f_e is the share of the T K choices that go to expert e, before any capacity drops them, and
-    has no gradient; P_e is the mean score of e. It is 1 at perfect balance for every K, and E / K
-    at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of it.) Where every
-    token goes to all experts, as from `softmax`, it is 1 whatever the router does.
+    .. math:: E \sum_e f_e P_e
+
+    :math:`f_e` is the share of the T K choices that go to expert e, before any capacity drops them,
+    and has no gradient; :math:`P_e` is the mean score of e. The loss is 1 at perfect balance for
+    every K, and E / K at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of
+    it.) Where every token goes to all experts, as from `softmax`, it is 1 whatever the router does.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -48,10 +50,14 @@ def load_balancing_loss(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def importance_loss(routing: Routing) -> Array:
-    """How unequally the gates are spread, ``Var(I) / (Mean(I)^2 + 1e-10)``.
+    r"""How unequally the gates are spread: the squared coefficient of variation.
 
-    ``I_e = sum_t g_te`` is the importance of expert e; the variance is the population's. Written
-    so, and not as ``(std / mean)^2``, its gradient is finite at perfect balance.
+    .. math::
+        I_e = \sum_t g_{te}, \qquad
+        \frac{\operatorname{Var}(I)}{\operatorname{Mean}(I)^2 + 10^{-10}}
+
+    :math:`I_e` is the importance of expert e; the variance is the population's. Written so, and not
+    as ``(std / mean)^2``, its gradient is finite at perfect balance.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -73,10 +79,13 @@ def importance_loss(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def load_loss(routing: Routing) -> Array:
-    """How unequally the experts are chosen, smoothly: ``Var(L) / (Mean(L)^2 + 1e-10)``.
+    r"""How unequally the experts are chosen, smoothly.
 
-    ``L_e = sum_t P(e in the top k of t)`` over fresh noise on expert e, which unlike a count of
-    choices has a gradient.
+    .. math::
+        L_e = \sum_t P(e \in \text{top k of } t), \qquad
+        \frac{\operatorname{Var}(L)}{\operatorname{Mean}(L)^2 + 10^{-10}}
+
+    The chance is over fresh noise on expert e, and unlike a count of choices has a gradient.
 
     Args:
         routing: a decision of `noisy_top_k`, T tokens among E experts.
@@ -106,7 +115,9 @@ def load_loss(routing: Routing) -> Array:
 
 @compiled()
 def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
-    """How large the logits are, ``mean_t logsumexp(logits_t)^2``.
+    r"""How large the logits are.
+
+    .. math:: \frac{1}{T} \sum_t \left( \log \sum_e \exp l_{te} \right)^2
 
     Args:
         routing: a decision of T tokens of any kind; its logits are clean of noise, and the sum is
@@ -129,7 +140,9 @@ def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
 @takes(Routing, ExpertChoice)
 @compiled()
 def entropy_loss(routing: Routing) -> Array:
-    """How undecided the router is, ``mean_t H(p_t)`` in nats: small when it is sure of a token.
+    r"""How undecided the router is, in nats: small when it is sure of a token.
+
+    .. math:: \frac{1}{T} \sum_t H(p_t), \qquad H(p) = -\sum_e p_e \log p_e
 
     Args:
         routing: a decision of T tokens among E experts whose scores p sum to one.
@@ -147,7 +160,9 @@ def entropy_loss(routing: Routing) -> Array:
 @takes(Routing, ExpertChoice)
 @compiled()
 def mutual_information_loss(routing: Routing) -> Array:
-    """Minus what the expert tells about the token, ``mean_t H(p_t) - H(mean_t p_t)`` in nats.
+    r"""Minus what the expert tells about the token, in nats.
+
+    .. math:: \frac{1}{T} \sum_t H(p_t) - H\left( \frac{1}{T} \sum_t p_t \right)
 
     Minimised, it makes the router sure of each token and spreads the tokens over all experts: the
     best value, ``-log E``, is that of a balanced hard assignment; collapse and indecision are 0.
@@ -174,7 +189,9 @@ def mutual_information_loss(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def l1_loss(routing: Routing) -> Array:
-    """The size of the gates, ``mean_t sum_e |g_te|``: what keeps `relu` routing sparse.
+    r"""The size of the gates: what keeps `relu` routing sparse.
+
+    .. math:: \frac{1}{T} \sum_t \sum_e |g_{te}|
 
     Its coefficient is the state of `update_l1_coefficient`. To balance the experts as well, use
     `load_balancing_loss` in its place: with the scores of `relu`, which are its gates, that

@@ -30,6 +30,11 @@ class Bank(NamedTuple):
         apply: ``(params, x [T, ...], routing) -> y``, the gated sum over these experts, of shape
             [T, ...], or a scalar zero; ids in routing count from this bank's first expert,
             and an id of num_experts is an expert of another bank.
+
+    Example:
+        >>> bank = networks(moejax.linear(3, 2), 4)
+        >>> bank.num_experts, bank.init(jax.random.key(0))["kernel"].shape
+        (4, (4, 3, 2))
     """
 
     num_experts: int
@@ -67,7 +72,7 @@ def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None
 
 @comparable
 def zero_experts(num_experts: int) -> Bank:
-    """Experts that return zero, ``E(x) = 0``: a token that chooses one leaves that choice out.
+    """Experts that return zero, :math:`E(x) = 0`: a token that chooses one leaves that choice out.
 
     Args:
         num_experts: how many.
@@ -91,7 +96,7 @@ def zero_experts(num_experts: int) -> Bank:
 
 @comparable
 def copy_experts(num_experts: int) -> Bank:
-    """Experts that return the token, ``E(x) = x``: a token that chooses one skips the layer.
+    """Experts that return the token, :math:`E(x) = x`: a token that chooses one skips the layer.
 
     Args:
         num_experts: how many.
@@ -120,7 +125,7 @@ def copy_experts(num_experts: int) -> Bank:
 
 @comparable
 def constant_experts(num_experts: int, width: int) -> Bank:
-    """Experts that return a learned vector whatever the token, ``E_e(x) = v_e``.
+    """Experts that return a learned vector whatever the token, :math:`E_e(x) = v_e`.
 
     Args:
         num_experts: how many.
@@ -154,7 +159,9 @@ def constant_experts(num_experts: int, width: int) -> Bank:
 
 @comparable
 def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> Layer:
-    """A mixture of experts of several kinds, ``y_t = sum over banks, sum_e g_te E_e(x_t)``.
+    r"""A mixture of experts of several kinds behind one router.
+
+    .. math:: y_t = \sum_{\text{banks}} \sum_{e \in \text{bank}} g_{te}\, E_e(x_t)
 
     Expert ids run through the banks in their order.
 

@@ -37,7 +37,9 @@ def moe(
     execute: Schedule | None = None,
     feature_ndim: int = 1,
 ) -> Layer:
-    """A mixture of experts, ``y_t = sum_e g_te E_e(x_t)``.
+    r"""A mixture of experts: gates blend the outputs of E networks.
+
+    .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
 
     Differentiable in reverse mode any number of times. Forward mode (``jax.jvp``, and with it
     ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; for it, pass
@@ -48,7 +50,7 @@ def moe(
             independently of each other.
         router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 at the least. What it
             returns goes to the rule, several values as several arguments.
-        num_experts: E.
+        num_experts: E, how many there are.
         route: the rule, ``logits -> Routing``.
         execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
             `DenseRouting`, and `dropless` for any other.
@@ -110,7 +112,7 @@ def routed(
     Args:
         experts: all experts at once, ``apply(params, x [T, ...], decision) -> y [T, ...]``.
         router: as in `moe`.
-        num_experts: E.
+        num_experts: E, how many there are.
         route: as in `moe`.
         feature_ndim: as in `moe`.
         check: refuses parameters of the experts that do not fit E, before the router runs.
@@ -252,7 +254,9 @@ def outputs_of(layer: Layer) -> Layer:
 
 @comparable
 def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
-    """A mixture beside an expert that always runs, ``y = S(x) + sum_e g_e E_e(x)``.
+    r"""A mixture beside an expert S that always runs.
+
+    .. math:: y_t = S(x_t) + \sum_e g_{te}\, E_e(x_t)
 
     Args:
         model: the mixture, as from `moe`.

@@ -19,10 +19,11 @@ from moejax.layers import linear
 
 @comparable
 def noisy(router: Layer, noise_router: Layer) -> Layer:
-    """A router that also learns how much noise its logits get.
+    r"""A router that also learns how much noise its logits get.
 
-    ``logits = router(x)`` and ``noise_scale = softplus(noise_router(x)) + 1e-2``: the two
-    arguments of `noisy_top_k`.
+    With R the router and N the noise router, the two arguments of `noisy_top_k` are
+
+    .. math:: l = R(x), \qquad s = \operatorname{softplus}(N(x)) + 10^{-2}
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.
@@ -63,12 +64,12 @@ def biased(router: Layer, num_experts: int) -> Layer:
     """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
 
     The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` makes the
-    next step's. In a Flax module (`moejax.interop.flax`) it is a variable of its own; keep it from
-    an optimizer that decays weights.
+    next step's. In a Flax module (``moejax.interop.flax``) it is a variable of its own; keep it
+    from an optimizer that decays weights.
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layer with params ``{"router": ..., "balance_bias": [E]}``, the bias zero at first, and
@@ -107,14 +108,16 @@ def biased(router: Layer, num_experts: int) -> Layer:
 def cosine(
     d_model: int, d_projected: int, num_experts: int, *, param_dtype: jnp.dtype = jnp.float32
 ) -> Layer:
-    """Logits by direction alone, ``l_e = exp(min(tau, log 100)) cos(W x + b, v_e)``.
+    r"""Logits by direction alone: the cosine of a projected token and a vector per expert.
+
+    .. math:: l_e = e^{\min(\tau, \log 100)} \cos(x W + b, v_e)
 
     No token and no expert can dominate by its length; the learned scale starts at 2.
 
     Args:
         d_model: width of x, D.
         d_projected: width P of the space in which directions are compared.
-        num_experts: E.
+        num_experts: E, how many there are.
         param_dtype: dtype in which the params start.
 
     Returns:
@@ -161,11 +164,13 @@ def cosine(
 def slots(
     d_model: int, num_experts: int, slots_per_expert: int, *, param_dtype: jnp.dtype = jnp.float32
 ) -> Layer:
-    """The router of `soft_slots`, ``l_tec = scale cos(x_t, mu_ec)``.
+    r"""The router of `soft_slots`: the cosine of a token and a vector per slot.
+
+    .. math:: l_{tec} = \text{scale} \cdot \cos(x_t, \mu_{ec})
 
     Args:
         d_model: width of x, D.
-        num_experts: E.
+        num_experts: E, how many there are.
         slots_per_expert: C; ``T / E`` makes as many slots as tokens.
         param_dtype: dtype in which the params start.
 
@@ -211,7 +216,7 @@ def _unit(x: Array, *, axis: int, eps: float) -> Array:
 
 @comparable
 def jittered(router: Layer, *, epsilon: float) -> Layer:
-    """A router that reads ``x u`` with u uniform in ``[1 - epsilon, 1 + epsilon]``.
+    r"""A router that reads :math:`x \odot u`, u uniform in :math:`[1 - \epsilon, 1 + \epsilon]`.
 
     Only the router reads it: the experts get x itself. Without a key there is no jitter.
 
@@ -249,7 +254,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
 
 @comparable
 def tempered(router: Layer, *, temperature: Array | float) -> Layer:
-    """A router with ``logits / temperature``: below 1 sharper, above 1 softer.
+    r"""A router with logits :math:`l / \text{temperature}`: below 1 sharper, above 1 softer.
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is divided.
@@ -272,7 +277,9 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
 
 @comparable
 def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
-    """A router with ``cap tanh(logits / cap)``: within ``±cap``, the same near zero.
+    r"""A router with bounded logits, within ``±cap`` and the same near zero.
+
+    .. math:: \text{cap} \cdot \tanh(l / \text{cap})
 
     Args:
         router: ``x [T, D] -> logits``; of several values only the first is capped.

@@ -34,9 +34,9 @@ def upcycle(
     divided by it, and the sum is the layer's output again.
 
     Args:
-        dense: params of the layer, whose last linear layer is found by `last_layer`.
+        dense: params of the layer; its last linear layer is found by its names.
         router: params of the router; its zeros have the same structure.
-        num_experts: E.
+        num_experts: E, how many there are.
         total: the sum of a token's weights at the start: 1 if they are renormalised, K/E for the
             raw probabilities of `top_k`, 1/E for `switch`, K/2 for raw sigmoids.
         noise: standard deviation of what is added to every copy but the first, relative to the

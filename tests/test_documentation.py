@@ -24,9 +24,3 @@ def test_examples(name):
     for example in doctest.DocTestFinder().find(module, extraglobs=NAMES):
         runner.run(example)
     assert runner.failures == 0, f"{runner.failures} examples of {name} print something else"
-
-
-def test_public_names_have_examples():
-    functions = [getattr(moejax, name) for name in moejax.__all__]
-    missing = [f.__name__ for f in functions if not isinstance(f, type) and ">>>" not in f.__doc__]
-    assert not missing

@@ -1,17 +1,20 @@
 """The code of the how-to page runs as it stands, and parts of a batch add up."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 import moejax
-from pages import code_of
+from pages import DOCS, code_of
 from reference import close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def test_the_code_runs():
+def test_the_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code_of("howto.md"), names)
     params, x, gradient = names["params"], names["x"], jax.grad(names["biased_loss"], has_aux=True)
@@ -20,3 +23,13 @@ def test_the_code_runs():
     whole, _ = gradient(params, bias, x)
     # The experts of a token do not depend on the other tokens, so parts add up to the whole.
     close(names["gradients"], whole, rtol=1e-4, atol=1e-6)
+
+
+def test_it_says_what_each_diagnostic_means():
+    page = (DOCS / "howto.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
+    public = {
+        name for name in moejax.__all__ if getattr(moejax, name).__module__ == "moejax.diagnostics"
+    }
+    assert len(public) == 8
+    assert public <= explained

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import moejax
+from pages import blocks_of
 
 PACKAGE = Path(moejax.__file__).parent
 EXPERIMENTS = PACKAGE.parent / "experiments"
@@ -184,3 +185,18 @@ def test_experiments_import_public_names_only(file):
     reads = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
     private = {one for one in reads if re.match(r"moejax\..*\b_(?!_)", one)}
     assert not private, f"{file.name} reads {private}"
+
+
+def test_the_page_on_the_design_lists_every_module():
+    [tree] = [block for block in blocks_of("design.md", "text") if block.startswith("moejax/")]
+    folders, listed = ["moejax"], set()
+    for line in tree.splitlines()[1:]:
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        if name.endswith(".py"):
+            listed.add(".".join(folders[1:])[: -len(".py")])
+    families = {f"interop.transformers.{family}" for family in FAMILIES.split()}
+    packages = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py")}
+    named = {".".join(path.parts) or "__init__" for path in packages}
+    missing_or_gone = listed ^ ({*MODULES} - families - named)
+    assert not missing_or_gone, f"mend docs/design.md: {missing_or_gone}"

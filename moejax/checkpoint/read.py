@@ -35,6 +35,14 @@ class Checkpoint(NamedTuple):
         config: what was saved with it.
         versions: of Python and the libraries that wrote it; the same steps give the same bits
             with the same versions only.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     moejax.checkpoint.save(folder, {"x": np.ones(2)}, step=7, config={"rate": 0.1})
+        ...     found = moejax.checkpoint.restore(folder, {"x": np.zeros(2)})
+        >>> found.step, found.config, found.state["x"]
+        (7, {'rate': 0.1}, array([1., 1.]))
     """
 
     step: int

@@ -24,7 +24,7 @@ DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64", "bfloat16")
 
 
 def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Writes named arrays, such as `conversion.to_torch` makes, to one safetensors file.
+    """Writes named arrays, such as `moejax.interop.torch.to_torch` makes, to one safetensors file.
 
     Args:
         path: where; what stood there before is replaced only once the new file is complete.
@@ -66,6 +66,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: if the path is not one on this machine, or if the file is damaged or has no
             checksum; names it.
         ImportError: without safetensors; names the command that installs it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/weights.safetensors", {"bias": np.zeros(2, "f4")})
+        ...     load(f"{folder}/weights.safetensors")
+        {'bias': array([0., 0.], dtype=float32)}
     """
     safetensors = library()
     content = local(path).read_bytes()

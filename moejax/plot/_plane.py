@@ -27,6 +27,15 @@ class Plane(NamedTuple):
         experts: the score of each expert, shape [E, H, W]; its boundary is at zero.
         gates: the gate of each expert, shape [E, H, W].
         probability: of label 1 by the whole model, shape [H, W].
+
+    Example:
+        >>> x, y, points = moejax.plot.grid(np.zeros((1, 2)), size=4)
+        >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 3), num_experts=3)
+        >>> score, routing = model.apply(model.init(jax.random.key(0)), points)
+        >>> gates = routing.gates.T.reshape(3, 4, 4)
+        >>> plane = Plane(x, y, gates, gates, jax.nn.sigmoid(score).reshape(4, 4))
+        >>> plane.gates.shape
+        (3, 4, 4)
     """
 
     x: np.ndarray

@@ -155,7 +155,7 @@ def boundary_frames(
         truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
-        One figure again and again: only what moves is drawn anew, so use it before the next.
+        One figure again and again. Only what moves is drawn anew, so use it before the next.
 
     Example:
         >>> x, y, _ = grid(np.zeros((1, 2)), size=4)

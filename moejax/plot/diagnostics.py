@@ -34,7 +34,7 @@ UNITS = MappingProxyType(
 def diagnostics(
     history: Sequence[Mapping[str, Any]], *, titles: Mapping[str, str] | None = None
 ) -> Figure:
-    """What `moejax.diagnostics` says per epoch: a panel for each quantity.
+    """What the diagnostics say per epoch: a panel for each quantity.
 
     Args:
         history: one record per epoch: ``epoch``, and quantities by name. A number is drawn as one

@@ -84,7 +84,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
     Args:
         images: shape [N, H, W].
         top: the expert with the largest gate for each image, shape [N].
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A figure with one row per expert; of an expert that serves no image it says so.

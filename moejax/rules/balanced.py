@@ -22,12 +22,16 @@ def sigmoid_top_k(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    """Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
+    r"""Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
 
     `by_score` with a sigmoid, normalised by logarithms: it stays exact where scores underflow.
-    ``s = sigmoid(logits)``; the choice is by ``s + b``, the weights are s without b, divided by
-    their sum over the k and multiplied by ``scale``. With groups, experts compete only within the
-    ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
+
+    .. math::
+        s_t = \sigma(l_t), \qquad e \in \text{top k of } s_t + b, \qquad
+        g_{te} = \text{scale} \cdot \frac{s_{te}}{\sum_{j \in \text{top k}} s_{tj}}
+
+    The choice is by s + b, the weights are s without b. With groups, experts compete only within
+    the ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
 
     Args:
         logits: router output, shape [T, E].
@@ -82,10 +86,12 @@ def _sigmoid_top_k(
 
 @takes(Routing)
 def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -> Array:
-    """Moves the bias of `sigmoid_top_k` towards balance, ``b_e + rate sign(mean(n) - n_e)``.
+    r"""Moves the bias of `sigmoid_top_k` towards balance.
 
-    n_e counts the choices that go to expert e, masked tokens left out. At exact balance nothing
-    changes.
+    .. math:: b_e \leftarrow b_e + \text{rate} \cdot \operatorname{sign}(\bar n - n_e)
+
+    :math:`n_e` counts the choices that go to expert e, masked tokens left out. At exact balance
+    nothing changes.
 
     One step of the optimizer may take several decisions: with gradient accumulation, or where
     each device routes tokens of its own. Sum their ``routing.counts`` first, and pass the sum.
@@ -128,15 +134,20 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
 def sinkhorn(
     logits: Array, *, k: int = 1, iterations: int = 20, mask: Array | None = None
 ) -> Routing:
-    """Sends every token to k experts by a plan that loads all experts nearly equally.
+    r"""Sends every token to k experts by a plan that loads all experts nearly equally.
 
     Rows and columns of ``exp(logits)`` are scaled in turn until each token has mass 1 and each
-    expert mass T/E; the choice is the k largest of a token's row, and has no gradient. The weights
-    are the raw ``p = softmax(logits)``. It works on logarithms, so that no logit overflows.
+    expert mass T/E,
+
+    .. math:: \pi_{te} = u_t\, e^{l_{te}}\, v_e, \qquad \sum_e \pi_{te} = 1, \qquad
+        \sum_t \pi_{te} = T / E
+
+    The choice is the k largest of a token's row, and has no gradient. The weights are the raw
+    probabilities, ``p = softmax(logits)``. It works on logarithms, so that no logit overflows.
 
     The assignment of a token depends on all others: in a causal decoder it leaks the future, and
-    evaluation mostly uses `top_k(k=k, renormalize=False)` instead. To switch an expert off, set its
-    logits to -inf: the plan makes up for any finite offset.
+    evaluation mostly uses `top_k` with ``renormalize=False`` instead. To switch an expert off, set
+    its logits to -inf: the plan makes up for any finite offset.
 
     Args:
         logits: router output, shape [T, E].

@@ -42,11 +42,14 @@ def by_score(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    """Sends every token to the k experts with the largest ``score(logits) + bias``.
+    r"""Sends every token to the k experts with the largest ``score(logits) + bias``.
 
-    ``s = score(logits)``; the choice is by ``s + b``, the weights are s without b, divided by
-    their sum over the k and multiplied by ``scale``. With groups, experts compete only within the
-    ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
+    .. math::
+        s_t = \text{score}(l_t), \qquad e \in \text{top k of } s_t + b, \qquad
+        g_{te} = \text{scale} \cdot \frac{s_{te}}{\sum_{j \in \text{top k}} s_{tj}}
+
+    The choice is by s + b, the weights are s without b. With groups, experts compete only within
+    the ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
 
     `top_k` is this with a softmax and `sigmoid_top_k` with a sigmoid; both work on logarithms, so
     that they also rank and normalise scores that underflow. Here such scores tie, and weights whose
@@ -109,7 +112,9 @@ def _by_score(
 
 
 def root_softplus(logits: Array) -> Array:
-    """A score for `by_score`: ``s = sqrt(log(1 + exp(x)))``, with a gradient where it is zero.
+    r"""A score for `by_score`, the root of softplus, with a gradient where it is zero.
+
+    .. math:: s = \sqrt{\log(1 + e^x)}
 
     A score that underflows, as an expert's that -inf switches off, has the gradient zero; the
     root alone would have none.

@@ -12,10 +12,12 @@ from moejax.base import Array, Routing
 
 @compiled()
 def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
-    """Sends every token to the expert that a table holds for its id, with weight one.
+    r"""Sends every token to the expert that a table holds for its id, with weight one.
 
-    ``e = table[id]``. The logits say how many experts there are and do not enter: a router that
-    returns zeros is enough.
+    .. math:: e_t = \text{table}[\text{id}_t]
+
+    The logits say how many experts there are and do not enter: a router that returns zeros is
+    enough.
 
     Args:
         logits: router output, shape [T, E].

@@ -152,13 +152,15 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
 
 @takes(Routing)
 def capacity_for(routing: Routing, *, factor: float) -> int:
-    """Slots per expert for a multiple of the mean load, ``C = ceil(factor T K / E)``.
+    r"""Slots per expert for a multiple of the mean load.
+
+    .. math:: C = \lceil \text{factor} \cdot T K / E \rceil
 
     C grows with the number of tokens, later ones included: a causal decoder that is to drop the
     same choices whatever follows takes a fixed C.
 
     Args:
-        routing: a decision; only its shapes are read, so C is a number under `jit`.
+        routing: a decision; only its shapes are read, so C is a number under ``jax.jit``.
         factor: 1 is room for exactly the balanced load.
 
     Returns:

@@ -16,9 +16,12 @@ from moejax.rules.softmax import top_k
 def noisy_top_k(
     logits: Array, noise_scale: Array | float, *, k: int, key: Array | None = None
 ) -> Routing:
-    """Sends every token to k experts, chosen after Gaussian noise is added to the logits.
+    r"""Sends every token to k experts, chosen after Gaussian noise is added to the logits.
 
-    ``h = logits + noise_scale * N(0, 1)``; the weights are the softmax over the k largest h.
+    .. math::
+        h_{te} = l_{te} + s_{te}\, \epsilon_{te}, \quad \epsilon_{te} \sim N(0, 1), \qquad
+        g_t = \operatorname{softmax}(\text{the k largest } h_t)
+
     Without a key there is no noise: evaluation is deterministic by construction.
 
     Args:

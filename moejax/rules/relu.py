@@ -12,7 +12,9 @@ from moejax.base import Array, Routing
 
 @compiled()
 def relu(logits: Array) -> Routing:
-    """Sends every token to the experts with a positive logit, ``g = relu(logits)``.
+    r"""Sends every token to the experts with a positive logit.
+
+    .. math:: g_{te} = \max(l_{te}, 0)
 
     How many these are differs between tokens and is held at k on average by a penalty, `l1_loss`
     times a coefficient that `update_l1_coefficient` maps to the next step's. The gate is
@@ -51,7 +53,9 @@ def relu(logits: Array) -> Routing:
 def update_l1_coefficient(
     coefficient: Array | float, routing: Routing, *, k: int, factor: float = 1.2
 ) -> Array:
-    """Steers `relu` towards k active experts per token, ``c factor^sign(active - k)``.
+    r"""Steers `relu` towards k active experts per token.
+
+    .. math:: c \leftarrow c \cdot \text{factor}^{\operatorname{sign}(\text{active} - k)}
 
     Args:
         coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32.
@@ -60,7 +64,7 @@ def update_l1_coefficient(
         factor: by how much c changes in a step.
 
     Returns:
-        The coefficient of the next step: larger if more than k are active, unchanged at k.
+        The coefficient of the next step, larger if more than k are active and unchanged at k.
 
     Example:
         >>> routing = relu(jnp.array([[0.5, 1.0, 2.0]]))

@@ -18,10 +18,13 @@ from moejax.base import Array, ExpertChoice, SoftSlots
 
 @compiled("capacity")
 def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) -> ExpertChoice:
-    """Lets every expert take its C best tokens: perfect balance, and no loss for it.
+    r"""Lets every expert take its C best tokens: perfect balance, and no loss for it.
 
-    ``p = softmax(logits)`` over experts; expert e takes the C largest of its column, weighted by
-    p. A token may be taken by several experts, or by none, and then gets zeros.
+    .. math:: p_t = \operatorname{softmax}(l_t), \qquad
+        e \text{ takes the C tokens with the largest } p_{te}
+
+    Tokens are weighted by p. A token may be taken by several experts, or by none, and then gets
+    zeros.
 
     The choice depends on all tokens of the call: it leaks the future in a causal decoder.
 
@@ -68,10 +71,13 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
 
 @compiled()
 def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
-    """Fills every slot with a mean of all tokens: differentiable in everything, nothing dropped.
+    r"""Fills every slot with a mean of all tokens: differentiable in everything, nothing dropped.
 
-    ``dispatch = softmax(logits)`` over tokens, ``combine = softmax(logits)`` over all slots of all
-    experts. The router of this rule is `slots`.
+    .. math::
+        \text{dispatch}_{tec} = \frac{\exp l_{tec}}{\sum_{t'} \exp l_{t'ec}}, \qquad
+        \text{combine}_{tec} = \frac{\exp l_{tec}}{\sum_{e'c'} \exp l_{te'c'}}
+
+    The router of this rule is `slots`.
 
     Every slot sees all tokens of the call: it leaks the future in a causal decoder.
 

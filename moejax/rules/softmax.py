@@ -13,7 +13,9 @@ from moejax.rules.by_score import Groups, choose
 
 @compiled()
 def softmax(logits: Array) -> Routing:
-    """Sends every token to every expert, with gates ``g = softmax(logits)``.
+    r"""Sends every token to every expert, weighted by a softmax of its logits.
+
+    .. math:: g_{te} = \frac{\exp l_{te}}{\sum_j \exp l_{tj}}
 
     Args:
         logits: router output, shape [T, E].
@@ -40,10 +42,14 @@ def softmax(logits: Array) -> Routing:
 
 @compiled("k", "renormalize")
 def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
-    """Sends every token to its k best experts: `by_score` with a softmax, ranked by logits.
+    r"""Sends every token to its k best experts: `by_score` with a softmax, ranked by logits.
 
-    ``p = softmax(logits)``; the weights are the k largest p, divided by their sum (which equals
-    the softmax over the k kept logits) or, with ``renormalize=False``, as they are.
+    .. math::
+        p_t = \operatorname{softmax}(l_t), \qquad
+        g_{te} = \frac{p_{te}}{\sum_{j \in \text{top k}} p_{tj}}, \quad e \in \text{top k}
+
+    The weights are the k largest p, divided by their sum (which equals the softmax over the k kept
+    logits) or, with ``renormalize=False``, as they are.
 
     Args:
         logits: router output, shape [T, E].
@@ -84,9 +90,12 @@ def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
 
 
 def switch(logits: Array) -> Routing:
-    """Sends every token to one expert, weighted by its raw probability.
+    r"""Sends every token to one expert, weighted by its raw probability.
 
-    ``e = argmax p`` and ``g = p_e`` with ``p = softmax(logits)``.
+    .. math::
+        p_t = \operatorname{softmax}(l_t), \qquad
+        e_t = \arg\max_e p_{te}, \qquad
+        g_t = p_{t e_t}
 
     Args:
         logits: router output, shape [T, E].

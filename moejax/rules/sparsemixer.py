@@ -11,11 +11,13 @@ from moejax.base import Array, Routing
 
 
 def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = None) -> Routing:
-    """Sends every token to two experts, each weighted among the experts close to it.
+    r"""Sends every token to two experts, each weighted among the experts close to it.
 
-    The first expert is the best one, and its weight is ``softmax(z)`` over the experts with
-    ``(max z - z) / max(|z|, max z) <= 2 epsilon``; the second is the same without the first. The
-    two weights do not sum to one.
+    The first expert is the best one, and its weight is the softmax of z over the experts with
+
+    .. math:: \frac{\max z - z_e}{\max(|z_e|, \max z)} \le 2 \epsilon
+
+    The second is the same without the first. The two weights do not sum to one.
 
     With a key, training: each expert is drawn from its softmax, and a draw that is not the best one
     has a third of its weight with probability 3/4. The gradient is taken of the whole weight; the

@@ -11,10 +11,12 @@ from moejax.base import Array, Routing
 
 
 def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
-    """Sends every token to its best experts until their probabilities reach p.
+    r"""Sends every token to its best experts until their probabilities reach p.
 
-    ``q = softmax(logits)``, experts in descending order of q; expert e is chosen while the sum of
-    those before it is less than p. The weights are q, not renormalised. A sure token takes
+    .. math:: q_t = \operatorname{softmax}(l_t), \qquad
+        e \text{ is chosen if } \sum_{j \text{ before } e} q_{tj} < p
+
+    Experts are in descending order of q. The weights are q, not renormalised. A sure token takes
     one expert, a doubtful one many.
 
     Args:

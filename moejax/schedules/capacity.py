@@ -11,12 +11,16 @@ from moejax.schedules._sorted.policy import policy_for_capacity
 
 @takes(Routing)
 def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, factor: float) -> Array:
-    """Gives every expert the same number of slots, and drops the choices that find none.
+    r"""Gives every expert the same number of slots, and drops the choices that find none.
 
-    Each expert has ``C = ceil(factor T K / E)`` slots. All first choices are placed before any
-    second choice, and earlier tokens before later ones. So for K >= 2 a later token can take the
-    slot of an earlier token's second choice, and C itself counts all tokens: a causal decoder
-    limits with `limit_capacity` and the priority `by_token` instead.
+    Each expert has C slots,
+
+    .. math:: C = \lceil \text{factor} \cdot T K / E \rceil
+
+    All first choices are placed before any second choice, and earlier tokens before later ones. So
+    for K >= 2 a later token can take the slot of an earlier token's second choice, and C itself
+    counts all tokens: a causal decoder limits with `limit_capacity` and the priority `by_token`
+    instead.
 
     A dropped choice contributes nothing, and the token's other choices keep their weights. With
     ``factor >= E / K`` nothing is ever dropped.

@@ -26,7 +26,9 @@ from moejax.schedules._sorted.products import side_by_side
 
 
 def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
-    """The definition of a mixture, ``y_t = sum_e g_te E_e(x_t)``.
+    r"""The definition of a mixture.
+
+    .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.

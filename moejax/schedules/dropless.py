@@ -17,11 +17,13 @@ from moejax.schedules._sorted.policy import policy_for_dropless
 
 @takes(Routing)
 def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
-    """Runs every expert on the tokens that chose it, however many, and blends.
+    r"""Runs every expert on the tokens that chose it, however many, and blends.
 
-    ``y_t = sum_k w_tk E_{e_tk}(x_t)``: equal to `dense` in value and in gradient. Differentiable
-    in reverse mode any number of times; forward mode (``jax.jvp``) raises a TypeError. The backward
-    pass computes the experts again, and the forward pass keeps nothing of what is inside them.
+    .. math:: y_t = \sum_k w_{tk}\, E_{e_{tk}}(x_t)
+
+    Equal to `dense` in value and in gradient. Differentiable in reverse mode any number of times;
+    forward mode (``jax.jvp``) raises a TypeError. The backward pass computes the experts again, and
+    the forward pass keeps nothing of what is inside them.
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``, one row at a time: what

@@ -30,14 +30,16 @@ def expert_parallel(
     local: Schedule = dropless,
     exchange: Exchange | None = None,
 ) -> Schedule:
-    """A schedule whose tokens are spread over the whole mesh and whose experts over one axis.
+    r"""A schedule whose tokens are spread over the whole mesh and whose experts over one axis.
 
-    The sum is the same, ``y_t = sum_e g_te E_e(x_t)``, in any mesh. Along ``axis`` every pair of
-    devices exchanges ``C = ceil(factor T K / S)`` rows per round, for T tokens per device and S
-    devices. A balanced router needs one round. Rows that do not fit travel in further rounds,
-    as many as the fullest block needs, which recompute their forward pass in the backward pass.
-    Nothing is ever dropped, and a device holds at most ``4 factor T K`` rows in buffers, whatever
-    the router does.
+    The sum is the same in any mesh. Along ``axis`` every pair of devices exchanges C rows per
+    round, for T tokens per device and S devices,
+
+    .. math:: C = \lceil \text{factor} \cdot T K / S \rceil
+
+    A balanced router needs one round. Rows that do not fit travel in further rounds, as many as the
+    fullest block needs, which recompute their forward pass in the backward pass. Nothing is ever
+    dropped, and a device holds at most ``4 factor T K`` rows in buffers, whatever the router does.
 
     Args:
         mesh: a mesh with Auto or Explicit axes; every axis but ``axis`` is data parallel.
@@ -45,12 +47,13 @@ def expert_parallel(
         factor: slots per pair of devices as a multiple of the mean load. Larger means fewer
             further rounds, more memory and, where blocks are padded, more bytes.
         local: the schedule on each device, over its own experts with K = 1.
-        exchange: how rows travel; by default what `exchange_for` finds for the mesh.
+        exchange: how rows travel; by default what suits the devices of the mesh.
 
     Returns:
         A schedule, ``(expert, params, x, routing) -> y``, for `moe`'s ``execute``. Arguments are
         global arrays. Params must be sharded over ``axis`` on their leading axis to save memory,
-        and x over all axes on its leading axis to save communication; see `moejax.sharding`.
+        and x over all axes on its leading axis to save communication; see `shardings` and
+        `token_sharding`.
 
     Raises:
         ValueError: if the mesh has no such axis or the factor is not positive; when the schedule

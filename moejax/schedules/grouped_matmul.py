@@ -13,13 +13,15 @@ from moejax.schedules._sorted.products import ragged_matmul
 
 
 def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
-    """Multiplies consecutive groups of rows by one kernel each.
+    r"""Multiplies consecutive groups of rows by one kernel each.
 
-    ``y_i = x_i W_e`` where row i belongs to group e: the first ``group_sizes[0]`` rows to group
-    0, the next ``group_sizes[1]`` to group 1, and so on. Rows past the sum of the group sizes
-    belong to none and give zeros. This is the contract of ``jax.lax.ragged_dot``, which computes
-    it on accelerators; on CPU, where that primitive runs every kernel on every row, the groups
-    are computed by one batched product and a loop over the rows of groups larger than the mean.
+    .. math:: y_i = x_i W_e, \qquad i \text{ in group } e
+
+    The first ``group_sizes[0]`` rows belong to group 0, the next ``group_sizes[1]`` to group 1, and
+    so on. Rows past the sum of the group sizes belong to none and give zeros. This is the contract
+    of ``jax.lax.ragged_dot``, which computes it on accelerators; on CPU, where that primitive runs
+    every kernel on every row, the groups are computed by one batched product and a loop over the
+    rows of groups larger than the mean.
 
     Differentiable in reverse mode any number of times, and can be vmapped over any operand.
     Forward mode (``jax.jvp``) raises a TypeError.

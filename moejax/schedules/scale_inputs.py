@@ -13,7 +13,9 @@ from moejax.base import Array, Expert, Params, Routing, Schedule
 
 
 def scale_inputs(schedule: Schedule) -> Schedule:
-    """The schedule of ``y_t = sum_k E_{e_tk}(w_tk x_t)``: the gate is inside the expert.
+    r"""A schedule whose gate is inside the expert.
+
+    .. math:: y_t = \sum_k E_{e_{tk}}(w_{tk}\, x_t)
 
     Every choice becomes a token of its own, with one expert and weight 1, and ``schedule`` runs
     them; the K outputs of a token are added up. A choice that goes nowhere runs no expert, so that

@@ -13,7 +13,9 @@ from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
 @takes(ExpertChoice)
 def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoice) -> Array:
-    """Runs every expert on the tokens it took, ``y_t = sum over slots (e, c) of t, w_ec E_e(x_t)``.
+    r"""Runs every expert on the tokens it took, and adds up what a token gets.
+
+    .. math:: y_t = \sum_{(e, c)\,:\,\text{tokens}_{ec} = t} w_{ec}\, E_e(x_t)
 
     Args:
         expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
@@ -51,9 +53,11 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
 
 @takes(SoftSlots)
 def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> Array:
-    """Runs every expert on its slots, means of tokens, and gives each token a mean of the outputs.
+    r"""Runs every expert on its slots, means of tokens, and gives each token a mean of the outputs.
 
-    ``s_ec = sum_t dispatch_tec x_t`` and ``y_t = sum_ec combine_tec E_e(s_ec)``.
+    .. math::
+        s_{ec} = \sum_t \text{dispatch}_{tec}\, x_t, \qquad
+        y_t = \sum_{ec} \text{combine}_{tec}\, E_e(s_{ec})
 
     Args:
         expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.

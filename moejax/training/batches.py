@@ -45,7 +45,7 @@ def epoch_order(state: TrainState, epoch: Array | int, num_examples: int) -> Arr
     Args:
         state: the run's state; only its key is read.
         epoch: number of the epoch, from zero.
-        num_examples: N.
+        num_examples: N, how many there are.
 
     Returns:
         A permutation of 0..N-1, int32 [N].
@@ -64,7 +64,7 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
     """How many examples each step of an epoch sees.
 
     Args:
-        num_examples: N.
+        num_examples: N, how many there are.
         batch_size: B, at most N.
 
     Returns:

@@ -19,6 +19,15 @@ class ParameterStep(NamedTuple):
         value: before the update.
         gradient: of the loss, after backward.
         update: what the optimizer added.
+
+    Example:
+        >>> from moejax.training import init_state
+        >>> def loss(params, batch, key):
+        ...     return (params["w"] * batch).sum(), {}
+        >>> state = init_state({"w": jnp.ones(1)}, optax.sgd(0.5), jax.random.key(0))
+        >>> [step] = inspect_step(loss, optax.sgd(0.5), state, jnp.array([2.0]))
+        >>> step.path, float(step.gradient[0]), float(step.update[0])
+        ('w', 2.0, -1.0)
     """
 
     path: str

@@ -25,6 +25,11 @@ class TrainState(NamedTuple):
         step: how many updates were made, int32 scalar.
         key: the run's PRNG key. It never changes: what is random in a step or an epoch is derived
             from it and the number of that step or epoch.
+
+    Example:
+        >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0))
+        >>> int(state.step), state.params["w"].shape
+        (0, (3,))
     """
 
     params: Params

@@ -22,6 +22,12 @@ class LinenLayer(linen.Module):
         layer: the pair of pure functions.
         axes: ``(path, array) -> names of its axes``, or None.
         param_dtype: of the parameters; None for what ``layer.init`` makes.
+
+    Example:
+        >>> module = LinenLayer(moejax.linear(3, 2))
+        >>> y, variables = module.init_with_output(jax.random.key(0), jnp.ones((5, 3)))
+        >>> y.shape, variables["params"]["kernel"].shape
+        ((5, 2), (3, 2))
     """
 
     layer: Layer

@@ -16,11 +16,25 @@ class BalanceBias(nnx.Variable[Any]):
 
     It is no ``nnx.Param``, so ``nnx.grad`` and ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leave
     it alone.
+
+    Example:
+        >>> from flax import nnx
+        >>> router = moejax.biased(moejax.linear(4, 2), 2)
+        >>> module = to_nnx(moejax.moe(moejax.glu(4, 8), router, num_experts=2), rngs=nnx.Rngs(0))
+        >>> isinstance(module.router.balance_bias, BalanceBias)
+        True
     """
 
 
 class NnxLayer(nnx.Module):
-    """A layer of moejax as a module; made by `to_nnx`."""
+    """A layer of moejax as a module; made by `to_nnx`.
+
+    Example:
+        >>> from flax import nnx
+        >>> module = to_nnx(moejax.linear(3, 2), rngs=nnx.Rngs(0))
+        >>> isinstance(module, NnxLayer), module(jnp.ones((5, 3))).shape
+        (True, (5, 2))
+    """
 
     def __init__(
         self, layer: Layer, *, rngs: nnx.Rngs, axes: Axes | None = None, param_dtype: Any = None

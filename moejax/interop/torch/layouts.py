@@ -21,6 +21,11 @@ class Part(NamedTuple):
         start: its first index.
         stop: the end, which is no part of it.
         step: 1 for neighbours; 2 for every other one.
+
+    Example:
+        >>> gate = Tensor("gate_up.weight", (8, 3), (1, 0), part=Part(axis=0, start=0, stop=4))
+        >>> gate.param_shape
+        (3, 4)
     """
 
     axis: int
@@ -47,12 +52,17 @@ class Tensor:
         key: its name there; a ``{}`` for every leading axis of the parameter that PyTorch spreads
             over several tensors, such as ``experts.{}.weight``.
         shape: the shape of each tensor there.
-        axes: permutation that turns such a tensor into the parameter, as in `numpy.transpose`;
+        axes: permutation that turns such a tensor into the parameter, as in ``numpy.transpose``;
             its inverse turns it back.
         counts: sizes of the leading axes, one for every ``{}``.
         part: which part of the tensor is the parameter; None for all of it. The others must be
             parameters of the same layout, see `parts`.
         stored: the shape in which it is stored, of as many numbers; None for ``shape``.
+
+    Example:
+        >>> tensor = Tensor("experts.{}.weight", (2, 3), (1, 0), counts=(4,))
+        >>> tensor.param_shape  # four tensors [2, 3], transposed and stacked
+        (4, 3, 2)
     """
 
     key: str
@@ -166,7 +176,7 @@ def stack(layout: Layout, num_experts: int) -> Layout:
 
     Args:
         layout: of one expert.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layout.
@@ -186,7 +196,7 @@ def stacked(layout: Layout, num_experts: int) -> Layout:
 
     Args:
         layout: of one expert, with no axis that is spread over several tensors.
-        num_experts: E.
+        num_experts: E, how many there are.
 
     Returns:
         A layout.
@@ -265,7 +275,7 @@ def moe(
     Args:
         expert: layout of one expert.
         router: layout of the router.
-        num_experts: E.
+        num_experts: E, how many there are.
         gate: what the router is called there.
         experts: what the list of experts is called there.
 

@@ -25,7 +25,7 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
         params: of the layout's structure.
 
     Returns:
-        A dict of new NumPy arrays, each of its parameter's dtype. In PyTorch:
+        A dict of new NumPy arrays, each of its parameter's dtype, which PyTorch takes with
         ``module.load_state_dict(conversion.as_tensors(state_dict))``.
 
     Raises:
@@ -80,7 +80,7 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
             if they are on the CPU.
 
     Returns:
-        Params of new NumPy arrays, each of its tensor's dtype: float64 stays float64, which JAX
+        Params of new NumPy arrays, each of its tensor's dtype. So float64 stays float64, which JAX
         would narrow unless told otherwise.
 
     Raises:

@@ -84,7 +84,7 @@ def block(config: Any, *, execute: Schedule | None = None) -> tuple[Layer, Layou
     Returns:
         The layer, a `moe` alone or beside a shared expert, and the layout of the module's
         ``state_dict`` in the installed transformers. ``from_torch(layout, module.state_dict())`` of
-        `moejax.interop.torch` gives the params, and ``layer.apply(params, x)[0]`` is the module's
+        ``moejax.interop.torch`` gives the params, and ``layer.apply(params, x)[0]`` is the module's
         output in evaluation. A bias that chooses experts is among the params; it has no gradient.
 
     Raises:
