@@ -224,12 +224,18 @@ def mixture_output(params, x):
     return mixture.apply(params, x)[0]
 
 
-print(f"dense layer:         test error {test_error(dense.apply, goes_on):.3f}")
+def spread(params):
+    """How far the experts are from each other, relative to the size of their parameters."""
+    kernel = params["experts"]["gate"]["kernel"]  # [E, D, F]
+    return float(kernel.std(axis=0).mean() / kernel.std())
+
+
+print(f"dense layer: test error {test_error(dense.apply, goes_on):.3f}")
 for name, trained in {"without noise": from_equal, "with noise": from_noisy}.items():
     _, routing = mixture.apply(trained, test_x)
     print(
-        f"upcycled {name:13}: test error {test_error(mixture_output, trained):.3f}, "
-        f"dead experts {moejax.dead_experts(routing)}"
+        f"upcycled {name}: test error {test_error(mixture_output, trained):.3f}, "
+        f"{moejax.dead_experts(routing)} dead experts, spread of the experts {spread(trained):.2f}"
     )
 
 # %%
@@ -256,9 +262,9 @@ def draw_curves(window):
 draw_curves(window=min(50, STEPS))
 
 # %% [markdown]
-# Without noise the mixture stays what the dense layer is: the balance loss does spread the tokens,
-# but over copies that get equal gradients and stay nearly equal. With noise the copies part, and
-# the capacity of eight experts is used.
+# Without noise the mixture is no better than the dense layer: the balance loss does spread the
+# tokens, but the copies stay nearly equal, so it does not matter which of them a token goes to.
+# With noise they part, and the capacity of eight experts is used.
 #
 # ## Grow, prune, merge
 #
