@@ -161,12 +161,8 @@ print(f"test images that are right: {accuracy:.1%}")
 # ## Reading the decision
 #
 # `routing` holds the choices of all tokens of the test images, image by image and row by row.
-# `expert_by_class` counts which expert serves which class of tokens. The classes can be anything
-# that is known of a token; here, the row that it is.
 
 # %%
-row_of_token = jnp.tile(jnp.arange(ROWS), len(test_set[0]))  # [T]
-by_row = moejax.expert_by_class(routing, row_of_token, ROWS)  # [E, rows]
 print("load of each expert:", np.asarray(moejax.expert_load(routing)).round(2))
 print(f"dead experts: {moejax.dead_experts(routing)}")
 print(f"experts that share the work: {moejax.effective_experts(routing):.2f} of {EXPERTS}")
@@ -174,27 +170,26 @@ print(
     f"entropy of a token's gates: {moejax.gate_entropy(routing):.2f} nats, {np.log(2):.2f} at most"
 )
 
-# %%
-plot.table(
-    np.asarray(by_row / by_row.sum(axis=0)),
-    rows="expert",
-    columns="row of the image",
-    title="Share of each row's gate, by expert",
-    form=lambda share: f"{share:.0%}",
-)
-
 # %% [markdown]
-# A column adds up to 100%. If experts knew nothing of rows, all columns would be alike. The same
-# with the digit of the token's image in the place of its row:
+# `expert_by_class` counts which expert serves which class of tokens. The classes can be anything
+# that is known of a token: which row it is, or which digit its image shows. How much does the
+# expert tell about each?
 
 # %%
+row_of_token = jnp.tile(jnp.arange(ROWS), len(test_set[0]))  # [T]
 digit_of_token = jnp.repeat(test_set[1], ROWS)  # [T]
+by_row = moejax.expert_by_class(routing, row_of_token, ROWS)  # [E, rows]
 by_digit = moejax.expert_by_class(routing, digit_of_token, CLASSES)  # [E, digits]
 for name, by_class in {"row": by_row, "digit": by_digit}.items():
-    information = moejax.mutual_information(by_class)
-    print(f"the expert tells {information:.2f} nats about the {name}")
+    print(f"{moejax.mutual_information(by_class):.2f} nats about the {name}")
+
+# %%
+plot.specialisation(np.asarray(by_digit))
 
 # %% [markdown]
+# A column adds up to 100%, and all columns would be alike if experts knew nothing of digits. They
+# know more of the digit than of the row: attention has mixed the rows before the router reads them.
+#
 # ## A balance bias in the place of the loss
 #
 # `moejax.biased` puts a bias beside a router that only decides who is chosen. After each step it

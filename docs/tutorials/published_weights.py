@@ -17,6 +17,7 @@ SEED = 0
 # %%
 # %matplotlib inline
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 import moejax
 from moejax import plot
 from moejax.interop.transformers import block, load, save
 from moejax.training import init_state, scan_batches, train_step
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # no progress bars on this page
+import torch
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
 
 WIDTH, HIDDEN, EXPERTS = 16, 24, 8
 
@@ -43,7 +48,6 @@ WIDTH, HIDDEN, EXPERTS = 16, 24, 8
 # a folder.
 
 # %%
-transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(SEED)
 config = transformers.MixtralConfig(
     hidden_size=WIDTH,
