@@ -4,9 +4,11 @@
     python experiments/benchmark.py --suite layer
 
 Every time is a median after a warm-up. Shares are of the rate of a 2048 x 2048 float32 product,
-measured in the same rounds, and count the operations of the active experts only. On Linux,
-settings of glibc that docs/speed.md names make large layers faster.
+measured in the same rounds, and count the operations of the active experts only. Faults are pages
+of memory that the system had to give anew. PyTorch compiles nothing.
 
+step     a training step of one layer against its peers, and the ratios to the fastest of them
+relu     a layer whose tokens choose fewer and fewer experts
 toy      one seed of the toy, alone and as one of 100
 mnist    an epoch of the MNIST experiment
 layer    a sparse layer against its peers, and under collapsed routing
@@ -25,11 +27,13 @@ if __name__ == "__main__":
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.layers import grouped_suite, layer_suite, scaling_suite
 from benchmarks.report import draw, print_table, print_traffic
+from benchmarks.sparsity import relu_suite
+from benchmarks.steps import print_ratios, step_suite
 from benchmarks.timing import Result
 from benchmarks.traffic import traffic_suite
 from benchmarks.whole_runs import load_suite, mnist_suite, toy_suite
@@ -55,18 +59,22 @@ class Suite(NamedTuple):
     Attributes:
         run: ``(rounds, quick) -> results``.
         show: prints one of them.
+        conclude: prints what all of them come to.
     """
 
     run: Callable[[int, bool], Iterator[Result]]
     show: Callable[[Result], None]
+    conclude: Callable[[Sequence[Result]], None] = lambda results: None
 
 
 SUITES = {
+    "step": Suite(step_suite, print_table, print_ratios),
     "toy": Suite(toy_suite, print_table),
     "mnist": Suite(mnist_suite, print_table),
     "layer": Suite(layer_suite, print_table),
     "grouped": Suite(grouped_suite, print_table),
     "scaling": Suite(scaling_suite, print_table),
+    "relu": Suite(relu_suite, print_table),
     "load": Suite(load_suite, print_table),
     "traffic": Suite(traffic_suite, print_traffic),
 }
@@ -98,6 +106,7 @@ def work(options: argparse.Namespace) -> None:
             suite.show(result)
             results.append(result)
             write_json(folder / "summary.json", summary(results))
+        suite.conclude([result for result in results if result.suite == name])
     pictures = draw(results, folder)
     say(f"{', '.join(['summary.json', *pictures])} in {folder}")
 

@@ -51,6 +51,20 @@ def vary_together(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(mark, jnp.zeros_like(leaf), leaf), tree)
 
 
+def separate_zeros(like: Any, number: Array) -> Any:
+    """Zeros for each leaf, from any number that is never negative and that only the data knows.
+
+    XLA would make equal constants once, and copy them for every loop that writes to one of them.
+    Zeros that it cannot tell to be equal are written where the loops need them.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    zeros = [
+        jnp.full(leaf.shape, jnp.minimum(number + index, 0).astype(leaf.dtype))
+        for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, zeros)
+
+
 def along(mask: Array, ndim: int) -> Array:
     """A mask over the leading axes of an array of ``ndim`` axes, ready to broadcast."""
     return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))

@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from benchmarks.sparsity import relu_of_sparsity
 from benchmarks.whole_runs import SCRIPT
 from commands import refusal, run
 
@@ -35,6 +37,35 @@ def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
     assert all(contender in printed for contender, _ in timed)
     assert summary["environment"]["OMP_NUM_THREADS"] == "2"
     assert f"cores of {summary['versions']['processor']}" in printed
+
+
+def test_a_whole_step_is_timed_beside_its_peers(tmp_path, capsys):
+    run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "step")
+    [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
+    timed = {(one["contender"], one["mode"]): one for one in result["records"]}
+    for mode in ("forward", "with backward", "whole step"):
+        for name in ("dropless", "gathered weights"):
+            assert timed[name, mode]["seconds"] > 0
+            assert timed[name, mode]["compile_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "times the rate of the fastest peer" in printed
+    peers = ["gathered weights"]
+    if ("transformers grouped_mm", "whole step") in timed:
+        peers.append("transformers grouped_mm")
+    fastest = min(timed[name, "whole step"]["seconds"] for name in peers)
+    expected = fastest / timed["dropless, keep_gradients", "whole step"]["seconds"]
+    last = next(line for line in printed.splitlines() if line.startswith("T=64 "))
+    assert f"{expected:.2f} (" in last
+
+
+def test_relu_is_timed_at_its_sparsity(tmp_path):
+    run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "relu")
+    [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
+    assert result["sizes"]["sparsity"] == 0.75
+    assert {"dense", "dropless"} < {one["contender"] for one in result["records"]}
+    logits = jax.random.normal(jax.random.key(0), (100, 8))
+    chosen = relu_of_sparsity(0.75, logits).weights > 0
+    np.testing.assert_allclose(chosen.mean(), 0.25, atol=0.01)
 
 
 def test_traffic_is_counted(tmp_path, capsys):

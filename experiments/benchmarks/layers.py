@@ -142,16 +142,26 @@ def layer_contenders(
     route: Callable[..., moejax.Routing] | None = None,
 ) -> list[Contender]:
     """The layer with this schedule, on random tokens."""
-    layer = moejax.moe(
+    layer = sparse_layer(shape, execute, route=route)
+    args = (layer.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), shape[:2]))
+    apply = lambda params, x: layer.apply(params, x)[0]  # noqa: E731
+    return both_modes(name, apply, args, flops=shape.flops, bytes=shape.weight_bytes)
+
+
+def sparse_layer(
+    shape: Shape,
+    execute: Callable[..., jax.Array],
+    *,
+    route: Callable[..., moejax.Routing] | None = None,
+) -> moejax.Layer:
+    """GLU experts with their router, top-k unless another rule is given."""
+    return moejax.moe(
         moejax.glu(shape.D, shape.F),
         moejax.linear(shape.D, shape.E, bias=False),
         num_experts=shape.E,
         route=route or partial(moejax.top_k, k=shape.K),
         execute=execute,
     )
-    args = (layer.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), shape[:2]))
-    apply = lambda params, x: layer.apply(params, x)[0]  # noqa: E731
-    return both_modes(name, apply, args, flops=shape.flops, bytes=shape.weight_bytes)
 
 
 def products_alone(shape: Shape) -> list[Contender]:
@@ -184,7 +194,7 @@ def collapsed(shape: Shape) -> jax.Array:
 
 def torch_contenders(shape: Shape) -> tuple[list[Contender], dict[str, str]]:
     """The peers in PyTorch, or why they are not there."""
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+    if not torch_is_there():
         return [], {"torch": 'not installed: pip install -e ".[bench]"'}
     contenders = [
         Contender(name, partial(run, back), mode, flops=flops, bytes=shape.weight_bytes)
@@ -195,3 +205,8 @@ def torch_contenders(shape: Shape) -> tuple[list[Contender], dict[str, str]]:
         ]
     ]
     return contenders, {}
+
+
+def torch_is_there() -> bool:
+    """Whether the peers in PyTorch can run."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))

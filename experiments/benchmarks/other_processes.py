@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from pathlib import Path
@@ -33,3 +34,12 @@ def busy_elsewhere(before: Usage | None, after: Usage | None) -> float | None:
         return None
     wall, machine, process = (late - early for early, late in zip(before, after, strict=True))
     return max(0.0, (machine - process) / (wall * (os.cpu_count() or 1)))
+
+
+def page_faults() -> int:
+    """How many pages of memory the system has given this process; 0 where it does not tell."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # on Windows
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

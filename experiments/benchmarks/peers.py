@@ -59,31 +59,26 @@ def one_hot(
     return jnp.einsum("tec,ecd->td", combine, jax.vmap(expert)(params, rows))
 
 
+def gathered(
+    expert: Callable[..., jax.Array], params: Any, x: jax.Array, routing: moejax.Routing
+) -> jax.Array:
+    """The weights of every token's experts gathered, and one small product per choice."""
+    chosen = jax.tree.map(lambda a: a[routing.experts], params)  # [T, K, ...]
+    per_choice = jax.vmap(jax.vmap(expert, in_axes=(0, None)))
+    outputs = per_choice(chosen, x[:, None])[:, :, 0]  # [T, K, D]
+    return jnp.einsum("tk,tkd->td", routing.weights, outputs)
+
+
 def torch_layers(shape: Shape) -> dict[str, Callable[[bool], None]]:
     """Mixtral's block in PyTorch as a loop over experts, eager and by grouped products.
 
     Each function runs once, forward or, if told so, forward and backward.
     """
     import torch
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     torch.set_num_threads(os.cpu_count() or 1)  # as XLA does
     x = torch.randn(1, shape.T, shape.D, requires_grad=True)
     cotangent = torch.randn(1, shape.T, shape.D)
-
-    def block(implementation: str) -> torch.nn.Module:
-        config = MixtralConfig(
-            hidden_size=shape.D,
-            intermediate_size=shape.F,
-            num_local_experts=shape.E,
-            num_experts_per_tok=shape.K,
-        )
-        config._experts_implementation = implementation
-        module = MixtralSparseMoeBlock(config)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        return module
 
     def runner(module: torch.nn.Module) -> Callable[[bool], None]:
         leaves = [x, *module.parameters()]
@@ -96,9 +91,45 @@ def torch_layers(shape: Shape) -> dict[str, Callable[[bool], None]]:
 
         return run
 
-    layers = {name: block(name) for name in ("eager", "grouped_mm")}
+    layers = {name: torch_block(shape, name) for name in ("eager", "grouped_mm")}
     named = {f"transformers {name}": runner(layer) for name, layer in layers.items()}
     return named | {"torch loop": runner(torch_loop(shape))}
+
+
+def torch_step(shape: Shape, learning_rate: float) -> Callable[[], None]:
+    """Mixtral's block with grouped products: forward, backward and one fused update of Adam."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    block = torch_block(shape, "grouped_mm")
+    optimizer = torch.optim.Adam(block.parameters(), lr=learning_rate, fused=True)
+    x = torch.randn(1, shape.T, shape.D)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        block(x).square().mean().backward()
+        optimizer.step()
+
+    return run
+
+
+def torch_block(shape: Shape, implementation: str) -> Any:
+    """Mixtral's block in PyTorch, its experts computed by this implementation of transformers."""
+    import torch
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=shape.D,
+        intermediate_size=shape.F,
+        num_local_experts=shape.E,
+        num_experts_per_tok=shape.K,
+    )
+    config._experts_implementation = implementation
+    module = MixtralSparseMoeBlock(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return module
 
 
 def torch_loop(shape: Shape) -> Any:

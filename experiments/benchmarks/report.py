@@ -20,7 +20,10 @@ def print_table(result: Result) -> None:
     sizes = ", ".join(f"{name}={value}" for name, value in result.sizes.items())
     say(f"{result.suite}: {sizes}")
     buffer = buffer_bytes(result.sizes)
-    say(f"{'':42s}{'ms':>10s}{'share':>7s}{'peak MB':>9s}{'buffers':>9s}{'compile s':>11s}")
+    say(
+        f"{'':42s}{'ms':>10s}{'share':>7s}{'peak MB':>9s}{'buffers':>9s}{'faults':>9s}"
+        f"{'compile s':>11s}"
+    )
     for record in result.records:
         say(row(record, buffer))
     if busy := result.records[0].get("busy_elsewhere"):
@@ -63,6 +66,7 @@ def row(record: dict[str, Any], buffer: int | None) -> str:
         shown(record.get("share") or None, 7, ".0%"),
         shown(None if peak is None else peak / 1e6, 9, ".0f"),
         shown(buffers, 9, ".1f"),
+        shown(record.get("page_faults"), 9, ".0f"),
         shown(record.get("compile_seconds"), 11, ".1f"),
     ]
     return f"{name:42s}{1e3 * record['seconds']:10.2f}" + "".join(cells)

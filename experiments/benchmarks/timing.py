@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from benchmarks.other_processes import busy_elsewhere, processor_seconds
+from benchmarks.other_processes import busy_elsewhere, page_faults, processor_seconds
 from parts.command_line import compiled
 
 SIDE = 2048  # of the product whose rate is the limit
 READ = 2**26  # numbers whose sum shows how fast memory is read: 256 MiB
 TURN = 0.02  # seconds that a turn lasts at least; short contenders run several times in it
 PATIENCE = 4.0  # seconds after which a contender has taken part in enough rounds
-FORWARD, BACKWARD = "forward", "with backward"
+FORWARD, BACKWARD, STEP = "forward", "with backward", "whole step"
 
 
 class Contender(NamedTuple):
@@ -111,12 +111,15 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]
     calls = [_calls_per_turn(one) for one in everyone]
     before = processor_seconds()
     seconds: list[list[float]] = [[] for _ in everyone]
+    faults: list[list[float]] = [[] for _ in everyone]
     orders = random.Random(0)
     for _ in range(rounds):
         # In another order each time: who follows a contender that fills the cache is slower.
         for index in orders.sample(range(len(everyone)), len(everyone)):
             if sum(seconds[index]) < PATIENCE:
-                seconds[index].append(_turn(everyone[index], calls[index]))
+                turn = _turn(everyone[index], calls[index])
+                seconds[index].append(turn.seconds)
+                faults[index].append(turn.faults)
     others = busy_elsewhere(before, processor_seconds())
     medians = [statistics.median(times) for times in seconds]
     flop_rate = everyone[0].flops / medians[0]
@@ -131,22 +134,30 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]
             "matmul_floor": one.flops / flop_rate,
             "memory_floor": one.bytes / byte_rate,
             "share": one.flops / flop_rate / median,
+            "page_faults": statistics.median(turns),
             "compile_seconds": one.compile_seconds,
             "temporary_bytes": one.temporary_bytes,
             "peak_bytes": one.peak_bytes,
         }
-        for one, median, times in zip(everyone, medians, seconds, strict=True)
+        for one, median, times, turns in zip(everyone, medians, seconds, faults, strict=True)
     ]
+
+
+class Turn(NamedTuple):
+    """What one call took, on average over the calls of a turn."""
+
+    seconds: float
+    faults: float
 
 
 def _calls_per_turn(one: Contender) -> int:
     """Warms up, and finds how many calls fill a turn."""
-    first = _turn(one, 1)
-    return max(1, int(TURN / (first if first > 1 else _turn(one, 1))))
+    first = _turn(one, 1).seconds
+    return max(1, int(TURN / (first if first > 1 else _turn(one, 1).seconds)))
 
 
-def _turn(one: Contender, calls: int) -> float:
-    began = time.perf_counter()
+def _turn(one: Contender, calls: int) -> Turn:
+    faults, began = page_faults(), time.perf_counter()
     for _ in range(calls):
         one.run()
-    return (time.perf_counter() - began) / calls
+    return Turn((time.perf_counter() - began) / calls, (page_faults() - faults) / calls)

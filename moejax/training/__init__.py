@@ -7,9 +7,11 @@ Data is a pytree of arrays that share axis 0 (the examples) and stay on the devi
 from moejax.training.batches import Masked, batch_sizes, epoch_order
 from moejax.training.epoch import empty_metrics, scan_batches, train_epoch, train_until
 from moejax.training.inspection import ParameterStep, inspect_step
+from moejax.training.memory import KeptGradients, keep_gradients
 from moejax.training.step import Loss, Metrics, Step, TrainState, init_state, train_step
 
 __all__ = [
+    "KeptGradients",
     "Loss",
     "Masked",
     "Metrics",
@@ -21,6 +23,7 @@ __all__ = [
     "epoch_order",
     "init_state",
     "inspect_step",
+    "keep_gradients",
     "scan_batches",
     "train_epoch",
     "train_step",

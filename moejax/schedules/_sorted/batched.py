@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import separate_zeros
 from moejax.base import Array, Params
 from moejax.schedules._sorted.overflow import Operands, Tree, differentiable, merge
 from moejax.schedules._sorted.policy import Group, Policy, experts_per_chunk
@@ -174,11 +175,11 @@ def _zeros_by_expert(
     params: Params,
     *by_slot: Array,
 ) -> Any:
-    """Zeros of the form that ``one`` gives by expert, stacked along E."""
+    """Zeros of the form that ``one`` gives by expert, stacked along E; slots begin with choices."""
     some = [a[: groups[0].capacity] for a in by_slot]
     over_experts = jax.vmap(one, in_axes=(0, *[None] * len(some)))
     shapes = jax.eval_shape(over_experts, params, *some)
-    return jax.tree.map(jnp.zeros_like, shapes.by_expert)
+    return separate_zeros(shapes.by_expert, by_slot[0][0])
 
 
 def _chunks(

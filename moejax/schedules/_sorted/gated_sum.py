@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import output_dtype, vary_together
+from moejax._arrays import output_dtype, separate_zeros, vary_together
 from moejax._calling import hashable, with_matmul
 from moejax._checks import check_array, check_outputs
 from moejax._sorting import Sorted, sort_by_expert
@@ -138,7 +138,7 @@ def _forward(
 def _backward(program: Program, saved: Any, cotangent: Array) -> tuple[Any, ...]:
     apply, policy, _ = program
     outputs, operands, slots, choices = saved
-    total = jax.tree.map(jnp.zeros_like, differentiable(operands))
+    total = separate_zeros(differentiable(operands), choices.starts[-1])
     if slots.choice.size:
         run = partial(cotangents, apply, policy)
         total = _batched(program, run, slots, operands, outputs, cotangent)

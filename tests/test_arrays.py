@@ -1,0 +1,32 @@
+"""Small conversions of arrays."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax._arrays import separate_zeros
+
+
+def test_zeros_are_zeros_in_the_dtypes_of_the_leaves():
+    like = {"a": jnp.ones((2, 3)), "b": (jnp.ones(4, jnp.bfloat16), None, jnp.ones((), jnp.int32))}
+    zeros = jax.jit(lambda number: separate_zeros(like, number))(jnp.int32(7))
+    expected = jax.tree.map(jnp.zeros_like, like)
+    jax.tree.map(np.testing.assert_array_equal, zeros, expected)
+    assert jax.tree.map(lambda a: a.dtype, zeros) == jax.tree.map(lambda a: a.dtype, like)
+
+
+def test_a_loop_that_writes_to_several_zeros_copies_none():
+    like = [jax.ShapeDtypeStruct((64, 8), jnp.float32)] * 2
+
+    def copies(zeros):
+        def run(count, rows):
+            write = lambda i, tree: [leaf.at[i].set(rows[i]) for leaf in tree]  # noqa: E731
+            return jax.lax.fori_loop(0, count, write, zeros(count))
+
+        text = jax.jit(run).lower(jnp.int32(3), jnp.ones((64, 8))).compile().as_text()
+        return len(re.findall(r"f32\[64,8\]\S* copy\(", text))
+
+    assert copies(lambda count: separate_zeros(like, count)) == 0
+    assert copies(lambda count: jax.tree.map(jnp.zeros_like, like)) > 0  # or it has no reason
