@@ -17,6 +17,11 @@ class KeptGradients(NamedTuple):
     Attributes:
         inner: the optimizer's own state.
         gradients: those of the last step, in the memory that the next step writes its own to.
+
+    Example:
+        >>> state = keep_gradients(optax.sgd(0.1)).init(jnp.zeros(2))
+        >>> state.gradients
+        Array([0., 0.], dtype=float32)
     """
 
     inner: optax.OptState
