@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--single-seeds",
         type=at_least(0),
-        default=3,
+        default=2,
         help="runs of each network alone, which takes longest (default: %(default)s)",
     )
     add(

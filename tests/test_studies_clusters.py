@@ -1,6 +1,5 @@
 """Chen et al.'s clusters: data, networks, training, and the command."""
 
-import json
 import math
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 import moejax
-from commands import run
 from studies.clusters_data import CLUSTERS, SCALE, SETTINGS, WIDTH, directions, examples
 from studies.clusters_models import (
     CUBIC,
@@ -27,6 +25,7 @@ from studies.clusters_training import (
     normalized_by_expert,
     train_mixture,
 )
+from study_cases import studied
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 COUNT = 4000
@@ -158,17 +157,16 @@ def test_training_learns_and_its_curve_follows(key):
     assert one["steps"] <= 120
 
 
-def test_the_command_ends_with_tables(tmp_path, capsys):
-    options = "--settings 3 --examples 64 --steps 3 --single-seeds 0 --seeds 3 --no-cache --out"
-    run("clusters", *options.split(), str(tmp_path))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary["cells"]) == {"3-nonlinear", "3-linear"}
+def test_every_cell_has_its_lines():
+    summary, measured, study = studied("clusters", "--seeds 3 --single-seeds 1 --settings 1 3")
+    assert len(summary["cells"]) == 8
     one = summary["cells"]["3-linear"]["accuracy"]
-    assert len(one["values"]) == 3
     assert one["low"] <= one["mean"] <= one["high"]
-    assert summary["published"]["3-linear"]["accuracy"]["mean"] == 95.93
-    assert "| 3 | eight cubic experts | 3 | 99.99 ± 0.02 |" in capsys.readouterr().out
-    assert (tmp_path / "clusters.png").stat().st_size > 10_000
+    text = study.render(summary)
+    assert "| 3 | eight cubic experts | 3 | 99.99 ± 0.02 |" in text
+    assert "| 1 | one linear network | 1 | 68.31 |" in text
+    assert "All this took 2 minutes, compilation included, on 2 cores of a processor." in text
+    assert len(study.draw(summary, measured).axes) == 4
 
 
 def test_the_verdict_names_what_was_missed():

@@ -10,7 +10,7 @@ from studies.blocks import Measured
 from studies.clusters_data import SETTINGS
 from studies.clusters_training import EVERY
 from studies.intervals import shown, with_interval
-from studies.page import Summary, table
+from studies.page import Summary, duration, table
 
 # The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
 # standard deviations, and one run of a network alone.
@@ -80,11 +80,9 @@ def render(summary: Summary) -> str:
             if "entropy" in summary["cells"][name]
         ],
     )
-    minutes = summary["seconds"] / 60
     return (
         f"Test accuracy in percent:\n\n{accuracies}\nDispatch entropy in nats, and steps taken:\n\n"
-        f"{entropies}\n{verdict(summary)}\n\nAll this took {minutes:.0f} minutes on "
-        f"{summary['versions']['cores']} cores of {summary['versions']['processor']}.\n"
+        f"{entropies}\n{verdict(summary)}\n\n{duration(summary)}"
     )
 
 

@@ -24,8 +24,8 @@ from parts.output import output_of_one_run, save_figure
 from studies.blocks import Cell, Measured, collect
 from studies.page import Summary, publish
 
-# What a run may be resumed with: its place, how many seeds, and what is done with it afterwards.
-FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache"}
+# What a run may be resumed with: its place, which cells and seeds, and what is done afterwards.
+FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache"} | {"settings", "correlations"}
 
 
 class Study(NamedTuple):

@@ -64,3 +64,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def duration(summary: Summary) -> str:
+    """How long a study took, and on what."""
+    minutes, machine = summary["seconds"] / 60, summary["versions"]
+    return (
+        f"All this took {minutes:.0f} minutes, compilation included, on {machine['cores']} cores "
+        f"of {machine['processor']}.\n"
+    )
