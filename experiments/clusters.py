@@ -1,12 +1,13 @@
 """Chen et al. 2022: a router finds the clusters where experts are nonlinear, and there alone.
 
     python experiments/clusters.py
+    python experiments/clusters.py --seeds 10 --resume
     python experiments/clusters.py --seeds 3 --settings 1 --out runs/clusters_small
 
 Four settings of synthetic data with four clusters; in each, mixtures of eight cubic and eight
 linear experts, and one network alone of both kinds. Tables show test accuracy and dispatch entropy
-beside the published; pictures and summary.json go to --out. A run that was killed goes on with
---resume.
+beside the published; a picture and summary.json go to --out. A run that was killed goes on with
+--resume, and so does one that is to have more seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ KINDS = {"nonlinear": CUBIC, "linear": LINEAR}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    seeds_option(parser, 10, ", a mixture")
+    seeds_option(parser, 4, " that is a mixture; published are 10")
     add = parser.add_argument
     add(
         "--single-seeds",

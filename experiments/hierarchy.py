@@ -5,7 +5,7 @@
 
 First the toy's two experts, trained to cooperate and to compete, and what each of them knows alone.
 Then a tree of two groups of two experts on a regression with four regimes and on the toy's points,
-fitted by EM and by Adam at several rates, from the same starts, in double precision. Pictures and
+fitted by EM and by Adam at several rates, from the same starts, in double precision. A picture and
 summary.json go to --out. A run that was killed goes on with --resume.
 """
 

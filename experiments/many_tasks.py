@@ -5,7 +5,7 @@
 
 Two regressions share their inputs; the cosine of their weights is chosen. A network that both
 tasks share, experts behind one gate and experts behind a gate for each task learn both. A table
-shows the loss by correlation; pictures and summary.json go to --out. A run that was killed goes on
+shows the loss by correlation; a picture and summary.json go to --out. A run that was killed goes on
 with --resume.
 """
 

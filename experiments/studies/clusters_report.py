@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.blocks import Measured
-from studies.clusters_data import SETTINGS
+from studies.clusters_data import CLUSTERS, SETTINGS
 from studies.clusters_training import EVERY
 from studies.intervals import shown, with_interval
 from studies.page import Summary, duration, table
@@ -65,7 +65,7 @@ def render(summary: Summary) -> str:
     """Two tables, and which goals were reached."""
     accuracies = table(
         ["setting", "network", "seeds", "published", "ours", "ours, without noise in the test"],
-        [accuracy_row(summary, name) for name in summary["cells"]],
+        [accuracy_row(summary, name) for name in ordered(summary)],
     )
     entropies = table(
         ["setting", "network", "published", "ours", "steps"],
@@ -76,7 +76,7 @@ def render(summary: Summary) -> str:
                 ours(summary, name, "entropy"),
                 shown(summary["cells"][name]["steps"], 0),
             ]
-            for name in summary["cells"]
+            for name in ordered(summary)
             if "entropy" in summary["cells"][name]
         ],
     )
@@ -84,6 +84,14 @@ def render(summary: Summary) -> str:
         f"Test accuracy in percent:\n\n{accuracies}\nDispatch entropy in nats, and steps taken:\n\n"
         f"{entropies}\n{verdict(summary)}\n\n{duration(summary)}"
     )
+
+
+def ordered(summary: Summary) -> list[str]:
+    """The cells by setting, and in it by contender."""
+    contenders = list(CONTENDERS)
+    parts = [name.partition("-")[::2] for name in summary["cells"]]
+    parts.sort(key=lambda part: (part[0], contenders.index(part[1])))
+    return ["-".join(part) for part in parts]
 
 
 def accuracy_row(summary: Summary, name: str) -> list[str]:
@@ -160,9 +168,10 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
             if "curve" in measured.get(name, {}):
                 draw_curve(bottom, measured[name]["curve"], shades[contender])
         top.set(ylim=(60, 101.5), xticks=range(len(CONTENDERS)))
-        top.set_xticklabels([each.replace(" ", "\n", 1) for each in CONTENDERS.values()], size=6)
+        top.set_xticklabels([each.replace(" ", "\n") for each in CONTENDERS.values()], size=7)
         bottom.set(xlabel="step", ylim=(-0.05, 1.5))
-        bottom.axhline(np.log(4), color="0.7", linestyle=":", linewidth=1)
+        bottom.axhline(np.log(CLUSTERS), color="0.7", linestyle=":", linewidth=1)
+        bottom.text(0, np.log(CLUSTERS), f"log {CLUSTERS}", size=7, color="0.5", va="bottom")
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[1, 0].set_ylabel("dispatch entropy, nats")
     axes[0, 0].legend(loc="lower left", fontsize=7)
