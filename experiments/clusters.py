@@ -1,0 +1,103 @@
+"""Chen et al. 2022: a router finds the clusters where experts are nonlinear, and there alone.
+
+    python experiments/clusters.py
+    python experiments/clusters.py --seeds 10 --resume
+    python experiments/clusters.py --seeds 3 --settings 1 --out runs/clusters_small
+
+Four settings of synthetic data with four clusters; in each, mixtures of eight cubic and eight
+linear experts, and one network alone of both kinds. Tables show test accuracy and dispatch entropy
+beside the published; a picture and summary.json go to --out. A run that was killed goes on with
+--resume, and so does one that is to have more seeds.
+"""
+
+from __future__ import annotations
+
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import jax
+
+from parts.command_line import at_least
+from studies import clusters_report
+from studies.blocks import Cell
+from studies.clusters_data import SETTINGS
+from studies.clusters_models import CUBIC, LINEAR
+from studies.clusters_training import Sizes, train_mixture, train_single
+from studies.command import Study, main, seeds_option
+
+BLOCK = 2  # seeds that are lost, at the most, if a run is killed
+SINGLE_RATES = {"nonlinear": 1e-2, "linear": 3e-3}
+KINDS = {"nonlinear": CUBIC, "linear": LINEAR}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    seeds_option(parser, 4, " that is a mixture; published are 10")
+    add = parser.add_argument
+    add(
+        "--single-seeds",
+        type=at_least(0),
+        default=2,
+        help="runs of each network alone, which takes longest (default: %(default)s)",
+    )
+    add(
+        "--settings",
+        type=at_least(1, len(SETTINGS)),
+        nargs="+",
+        default=list(SETTINGS),
+        metavar="N",
+        help="which of the four (default: all)",
+    )
+    add("--examples", type=at_least(8), default=16000, help="to train, and as many to test")
+    add("--steps", type=at_least(1), default=501, help="of a mixture, at the most")
+    add("--single-steps", type=at_least(1), default=801, help="of one network, at the most")
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Every setting with every network; a program serves all settings."""
+    sizes = Sizes(args.examples, args.steps, args.single_steps)
+    mixtures = {
+        name: jax.jit(partial(over_keys, partial(train_mixture, kind=kind, sizes=sizes)))
+        for name, kind in KINDS.items()
+    }
+    singles = {
+        f"single-{name}": jax.jit(
+            partial(
+                over_keys, partial(train_single, rate=SINGLE_RATES[name], kind=kind, sizes=sizes)
+            )
+        )
+        for name, kind in KINDS.items()
+    }
+    return [
+        Cell(f"{number}-{name}", seeds, BLOCK, partial(program, SETTINGS[number]))
+        for programs, seeds in ((mixtures, args.seeds), (singles, args.single_seeds))
+        for number in sorted(set(args.settings))
+        for name, program in programs.items()
+        if seeds
+    ]
+
+
+def over_keys(
+    train: Callable[..., dict[str, jax.Array]], setting: object, keys: jax.Array
+) -> dict[str, jax.Array]:
+    """One run after the other: each stops by itself, and its arrays stay in cache."""
+    return jax.lax.map(lambda key: train(key, setting=setting), keys)
+
+
+STUDY = Study(
+    "clusters",
+    add_options,
+    cells,
+    clusters_report.summarize,
+    clusters_report.render,
+    clusters_report.draw,
+)
+
+if __name__ == "__main__":
+    main(STUDY, __doc__)

@@ -1,0 +1,132 @@
+"""Seeds in blocks: what is measured is written at once, and a run that was killed goes on from it.
+
+A cell is what a study measures over seeds, such as one contender in one setting. A block of its
+seeds is one call of one compiled program, and one file, which is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from parts.command_line import say, versions, write_json
+from parts.ending import EndedError, RefusedError
+from parts.progress import progress, waiting
+
+Measured = dict[str, np.ndarray]  # every measure by seed, [seeds, ...]
+
+
+class Cell(NamedTuple):
+    """What is measured over seeds.
+
+    Attributes:
+        name: of its files.
+        seeds: how many.
+        block: how many of them one program measures.
+        measure: ``keys [block] -> measures``, arrays with one row per key; a compiled function,
+            which cells may share.
+    """
+
+    name: str
+    seeds: int
+    block: int
+    measure: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+def collect(
+    folder: Path, cells: list[Cell], seed: int, identity: dict[str, str], *, resume: bool
+) -> dict[str, Measured]:
+    """Measures what no file holds yet, and returns all of it by cell.
+
+    Args:
+        folder: of the blocks.
+        cells: what to measure.
+        seed: from which the keys of all cells follow; equal seeds see equal keys in every cell.
+        identity: what must stay the same for a resumed run to be the same run.
+        resume: whether blocks that are there may be used.
+
+    Raises:
+        RefusedError: if there are blocks and ``resume`` is not asked for, or they are of a run
+            with another identity.
+        EndedError: if a measure is not finite.
+    """
+    begin(folder, identity, resume)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(seed), np.arange(max(cell.seeds for cell in cells))
+    )
+    # First blocks first: what a killed run leaves is then every cell, with fewer seeds.
+    todo = sorted(
+        ((cell, rows) for cell in cells for rows in rows_of(cell)), key=lambda one: one[1].start
+    )
+    found: dict[str, list[Measured]] = {cell.name: [] for cell in cells}
+    for cell, rows in progress(todo, "blocks of seeds"):
+        path = folder / f"{cell.name}-{rows.start:03}-{rows.stop:03}.json"
+        if not path.exists():
+            write_json(path, measured(cell, keys[rows], rows))
+        found[cell.name].append(read(path))
+    return {
+        name: {measure: np.concatenate([one[measure] for one in blocks]) for measure in blocks[0]}
+        for name, blocks in found.items()
+    }
+
+
+def rows_of(cell: Cell) -> Iterator[slice]:
+    """The blocks of a cell, the last of which may be shorter."""
+    for start in range(0, cell.seeds, cell.block):
+        yield slice(start, min(start + cell.block, cell.seeds))
+
+
+def measured(cell: Cell, keys: jax.Array, rows: slice) -> dict[str, Any]:
+    """One block, with the seconds it took."""
+    began = time.perf_counter()
+    with waiting(f"measuring {cell.name}"):
+        values = jax.device_get(cell.measure(keys))
+    seconds = time.perf_counter() - began
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise EndedError(f"{name} of {cell.name} is not finite: try another --seed")
+    say(f"{cell.name:<32} seeds {rows.start:>3} to {rows.stop - 1:<3} {seconds:>8.1f} s")
+    # Every digit: what is read back is what was measured.
+    return {name: np.asarray(value, np.float64).tolist() for name, value in values.items()} | {
+        "seconds": [seconds / len(keys)] * len(keys)
+    }
+
+
+def read(path: Path) -> Measured:
+    """The measures in a file."""
+    try:
+        return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
+    except ValueError:
+        raise RefusedError(f"{path} is damaged: delete it to measure it again") from None
+
+
+def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
+    """Makes the folder with its identity, or checks that it may go on."""
+    path = folder / "identity.json"
+    now = identity | {"the version of jax": versions()["jax"]}
+    if path.exists() and not resume:
+        raise RefusedError(
+            f"{folder} holds results of an earlier run: go on with it by --resume, or choose "
+            "another --out"
+        )
+    if resume and not path.exists():
+        say(f"nothing to resume in {folder}: starting from the beginning")
+    if path.exists():
+        check_identity(now, json.loads(path.read_text()))
+    folder.mkdir(exist_ok=True)
+    write_json(path, now)
+
+
+def check_identity(now: dict[str, str], was: dict[str, str]) -> None:
+    """Refuses to go on with a run of other settings."""
+    for name in now | was:
+        if now.get(name) != was.get(name):
+            raise RefusedError(
+                f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
+            )

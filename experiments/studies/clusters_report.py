@@ -1,0 +1,208 @@
+"""Chen et al.'s numbers beside ours: the summary, the tables, the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from studies.blocks import Measured
+from studies.clusters_data import CLUSTERS, SETTINGS
+from studies.clusters_training import EVERY
+from studies.intervals import shown, with_interval
+from studies.page import Summary, duration, table
+
+# The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
+# standard deviations, and one run of a network alone.
+PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
+    "1-nonlinear": {"accuracy": (99.46, 0.55), "entropy": (0.098, 0.088)},
+    "1-linear": {"accuracy": (93.0, 2.11), "entropy": (1.300, 0.044)},
+    "1-single-nonlinear": {"accuracy": (79.57, None)},
+    "1-single-linear": {"accuracy": (68.31, None)},
+    "2-nonlinear": {"accuracy": (98.1, 1.56), "entropy": (0.183, 0.144)},
+    "2-linear": {"accuracy": (89.49, 1.35), "entropy": (1.262, 0.095)},
+    "2-single-nonlinear": {"accuracy": (77.38, None)},
+    "2-single-linear": {"accuracy": (68.22, None)},
+    "3-nonlinear": {"accuracy": (99.99, 0.02), "entropy": (0.008, 0.011)},
+    "3-linear": {"accuracy": (95.93, 1.34), "entropy": (1.160, 0.100)},
+    "3-single-nonlinear": {"accuracy": (73.72, None)},
+    "3-single-linear": {"accuracy": (74.30, None)},
+    "4-nonlinear": {"accuracy": (98.92, 1.18), "entropy": (0.089, 0.120)},
+    "4-linear": {"accuracy": (93.3, 1.48), "entropy": (1.160, 0.155)},
+    "4-single-nonlinear": {"accuracy": (70.26, None)},
+    "4-single-linear": {"accuracy": (74.28, None)},
+}
+CONTENDERS = {
+    "nonlinear": "eight cubic experts",
+    "linear": "eight linear experts",
+    "single-nonlinear": "one cubic network",
+    "single-linear": "one linear network",
+}
+DIGITS = {"accuracy": 2, "entropy": 3}
+
+
+def summarize(measured: dict[str, Measured]) -> Summary:
+    """Every measure of every cell with its interval, beside what was published."""
+    return {
+        "cells": {
+            name: {
+                measure: with_interval(values)
+                for measure, values in one.items()
+                if measure != "curve"
+            }
+            for name, one in measured.items()
+        },
+        "published": {
+            name: {
+                measure: {"mean": mean, "sd": sd} for measure, (mean, sd) in PUBLISHED[name].items()
+            }
+            for name in measured
+        },
+    }
+
+
+def render(summary: Summary) -> str:
+    """Two tables, and which goals were reached."""
+    accuracies = table(
+        ["setting", "network", "seeds", "published", "ours", "ours, without noise in the test"],
+        [accuracy_row(summary, name) for name in ordered(summary)],
+    )
+    entropies = table(
+        ["setting", "network", "published", "ours", "steps"],
+        [
+            [
+                *place(name),
+                published(summary, name, "entropy"),
+                ours(summary, name, "entropy"),
+                shown(summary["cells"][name]["steps"], 0),
+            ]
+            for name in ordered(summary)
+            if "entropy" in summary["cells"][name]
+        ],
+    )
+    return (
+        f"Test accuracy in percent:\n\n{accuracies}\nDispatch entropy in nats, and steps taken:\n\n"
+        f"{entropies}\n{verdict(summary)}\n\n{duration(summary)}"
+    )
+
+
+def ordered(summary: Summary) -> list[str]:
+    """The cells by setting, and in it by contender."""
+    contenders = list(CONTENDERS)
+    parts = [name.partition("-")[::2] for name in summary["cells"]]
+    parts.sort(key=lambda part: (part[0], contenders.index(part[1])))
+    return ["-".join(part) for part in parts]
+
+
+def accuracy_row(summary: Summary, name: str) -> list[str]:
+    """A line of the table of accuracies."""
+    measures = summary["cells"][name]
+    without = "accuracy_without_noise"
+    return [
+        *place(name),
+        str(len(measures["accuracy"]["values"])),
+        published(summary, name, "accuracy"),
+        ours(summary, name, "accuracy"),
+        shown(measures[without], 2) if without in measures else "",
+    ]
+
+
+def place(name: str) -> list[str]:
+    """The setting and the network of a cell."""
+    setting, _, contender = name.partition("-")
+    return [setting, CONTENDERS[contender]]
+
+
+def published(summary: Summary, name: str, measure: str) -> str:
+    """What was published, with its standard deviation."""
+    one, digits = summary["published"][name][measure], DIGITS[measure]
+    spread = "" if one["sd"] is None else f" ± {one['sd']:.{digits}f}"
+    return f"{one['mean']:.{digits}f}{spread}"
+
+
+def ours(summary: Summary, name: str, measure: str) -> str:
+    """What we found: mean, standard deviation and interval."""
+    one, digits = summary["cells"][name][measure], DIGITS[measure]
+    if one["sd"] is None:
+        return shown(one, digits)
+    mean, _, limits = shown(one, digits).partition(" ")
+    return f"{mean} ± {one['sd']:.{digits}f} {limits}"
+
+
+def verdict(summary: Summary) -> str:
+    """Which means are within one published standard deviation of the published mean."""
+    goals = [
+        (name, measure, one)
+        for name, measures in summary["published"].items()
+        for measure, one in measures.items()
+        if one["sd"] is not None
+    ]
+    missed = [
+        " ".join([f"{measure} of", place(name)[1], "in setting", place(name)[0]])
+        for name, measure, one in goals
+        if abs(summary["cells"][name][measure]["mean"] - one["mean"]) > one["sd"]
+    ]
+    reached = len(goals) - len(missed)
+    text = (
+        f"{reached} of {len(goals)} means of mixtures are within one published standard deviation "
+        "of the published mean."
+    )
+    return text + (f" Not within it: {'; '.join(missed)}." if missed else "")
+
+
+def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
+    """Accuracy with intervals beside the published, and the entropy as routers learn."""
+    from moejax.plot import color, new_figure
+
+    settings = sorted({name.partition("-")[0] for name in summary["cells"]})
+    figure, axes = new_figure(2, len(settings), width=2.6 * len(settings) + 1, height=5.4)
+    shades = {contender: color(index) for index, contender in enumerate(CONTENDERS)}
+    for column, setting in enumerate(settings):
+        top, bottom = axes[:, column]
+        noise, distractor = SETTINGS[int(setting)].noise, SETTINGS[int(setting)].distractor[1]
+        top.set_title(f"setting {setting}: noise {noise:g}, distractor to {distractor:g}", size=9)
+        for place, contender in enumerate(CONTENDERS):
+            name = f"{setting}-{contender}"
+            if name in summary["cells"]:
+                draw_accuracy(top, place, summary, name, shades[contender])
+            if "curve" in measured.get(name, {}):
+                draw_curve(bottom, measured[name]["curve"], shades[contender])
+        top.set(ylim=(60, 101.5), xticks=range(len(CONTENDERS)))
+        top.set_xticklabels([each.replace(" ", "\n") for each in CONTENDERS.values()], size=7)
+        bottom.set(xlabel="step", ylim=(-0.05, 1.5))
+        bottom.axhline(np.log(CLUSTERS), color="0.7", linestyle=":", linewidth=1)
+        bottom.text(0, np.log(CLUSTERS), f"log {CLUSTERS}", size=7, color="0.5", va="bottom")
+    axes[0, 0].set_ylabel("test accuracy, %")
+    axes[1, 0].set_ylabel("dispatch entropy, nats")
+    axes[0, 0].legend(loc="lower left", fontsize=7)
+    return figure
+
+
+def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) -> None:
+    """Every seed, the mean with its interval, and the published mean with its deviation."""
+    one, theirs = summary["cells"][name]["accuracy"], summary["published"][name]["accuracy"]
+    first = place == 0
+    values = one["values"]
+    ax.scatter(place - 0.3 + 0 * np.array(values), values, s=6, color=shade, alpha=0.4, linewidth=0)
+    half = 0 if one["low"] is None else one["high"] - one["mean"]
+    ax.errorbar(
+        place, one["mean"], half, fmt="o", ms=4, color=shade, label="mean, 95%" if first else None
+    )
+    ax.errorbar(
+        place + 0.3,
+        theirs["mean"],
+        theirs["sd"] or 0,
+        fmt="D",
+        ms=4,
+        color="0.4",
+        label="published, ± sd" if first else None,
+    )
+
+
+def draw_curve(ax: Any, curves: np.ndarray, shade: str) -> None:
+    """The mean over seeds, and their range."""
+    steps = EVERY * np.arange(curves.shape[1])
+    ax.plot(steps, curves.mean(axis=0), color=shade)
+    ax.fill_between(
+        steps, curves.min(axis=0), curves.max(axis=0), color=shade, alpha=0.2, linewidth=0
+    )

@@ -1,0 +1,40 @@
+"""A number over seeds: its mean, its standard deviation, and an interval for the mean."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """Mean, standard deviation and Student's interval, ``mean +- t sd / sqrt(n)``, at 95%.
+
+    Args:
+        values: one per seed, shape [n].
+
+    Returns:
+        ``mean``, ``sd``, ``low`` and ``high``; with one seed the mean alone, the rest None.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"mean": mean, "sd": None, "low": None, "high": None}
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
+
+
+def with_interval(values: np.ndarray) -> dict[str, Any]:
+    """The values themselves beside their `interval`."""
+    return {"values": values, **interval(values)}
+
+
+def shown(one: dict[str, Any], digits: int) -> str:
+    """A mean and its interval as a table shows them, such as ``99.46 [99.07, 99.85]``."""
+    if one["low"] is None:
+        return f"{one['mean']:.{digits}f}"
+    return f"{one['mean']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"

@@ -1,0 +1,116 @@
+"""Loss against the correlation of two tasks: the summary, the table, the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from studies.blocks import Measured
+from studies.intervals import shown, with_interval
+from studies.many_tasks_data import NOISE
+from studies.many_tasks_training import MODELS
+from studies.page import Summary, duration, table
+
+NAMES = [name.replace("-", " ") for name in MODELS]
+BETTER = [("shared-bottom", "multi-gate"), ("one-gate", "multi-gate")]  # worse, better
+
+
+def cell_name(model: str, correlation: float) -> str:
+    """Of a model at a correlation."""
+    return f"{model}-at-{correlation:g}"
+
+
+def correlations(cells: Any) -> list[float]:
+    """Those measured."""
+    return sorted({float(name.rpartition("-at-")[2]) for name in cells})
+
+
+def summarize(measured: dict[str, Measured]) -> Summary:
+    """Every loss with its interval, and by how much more gates are better, seed by seed."""
+    every = correlations(measured)
+    return {
+        "cells": {name: {"loss": with_interval(one["loss"])} for name, one in measured.items()},
+        "differences": {
+            f"{worse} minus {better}": {
+                f"{p:g}": with_interval(
+                    measured[cell_name(worse, p)]["loss"] - measured[cell_name(better, p)]["loss"]
+                )
+                for p in every
+            }
+            for worse, better in BETTER
+        },
+    }
+
+
+def render(summary: Summary) -> str:
+    """The table of losses, the table of differences, and what they say of the paper's claims."""
+    every = correlations(summary["cells"])
+    losses = table(
+        ["correlation", "seeds", *NAMES],
+        [
+            [
+                f"{p:g}",
+                str(len(summary["cells"][cell_name("one-gate", p)]["loss"]["values"])),
+                *(shown(summary["cells"][cell_name(model, p)]["loss"], 3) for model in MODELS),
+            ]
+            for p in every
+        ],
+    )
+    differences = table(
+        ["correlation", *summary["differences"]],
+        [
+            [f"{p:g}", *(shown(one[f"{p:g}"], 3) for one in summary["differences"].values())]
+            for p in every
+        ],
+    )
+    return (
+        f"Test mean squared error, of which {NOISE**2:g} is noise:\n\n{losses}\nDifferences, seed "
+        f"by seed:\n\n{differences}\n{verdict(summary)}\n\n"
+        f"{duration(summary)}"
+    )
+
+
+def verdict(summary: Summary) -> str:
+    """Where the interval of a difference leaves zero out."""
+    return " ".join(sentence(name, one) for name, one in summary["differences"].items())
+
+
+def sentence(name: str, by_correlation: dict[str, Any]) -> str:
+    """What a row of differences shows."""
+    worse, _, better = name.partition(" minus ")
+    sure = [p for p, one in by_correlation.items() if one["low"] is not None and one["low"] > 0]
+    against = [p for p, one in by_correlation.items() if one["low"] is not None and one["high"] < 0]
+    text = (
+        f"{better} beats {worse} at correlations {', '.join(sure)}"
+        if sure
+        else (f"{better} beats {worse} at no correlation")
+    )
+    return text + (f", and loses to it at {', '.join(against)}." if against else ".")
+
+
+def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
+    """Loss by correlation with intervals, and training at the least and the largest one."""
+    from moejax.plot import color, new_figure
+
+    every = correlations(summary["cells"])
+    figure, axes = new_figure(1, 3, width=11, height=3.6)
+    for index, model in enumerate(MODELS):
+        cells = [summary["cells"][cell_name(model, p)]["loss"] for p in every]
+        means = np.array([one["mean"] for one in cells])
+        half = np.array([0 if one["low"] is None else one["high"] - one["mean"] for one in cells])
+        axes[0, 0].errorbar(
+            every, means, half, marker="o", ms=4, capsize=3, color=color(index), label=NAMES[index]
+        )
+        for ax, p in zip(axes[0, 1:], (every[0], every[-1]), strict=True):
+            curve = measured[cell_name(model, p)]["curve"]
+            place = np.linspace(0, 1, curve.shape[1])
+            ax.plot(place, curve.mean(axis=0), color=color(index))
+            low, high = np.quantile(curve, [0.25, 0.75], axis=0)
+            ax.fill_between(place, low, high, color=color(index), alpha=0.2, linewidth=0)
+            ax.set(yscale="log", xlabel="share of training", ylabel="training loss")
+            ax.set_title(f"correlation {p:g}: mean, quartiles", size=10)
+    axes[0, 0].set(xlabel="correlation of the tasks", ylabel="test mean squared error")
+    axes[0, 0].set_title("mean and 95% interval", size=10)
+    axes[0, 0].legend(fontsize=8)
+    return figure

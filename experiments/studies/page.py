@@ -1,0 +1,75 @@
+"""The page of docs that studies write: numbers come from stored summaries, never from a hand.
+
+Between two marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``, stands what `render` makes of
+``studies/NAME.json``. The prose around the marks is for people to write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parts.command_line import write_json
+from parts.ending import RefusedError, whole_file
+from parts.output import save_figure
+
+PAGE = "studies.md"
+Summary = dict[str, Any]
+
+
+def publish(
+    docs: Path, name: str, summary: Summary, figure: Any, render: Callable[[Summary], str]
+) -> None:
+    """Stores a summary and its picture beside the page, and writes its section anew.
+
+    Raises:
+        RefusedError: if the page has no place for it.
+    """
+    page = docs / PAGE
+    text = replaced(page.read_text() if page.exists() else "", name, render(summary), page)
+    (docs / "studies").mkdir(exist_ok=True)
+    write_json(docs / "studies" / f"{name}.json", summary)
+    save_figure(figure, docs / "studies" / f"{name}.png")
+    with whole_file(page) as other:
+        other.write_text(text)
+
+
+def stored(docs: Path, name: str) -> Summary:
+    """The summary that the page's section was made of."""
+    return json.loads((docs / "studies" / f"{name}.json").read_text())
+
+
+def section(text: str, name: str) -> str:
+    """What stands between the marks of a study."""
+    found = pattern(name).search(text)
+    return found[1] if found else ""
+
+
+def replaced(text: str, name: str, content: str, page: Path) -> str:
+    """The page with another section."""
+    if not pattern(name).search(text):
+        raise RefusedError(f"{page} must have the lines <!-- {name} --> and <!-- /{name} -->")
+    return pattern(name).sub(lambda _: f"<!-- {name} -->\n\n{content}\n<!-- /{name} -->", text)
+
+
+def pattern(name: str) -> re.Pattern[str]:
+    """The marks of a study, and what is between them."""
+    return re.compile(rf"<!-- {name} -->\n\n?(.*?)\n?<!-- /{name} -->", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def duration(summary: Summary) -> str:
+    """How long a study took, and on what."""
+    minutes, machine = summary["seconds"] / 60, summary["versions"]
+    return (
+        f"All this took {minutes:.0f} minutes, compilation included, on {machine['cores']} cores "
+        f"of {machine['processor']}.\n"
+    )

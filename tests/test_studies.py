@@ -1,0 +1,161 @@
+"""What all studies share: intervals, blocks of seeds, the page of docs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from commands import refusal
+from pages import DOCS
+from parts.ending import EndedError, RefusedError
+from studies import clusters_report, hierarchy_report, many_tasks_report
+from studies.blocks import Cell, collect
+from studies.intervals import interval, shown
+from studies.page import publish, replaced, section, stored, table
+
+ROOT = Path(__file__).parent.parent
+RENDERED = {
+    "clusters": clusters_report.render,
+    "hierarchy": hierarchy_report.render,
+    "many_tasks": many_tasks_report.render,
+}
+
+
+def test_an_interval_covers_the_mean_in_19_of_20():
+    samples = np.random.default_rng(0).normal(3.0, 2.0, (2000, 6))
+    found = [interval(sample) for sample in samples]
+    covered = np.mean([one["low"] <= 3 <= one["high"] for one in found])
+    assert abs(covered - 0.95) < 0.02
+    assert found[0]["sd"] == pytest.approx(samples[0].std(ddof=1))
+
+
+def test_one_seed_has_no_interval():
+    one = interval(np.array([2.5]))
+    assert one == {"mean": 2.5, "sd": None, "low": None, "high": None}
+    assert shown(one, 1) == "2.5"
+    assert shown(interval(np.array([1.0, 2.0, 3.0])), 2) == "2.00 [-0.48, 4.48]"
+
+
+def uniform(calls):
+    def measure(keys):
+        calls.append(len(keys))
+        return {"value": jax.vmap(jax.random.uniform)(keys)}
+
+    return measure
+
+
+def test_blocks_are_measured_once(tmp_path):
+    calls = []
+    cells = [Cell("a", 5, 2, uniform(calls)), Cell("b", 1, 2, uniform(calls))]
+    first = collect(tmp_path / "blocks", cells, 7, {"--x": "1"}, resume=False)
+    assert sorted(calls) == [1, 1, 2, 2]
+    assert first["a"]["value"].shape == (5,)
+    assert len(set(first["a"]["value"])) == 5
+    assert first["b"]["value"][0] == first["a"]["value"][0]  # equal seeds, equal keys
+    again = collect(tmp_path / "blocks", cells, 7, {"--x": "1"}, resume=True)
+    assert len(calls) == 4
+    np.testing.assert_array_equal(again["a"]["value"], first["a"]["value"])
+    longer = [Cell("a", 6, 2, uniform(calls))]
+    more = collect(tmp_path / "blocks", longer, 7, {"--x": "1"}, resume=True)
+    assert calls[4:] == [2]
+    np.testing.assert_array_equal(more["a"]["value"][:5], first["a"]["value"])
+
+
+def test_other_runs_are_refused(tmp_path):
+    cells = [Cell("a", 1, 1, uniform([]))]
+    collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
+    with pytest.raises(RefusedError, match="--resume, or choose another --out"):
+        collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
+    with pytest.raises(RefusedError, match=r"--x must be what the run began with, 1; got 2"):
+        collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=True)
+    (tmp_path / "blocks" / "a-000-001.json").write_text('{"value": [1.')
+    with pytest.raises(RefusedError, match="damaged: delete it"):
+        collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=True)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    cells = [Cell("a", 1, 1, lambda keys: {"value": jax.numpy.full(1, np.nan)})]
+    with pytest.raises(EndedError, match="value of a is not finite"):
+        collect(tmp_path / "blocks", cells, 0, {}, resume=False)
+    assert not list((tmp_path / "blocks").glob("a-*"))
+
+
+STUDY = """
+import sys, time, jax
+from pathlib import Path
+from studies.blocks import Cell, collect
+
+def measure(keys):
+    time.sleep(float(sys.argv[2]))
+    return {"value": jax.vmap(jax.random.uniform)(keys)}
+
+out = collect(Path(sys.argv[1]), [Cell("a", 6, 1, measure)], 3, {}, resume=sys.argv[3] == "resume")
+print(out["a"]["value"].tolist())
+"""
+
+
+def command(folder, seconds, resume):
+    return [sys.executable, "-c", STUDY, str(folder), seconds, resume]
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "experiments")])
+    environment = os.environ | {"PYTHONPATH": path}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        command(killed, "0.5", ""), env=environment, stdout=subprocess.DEVNULL, stderr=-3
+    )
+    until = time.monotonic() + 100
+    while len(list(killed.glob("a-*.json"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {one.name: one.stat().st_mtime_ns for one in killed.glob("a-*.json")}
+    assert 2 <= len(kept) < 6
+    results = [
+        subprocess.run(one, env=environment, capture_output=True, text=True, check=True).stdout
+        for one in (command(killed, "0", "resume"), command(whole, "0", ""))
+    ]
+    values = [json.loads(result.splitlines()[-1]) for result in results]
+    assert len(values[0]) == 6
+    assert values[0] == values[1]
+    assert all((killed / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_page_is_what_the_stored_summary_says(name):
+    text = (DOCS / "studies.md").read_text()
+    assert section(text, name).strip() == RENDERED[name](stored(DOCS, name)).strip() != ""
+    assert f"(studies/{name}.png)" in text
+    assert (DOCS / "studies" / f"{name}.png").exists()
+
+
+def test_a_study_writes_its_section(tmp_path):
+    from moejax.plot import new_figure
+
+    (tmp_path / "studies.md").write_text("# Page\n\n<!-- x -->\nold\n<!-- /x -->\n\nend\n")
+    figure, _ = new_figure(width=1, height=1)
+    publish(tmp_path, "x", {"mean": 2.0}, figure, lambda one: f"mean {one['mean']}\n")
+    text = (tmp_path / "studies.md").read_text()
+    assert text == "# Page\n\n<!-- x -->\n\nmean 2.0\n\n<!-- /x -->\n\nend\n"
+    assert section(text, "x") == "mean 2.0\n"
+    assert stored(tmp_path, "x") == {"mean": 2.0}
+    assert (tmp_path / "studies" / "x.png").exists()
+    with pytest.raises(RefusedError, match="must have the lines <!-- y -->"):
+        replaced(text, "y", "", Path("page"))
+
+
+def test_a_table():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_settings_that_are_not_there_are_refused(capsys):
+    message = refusal("clusters", "--settings", "5", capsys=capsys)
+    assert "must be a whole number from 1 to 4" in message
