@@ -228,10 +228,10 @@ for quantity, values in reports.items():
 
 # %% [markdown]
 # Both the loss and the bias keep nearly all experts alive and the load nearly even. The loss lowers
-# the squared error, too. The bias, at this rate, does not, and its runs differ most: a bias moves by
-# the same $\rho$ however small the imbalance is, and the load jumps from step to step. (Under the
-# loss two experts swap points in this way, too.) Where the load-balancing loss is below 1, the bias
-# sends points to experts that the scores do not prefer.
+# the squared error, too. The bias, at this rate, does not, and its runs differ most: a bias moves
+# by the same $\rho$ however small the imbalance is, and the load jumps from step to step. (Under
+# the loss two experts swap points in this way, too.) Where the load-balancing loss is below 1, the
+# bias sends points to experts that the scores do not prefer.
 #
 # An even load is not the right division of labour. The mutual information is higher with it, but
 # stays short of 2.08: some experts have parts of several clusters.
