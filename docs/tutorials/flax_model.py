@@ -150,7 +150,8 @@ def train(model, step):
         rows = rng.integers(TRAIN, size=BATCH)
         metrics = step(model, optimizer, (train_set[0][rows], train_set[1][rows]))
         if number % max(STEPS // 5, 1) == 0:
-            print(f"step {number:3}:", *(f"{name} {value:.3f}" for name, value in metrics.items()))
+            values = [f"{name} {value:.3f}" for name, value in metrics.items()]
+            print(f"step {number:3}:", *values)
     return evaluate(model, *test_set)
 
 
@@ -161,14 +162,13 @@ print(f"test images that are right: {accuracy:.1%}")
 # ## Reading the decision
 #
 # `routing` holds the choices of all tokens of the test images, image by image and row by row.
+# The entropy of two gates is at most $\log 2 = 0.69$.
 
 # %%
 print("load of each expert:", np.asarray(moejax.expert_load(routing)).round(2))
 print(f"dead experts: {moejax.dead_experts(routing)}")
 print(f"experts that share the work: {moejax.effective_experts(routing):.2f} of {EXPERTS}")
-print(
-    f"entropy of a token's gates: {moejax.gate_entropy(routing):.2f} nats, {np.log(2):.2f} at most"
-)
+print(f"entropy of a token's gates: {moejax.gate_entropy(routing):.2f} nats")
 
 # %% [markdown]
 # `expert_by_class` counts which expert serves which class of tokens. The classes can be anything
@@ -188,7 +188,8 @@ plot.specialisation(np.asarray(by_digit))
 
 # %% [markdown]
 # A column adds up to 100%, and all columns would be alike if experts knew nothing of digits. They
-# know more of the digit than of the row: attention has mixed the rows before the router reads them.
+# know more of the digit than of the row: attention lets each row see the others before the
+# router reads it.
 #
 # ## A balance bias in the place of the loss
 #

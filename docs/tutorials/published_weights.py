@@ -6,7 +6,7 @@
 # then makes a mixture of a dense layer without changing what it computes.
 #
 # It needs PyTorch and transformers to make the checkpoint and to compare with:
-# `pip install torch 'moejax[torch]'`. Reading and writing one needs neither.
+# `pip install 'moejax[torch]'`. Reading and writing one needs safetensors alone.
 
 # %% tags=["parameters"]
 TOKENS = 16384
@@ -32,7 +32,7 @@ from moejax import plot
 from moejax.interop.transformers import block, load, save
 from moejax.training import init_state, scan_batches, train_step
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # no progress bars on this page
+warnings.filterwarnings("ignore", message="IProgress not found")
 import torch
 import transformers
 
@@ -110,14 +110,13 @@ def difference(actual, expected):
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-print(
-    f"largest relative difference from the torch module: {difference(y, torch_output(network)):.1e}"
-)
+print(f"relative difference from the torch module: {difference(y, torch_output(network)):.1e}")
 print("load of each expert:", np.asarray(moejax.expert_load(routing)).round(2))
 
 # %% [markdown]
-# Float32 has seven digits, and the two add up in another order. `docs/transformers.md` holds every
-# supported family to its module in float64, outputs and gradients.
+# Float32 has seven digits, and the two add up in another order. [Published
+# models](../transformers.md) has the same comparison for every supported family in float64, with
+# gradients.
 #
 # ## Writing it back
 #
@@ -136,7 +135,7 @@ save(folder, 1, params)  # as it was
 # ## A dense layer that has learnt
 #
 # Now the other way to get parameters. A dense SwiGLU of the width of one expert learns what the
-# block of eight computes, which it has not the capacity for. The loss is the mean squared error.
+# block of eight computes, for which it is too small. The loss is the mean squared error.
 
 # %%
 train_x, test_x = x[: TOKENS * 3 // 4], x[TOKENS * 3 // 4 :]
@@ -165,7 +164,8 @@ def test_error(apply, params):
     return float(jnp.mean((apply(params, test_x) - test_y) ** 2))
 
 
-dense_key, first_key, second_key, router_key, noise_key = jax.random.split(jax.random.key(SEED), 5)
+keys = jax.random.split(jax.random.key(SEED), 5)
+dense_key, first_key, second_key, router_key, noise_key = keys
 train_dense = trainer(dense_loss)
 learnt, first = train_dense(dense.init(dense_key), first_key)
 print(f"variance of the target {test_y.var():.3f}")
@@ -182,7 +182,10 @@ print(f"test error of the dense layer after {STEPS} steps: {test_error(dense.app
 
 # %%
 mixture = moejax.moe(
-    dense, moejax.linear(WIDTH, EXPERTS), num_experts=EXPERTS, route=partial(moejax.top_k, k=2)
+    dense,
+    moejax.linear(WIDTH, EXPERTS),
+    num_experts=EXPERTS,
+    route=partial(moejax.top_k, k=2),
 )
 router = moejax.linear(WIDTH, EXPERTS).init(router_key)
 upcycled = moejax.upcycle(learnt, router, num_experts=EXPERTS)
@@ -229,7 +232,7 @@ def mixture_output(params, x):
 
 
 def spread(params):
-    """How far the experts are from each other, relative to the size of their parameters."""
+    """How far experts are from each other, relative to the size of their parameters."""
     kernel = params["experts"]["gate"]["kernel"]  # [E, D, F]
     return float(kernel.std(axis=0).mean() / kernel.std())
 

@@ -34,7 +34,7 @@ COLORS = [plot.color(number) for number in range(EXPERTS)]
 #
 # Eight clusters of points around a circle, with as many points each. In cluster c the target is a
 # linear function of its own, $y = w_c^\top (x - m_c) + h_c$. Eight linear experts can therefore
-# have no error at all, if each takes one cluster, and no other division of eight experts does.
+# have next to no error if each takes one cluster, and no other division of labour does as well.
 
 # %%
 slopes_key, heights_key, points_key = jax.random.split(jax.random.key(SEED), 3)
@@ -111,7 +111,7 @@ def train(alpha, beta, rho, key):
 # %%
 REMEDIES = {  # alpha, beta, rho
     "nothing": (0.0, 0.0, 0.0),
-    "load-balancing loss": (1.0, 0.0, 0.0),
+    "balance loss": (1.0, 0.0, 0.0),
     "balance bias": (0.0, 0.0, 0.01),
     "z-loss": (0.0, 0.01, 0.0),
 }
@@ -191,7 +191,7 @@ draw_runs(*REMEDIES)
 # %% [markdown]
 # ## What each diagnostic says
 #
-# One run may be luck, so here is the mean over the seeds, with the smallest and the largest.
+# One run may be luck, so here are the mean and the standard deviation over the seeds.
 #
 # - `dead_experts`: how many experts got no point. It sees a collapse, but not one expert with a
 #   single point.
@@ -220,18 +220,18 @@ def report(params):
 
 
 reports, by_cluster = jax.jit(jax.vmap(report))(params)
-print(" " * 22, *(f"{name:>20}" for name in REMEDIES))
+print(" " * 20, *(f"{name:>14}" for name in REMEDIES))
 for quantity, values in reports.items():
     runs = [np.asarray(one) for one in by_remedy(values).values()]
-    texts = [f"{one.mean():.2f} ({one.min():.2f}-{one.max():.2f})" for one in runs]
-    print(f"{quantity:22}", *(f"{text:>20}" for text in texts))
+    texts = [f"{one.mean():.2f} ± {one.std():.2f}" for one in runs]
+    print(f"{quantity:20}", *(f"{text:>14}" for text in texts))
 
 # %% [markdown]
 # Both the loss and the bias keep nearly all experts alive and the load nearly even. The loss lowers
-# the squared error, too. The bias, at this rate, does not, and its runs differ most: a bias moves by
-# the same $\rho$ however small the imbalance is, and the load jumps from step to step. (Under the
-# loss two experts swap points in this way, too.) Where the load-balancing loss is below 1, the bias
-# sends points to experts that the scores do not prefer.
+# the squared error, too. The bias, at this rate, does not, and its runs differ most: a bias moves
+# by the same $\rho$ however small the imbalance is, and the load jumps from step to step. (Under
+# the loss two experts swap points in this way, too.) Where the load-balancing loss is below 1, the
+# bias sends points to experts that the scores do not prefer.
 #
 # An even load is not the right division of labour. The mutual information is higher with it, but
 # stays short of 2.08: some experts have parts of several clusters.
@@ -242,7 +242,7 @@ for quantity, values in reports.items():
 # with the load-balancing loss that is drawn above.
 
 # %%
-by_expert = np.asarray(run(by_cluster, "load-balancing loss"))  # [E, clusters]
+by_expert = np.asarray(run(by_cluster, "balance loss"))  # [E, clusters]
 plot.table(
     by_expert / by_expert.sum(axis=0),
     rows="expert",
@@ -304,7 +304,7 @@ def train_choice(key):
 
 tokens, errors = jax.jit(jax.vmap(train_choice))(keys[:SEEDS])  # [seeds, E, C], [seeds]
 taken = np.stack([np.bincount(one.ravel(), minlength=POINTS) for one in np.asarray(tokens)])
-print(f"squared error {errors.mean():.2f} ({errors.min():.2f}-{errors.max():.2f})")
+print(f"squared error {errors.mean():.2f} ± {errors.std():.2f}")
 for count in range(4):
     print(f"points that {count} experts take: {np.mean(taken == count):.1%}")
 print(f"points that more take: {np.mean(taken > 3):.1%}")
