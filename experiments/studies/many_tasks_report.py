@@ -52,15 +52,15 @@ def render(summary: Summary) -> str:
             [
                 f"{p:g}",
                 str(len(summary["cells"][cell_name("one-gate", p)]["loss"]["values"])),
-                *(shown(summary["cells"][cell_name(model, p)]["loss"], 3) for model in MODELS),
+                *(shown(summary["cells"][cell_name(model, p)]["loss"], 4) for model in MODELS),
             ]
             for p in every
         ],
     )
     differences = table(
-        ["correlation", *summary["differences"]],
+        ["correlation", *(name.replace("-", " ") for name in summary["differences"])],
         [
-            [f"{p:g}", *(shown(one[f"{p:g}"], 3) for one in summary["differences"].values())]
+            [f"{p:g}", *(shown(one[f"{p:g}"], 4) for one in summary["differences"].values())]
             for p in every
         ],
     )
@@ -78,7 +78,7 @@ def verdict(summary: Summary) -> str:
 
 def sentence(name: str, by_correlation: dict[str, Any]) -> str:
     """What a row of differences shows."""
-    worse, _, better = name.partition(" minus ")
+    worse, _, better = name.replace("-", " ").partition(" minus ")
     sure = [p for p, one in by_correlation.items() if one["low"] is not None and one["low"] > 0]
     against = [p for p, one in by_correlation.items() if one["low"] is not None and one["high"] < 0]
     text = (
