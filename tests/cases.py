@@ -1,9 +1,10 @@
 """The table: a new rule, schedule or expert joins every test of its kind with one line here."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import moejax
 from moejax.schedules._sorted.gated_sum import gated_sum
@@ -119,9 +120,12 @@ EXPERTS = {
 }
 
 
+@cache
 def problem(expert, dtype=jnp.float32):
     """Parameters of E experts, and tokens in a dtype; images for an expert that takes them."""
     features = (3, 2, D) if expert == "pixelwise" else (D,)
+    wide = np.promote_types(dtype, jnp.float32)
     keys = jax.random.split(jax.random.key(1))
     params = moejax.stack(EXPERTS[expert], E).init(keys[0])
-    return params, jax.random.normal(keys[1], (T, *features)).astype(dtype)
+    x = jax.random.normal(keys[1], (T, *features), wide)
+    return jax.tree.map(lambda leaf: leaf.astype(wide), params), x.astype(dtype)

@@ -32,6 +32,10 @@ def idx_bytes(array):
 
 def write_small_mnist(folder, train_size=30, test_size=20, seed=0, compress=True):
     train, test = random_split(seed, train_size), random_split(seed + 1, test_size)
+    return write_mnist(folder, train, test, compress)
+
+
+def write_mnist(folder, train, test, compress=True):
     arrays = (train.images, train.labels, test.images, test.labels)
     contents = dict(zip(idx.NAMES, map(idx_bytes, arrays), strict=True))
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,22 +12,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands import refusal
+from data import Split, digits
+from mnist_files import write_mnist
+
 ROOT = Path(__file__).parent.parent
+IMAGES = 203  # of which a mesh cannot give each device as many
 # A batch of all images, so that an epoch is one step and its record that step's loss.
 # With some seeds an image comes so near a tie between two experts that rounding decides where it
 # goes, and the losses part by what no tolerance describes; with this one they keep within 1e-6.
-STEPS = ["--dataset", "digits", "--batch-size", "1437", "--hidden", "8", "--model", "sparse"]
-STEPS += ["--seed", "1"]
+STEPS = ["--batch-size", str(IMAGES), "--hidden", "8", "--model", "sparse", "--seed", "1"]
 MESH = ["--mesh", "data=2,expert=4"]
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few real digits in the form of MNIST."""
+    all_of_them = digits()
+    train = Split(*(array[:IMAGES] for array in all_of_them.train))
+    test = Split(*(array[:50] for array in all_of_them.test))
+    return write_mnist(tmp_path_factory.mktemp("data"), train, test).folder
+
+
 @pytest.fixture
-def start():
+def start(data):
     """Starts the experiment; what still runs when the test ends is killed."""
     processes = []
 
     def launch(out, *flags, devices):
-        processes.append(run(out, *flags, devices=devices))
+        processes.append(run(data, out, *flags, devices=devices))
         return processes[-1]
 
     yield launch
@@ -36,11 +49,12 @@ def start():
         process.communicate()
 
 
-def run(out, *flags, devices):
+def run(data, out, *flags, devices):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS")  # conftest's eight devices
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # it trains for longer than it compiles
-    command = [sys.executable, ROOT / "experiments" / "mnist.py", *STEPS, "--out", out, *flags]
+    flags_of_xla = environment["XLA_FLAGS"].split()
+    environment["XLA_FLAGS"] = " ".join(flag for flag in flags_of_xla if "device_count" not in flag)
+    script = ROOT / "experiments" / "mnist.py"
+    command = [sys.executable, script, *STEPS, "--data-dir", data, "--out", out, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -65,10 +79,10 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
+def one_device(data, tmp_path_factory):
     """The losses of a hundred steps on one device."""
     out = tmp_path_factory.mktemp("one")
-    finish(run(out, "--epochs", "100", devices=1))
+    finish(run(data, out, "--epochs", "100", devices=1))
     assert losses(out).shape == (100, 2)
     assert losses(out)[-1, 0] < losses(out)[0, 0] / 2
     return losses(out)
@@ -106,7 +120,7 @@ def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"nothing within {seconds} s"
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +128,10 @@ def wait_for(condition, seconds=300):
     [
         (["--mesh", "data=2"], "must be like data=2,expert=4, got data=2"),
         (["--mesh", "data=2,expert=x"], "must be like data=2,expert=4"),
-        (["--mesh", "data=2,expert=4"], "takes 8 devices and there are 1"),
+        (["--mesh", "data=2,expert=2"], "takes 4 devices and there are 8"),
         (["--mesh", "expert=1", "--processes", "2"], "needs --mesh and --coordinator"),
     ],
 )
-def test_meshes_that_cannot_be(start, tmp_path, flags, message):
-    process = start(tmp_path, *flags, devices=1)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert message in output.replace("\n", " ")
+def test_meshes_that_cannot_be(data, tmp_path, capsys, flags, message):
+    command = [*STEPS, "--data-dir", str(data), "--out", str(tmp_path), *flags]
+    assert message in refusal("mnist", *command, capsys=capsys)

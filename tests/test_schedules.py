@@ -1,6 +1,7 @@
 """One table: every schedule x rule x expert x dtype against the obvious loop, value and gradient.
 
-A schedule is compiled once per expert, dtype and shape of a decision, which is an argument.
+A schedule is compiled once per expert, dtype and shape of a decision, which is an argument; of the
+shapes there are two for one expert, and one, with room for E choices, for the others.
 """
 
 import inspect
@@ -40,36 +41,51 @@ def value_and_gradients(schedule, expert):
 
     def scalar(params, x, decision):
         y = schedule(expert, params, x, decision)
-        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        weight = np.cos(np.arange(y.size)).reshape(y.shape)
         dtype = np.promote_types(y.dtype, jnp.float32)
         return jnp.sum(weight.astype(y.dtype) * y, dtype=dtype), y
 
     return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True, allow_int=True)
 
 
-def with_common_shape(decision):
-    """A decision with K = 1 gets a second choice, nowhere: two shapes to compile, not three."""
-    if not isinstance(decision, moejax.Routing):
-        return decision
-    missing = ((0, 0), (0, max(0, 2 - decision.experts.shape[1])))
-    experts = jnp.pad(decision.experts, missing, constant_values=E)
-    return decision._replace(
-        experts=experts, weights=jnp.pad(decision.weights, missing), chances=None
-    )
-
-
 @cache
 def decide(rule, dtype=jnp.float32):
     """The decision, and the function that takes its cotangent to the logits'."""
-    logits = logits_for(rule).astype(dtype)
-    return jax.vjp(jax.jit(lambda logits: with_common_shape(ALL_RULES[rule](logits))), logits)
+
+    def evidence(logits):
+        decision = ALL_RULES[rule](logits)
+        routed = isinstance(decision, moejax.Routing)
+        return decision._replace(chances=None) if routed else decision
+
+    decision, to_logits = jax.vjp(jax.jit(evidence), logits_for(rule).astype(dtype))
+    return jax.device_get(decision), to_logits
 
 
-def evaluate(run, rule, params, x):
+def with_choices(decision, least):
+    """A decision with K = least or K = E: choices are added that go nowhere, and shapes agree."""
+    if not isinstance(decision, moejax.Routing):
+        return decision
+    k = decision.experts.shape[1]
+    missing = ((0, 0), (0, (least if k <= least else E) - k))
+    experts = np.pad(decision.experts, missing, constant_values=E)
+    return decision._replace(experts=experts, weights=np.pad(decision.weights, missing))
+
+
+def cotangent_of(decision, cotangent):
+    """A cotangent without the choices that were added."""
+    if not isinstance(decision, moejax.Routing):
+        return cotangent
+    k = decision.experts.shape[1]
+    experts, weights = cotangent.experts[:, :k], cotangent.weights[:, :k]
+    return cotangent._replace(experts=experts, weights=weights)
+
+
+def evaluate(run, rule, params, x, least=E):
     """The output, and the gradients by parameters, tokens and logits."""
     decision, to_logits = decide(rule, x.dtype if x.dtype == jnp.float64 else jnp.float32)
-    (_, y), (params, x, decision) = jax.device_get(run(params, x, decision))
-    return y, params, x, to_logits(decision)
+    (_, y), gradients = jax.device_get(run(params, x, with_choices(decision, least)))
+    params, x, cotangent = gradients
+    return y, params, x, to_logits(cotangent_of(decision, cotangent))
 
 
 @cache
@@ -90,7 +106,8 @@ def expected(rule, expert, dtype):
 @pytest.mark.parametrize("expert", ["mlp", "glu", "pixelwise"])
 def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
     params, x = problem(expert, DTYPES[dtype])
-    got = evaluate(compiled(schedule, expert), rule, params, x)
+    least = 2 if expert == "mlp" else E
+    got = evaluate(compiled(schedule, expert), rule, params, x, least)
     assert got[0].dtype == DTYPES[dtype]
     tolerance = TOLERANCE[dtype]
     close(got, expected(rule, expert, DTYPES[dtype]), rtol=tolerance, atol=5 * tolerance)
@@ -98,7 +115,7 @@ def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
 
 @pytest.mark.parametrize(("schedule", "rule"), PAIRS)
 def test_a_schedule_computes_the_sum_in_double_precision(schedule, rule, x64):
-    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), problem("mlp"))
+    params, x = problem("mlp", jnp.float64)
     got = evaluate(compiled(schedule, "mlp"), rule, params, x)
     assert got[0].dtype == jnp.float64
     run = value_and_gradients(obvious, EXPERTS["mlp"].apply)

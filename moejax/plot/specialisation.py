@@ -91,33 +91,25 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
 
     Example:
         >>> len(images_by_expert(np.ones((3, 2, 2)), np.zeros(3), 2).axes)
-        24
+        2
     """
-    columns = 12
-    figure, axes = new_figure(num_experts, columns, width=8.6, height=0.72 * num_experts)
-    for expert, row in enumerate(axes):
+    figure, axes = new_figure(num_experts, width=8.6, height=0.72 * num_experts)
+    for expert, (ax,) in enumerate(axes):
         own = np.flatnonzero(top == expert)
-        row[0].text(
-            -0.15,
-            0.5,
-            f"expert {expert}\n{len(own) / len(top):.1%}",
-            ha="right",
-            va="center",
-            fontsize=8,
-            transform=row[0].transAxes,
-        )
-        for ax, index in zip(row, own, strict=False):
-            ax.imshow(images[index], cmap="gray_r")
-        for ax in row:
-            ax.axis("off")
+        ax.imshow(_in_a_row(images, own[:12], 12), cmap="gray_r", vmin=0, vmax=images.max())
+        ax.axis("off")
+        label = f"expert {expert}\n{len(own) / len(top):.1%}"
+        beside = {"va": "center", "fontsize": 8, "transform": ax.transAxes}
+        ax.text(-0.01, 0.5, label, ha="right", **beside)
         if not len(own):
-            note = row[0].text(
-                0,
-                0.5,
-                "has the largest gate for no image",
-                va="center",
-                fontsize=8,
-                color="#666666",
-            )
-            note.set_in_layout(False)  # or it would widen the column of images below it
+            ax.text(0, 0.5, "has the largest gate for no image", color="#666666", **beside)
     return figure
+
+
+def _in_a_row(images: np.ndarray, indices: np.ndarray, room: int) -> np.ndarray:
+    """Some images side by side, with a gap before each but the first, in room for more."""
+    _, height, width = images.shape
+    gap = width // 6
+    row = np.zeros((height, room, width + gap), images.dtype)
+    row[:, : len(indices), :width] = images[indices].transpose(1, 0, 2)
+    return row.reshape(height, -1)[:, : -gap or None]

@@ -39,8 +39,8 @@ def keep_gradients(
     the last gradients becomes that of the next. The numbers do not change.
 
     The gradients' memory is then also held between steps and during the forward pass, and
-    checkpoints of the state contain them. In a `jax.lax.scan`, which keeps its memory by itself, and
-    without ``donate_argnums``, it gains nothing.
+    checkpoints of the state contain them. In a `jax.lax.scan`, which keeps its memory by itself,
+    and without ``donate_argnums``, it gains nothing.
 
     Args:
         optimizer: an optax optimizer; this goes around everything else, such as `optax.chain`.
