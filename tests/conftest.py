@@ -12,8 +12,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and metadata.version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    # One piece per program: programs are small, and every core already runs tests.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax

@@ -22,7 +22,6 @@ from benchmarks.layers import (
 )
 from benchmarks.peers import Shape, gathered, torch_step
 from benchmarks.timing import BACKWARD, FORWARD, STEP, Contender, Result, measure
-from moejax.base import Layer
 from moejax.training import Loss, init_state, keep_gradients, train_step
 from parts.command_line import say
 
@@ -91,7 +90,7 @@ def step_contender(
     )
 
 
-def mean_square(layer: Layer) -> Loss:
+def mean_square(layer: moejax.Layer) -> Loss:
     """The mean square of what the layer returns."""
 
     def loss(params: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
