@@ -66,8 +66,8 @@ folder = Path(temporary.name)
 network.save_pretrained(folder)
 print(*sorted(path.name for path in folder.iterdir()), sep="\n")
 tensors = load_file(folder / "model.safetensors")
-names = [name for name in tensors if "layers.1.block_sparse_moe" in name]
-print(len(names), "tensors of the mixture of layer 1, such as", names[0])
+names = [name for name in tensors if "layers.1." in name and "experts" in name]
+print(len(names), "tensors of experts in layer 1:", names[0], "...")
 
 # %% [markdown]
 # ## Reading it
@@ -75,9 +75,10 @@ print(len(names), "tensors of the mixture of layer 1, such as", names[0])
 # `block` makes the layer that `config.json` describes, `load` reads the weights of one block,
 # tensor by tensor. For Mixtral the layer is made of pieces that you could compose yourself:
 #
-# $$y_t = \sum_{e \in \mathrm{top}_2(l_t)} g_{te}\, W^{down}_e\big(\mathrm{silu}(W^{gate}_e x_t)
-# \odot W^{up}_e x_t\big), \qquad g_t = \mathrm{softmax}\ \text{over the two kept logits},$$
+# $$y_t = \sum_{e \in \mathrm{top}_2(l_t)} g_{te}\, W^\mathrm{down}_e
+# \big(\mathrm{silu}(W^\mathrm{gate}_e x_t) \odot W^\mathrm{up}_e x_t\big)$$
 #
+# with $g_t$ the softmax of the two kept logits of $l_t = W^\mathrm{router} x_t$,
 # that is `moe(glu(16, 24), router, num_experts=8, route=partial(top_k, k=2))`.
 
 # %%
@@ -110,7 +111,7 @@ def difference(actual, expected):
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-print(f"relative difference from the torch module: {difference(y, torch_output(network)):.1e}")
+print(f"relative difference from torch: {difference(y, torch_output(network)):.1e}")
 print("load of each expert:", np.asarray(moejax.expert_load(routing)).round(2))
 
 # %% [markdown]
@@ -318,8 +319,8 @@ temporary.cleanup()
 # %% [markdown]
 # ## Try
 #
-# - Another family: `transformers.Qwen3MoeConfig` and `Qwen3MoeForCausalLM`. The two lines that read
-#   it stay the same.
+# - Another family: `transformers.Qwen3MoeForCausalLM`, in whose `Qwen3MoeConfig` the fields are
+#   called `num_experts` and `moe_intermediate_size`. The two lines that read it stay the same.
 # - `noise=0.01` and `noise=0.5`: how close is the function at the start, how soon do copies part?
 # - `route=moejax.switch` with `upcycle(..., total=1 / EXPERTS)`: raw probabilities sum to 1/E.
 # - Grow the trained mixture with `offset`, which keeps K, and bring the copies in with

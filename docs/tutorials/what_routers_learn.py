@@ -59,12 +59,14 @@ print(f"{POINTS} points, variance of the target {y.var():.2f}")
 #
 # Three numbers say what is done about balance, and zero switches each of them off:
 #
-# $$\mathcal{L} = \tfrac1T \sum_t (y_t - \hat y_t)^2
-# + \alpha\, E \sum_e f_e P_e + \beta\, \tfrac1T \sum_t \big(\mathrm{logsumexp}\, l_t\big)^2,
-# \qquad b_e \leftarrow b_e + \rho\,\mathrm{sign}(\bar n - n_e).$$
+# $$\mathcal{L} = \frac1T \sum_t (y_t - y^*_t)^2
+# + \alpha\, E \sum_e f_e P_e + \beta\, \frac1T \sum_t \big(\mathrm{logsumexp}\, l_t\big)^2,$$
 #
-# $f_e$ is the share of tokens that expert e gets, $P_e$ its mean probability, $n_e$ its number of
-# tokens. So all runs are one function, mapped over the three numbers and over seeds.
+# $$b_e \leftarrow b_e + \rho\,\mathrm{sign}(\bar n - n_e).$$
+#
+# $y^*_t$ is the target, $f_e$ the share of tokens that expert e gets, $P_e$ its mean probability,
+# $n_e$ its number of tokens. So all runs are one function, mapped over the three numbers and over
+# seeds.
 
 # %%
 layer = moejax.moe(
@@ -144,7 +146,7 @@ def draw_load(ax, load):
 
 edge = np.linspace(-4.5, 4.5, 150)
 plane = jnp.asarray(np.stack(np.meshgrid(edge, edge), axis=-1), jnp.float32)  # [H, W, 2]
-experts_of = jax.jit(lambda params, x: layer.apply(params, x)[1].experts)
+experts_of = jax.jit(lambda params, x: layer.apply(params, x)[1].experts[:, 0])  # [T]
 
 
 def draw_regions(ax, params):
@@ -153,7 +155,7 @@ def draw_regions(ax, params):
     extent = (edge[0], edge[-1], edge[0], edge[-1])
     style = {"cmap": cmap, "vmin": -0.5, "vmax": EXPERTS - 0.5}
     ax.imshow(regions, **style, origin="lower", extent=extent, alpha=0.35, interpolation="nearest")
-    ax.scatter(x[:, 0], x[:, 1], s=3, c=experts_of(params, x)[:, 0], **style)
+    ax.scatter(x[:, 0], x[:, 1], s=3, c=experts_of(params, x), **style)
     ax.set(xlabel="$x_1$", ylabel="$x_2$")
 
 
@@ -220,11 +222,11 @@ def report(params):
 
 
 reports, by_cluster = jax.jit(jax.vmap(report))(params)
-print(" " * 20, *(f"{name:>14}" for name in REMEDIES))
+print(" " * 21, *(f"{name:>14}" for name in REMEDIES))
 for quantity, values in reports.items():
     runs = [np.asarray(one) for one in by_remedy(values).values()]
     texts = [f"{one.mean():.2f} ± {one.std():.2f}" for one in runs]
-    print(f"{quantity:20}", *(f"{text:>14}" for text in texts))
+    print(f"{quantity:21}", *(f"{text:>14}" for text in texts))
 
 # %% [markdown]
 # Both the loss and the bias keep nearly all experts alive and the load nearly even. The loss lowers
@@ -323,7 +325,7 @@ print(f"points that more take: {np.mean(taken > 3):.1%}")
 # - Two experts per point: `k=2, renormalize=True`. What do `confidence` and `gate_entropy` say now?
 # - Clusters of unequal size, `cluster = jnp.minimum(jnp.arange(POINTS) % 12, 7)`. An even load is
 #   then not the right division: what do the losses do about it?
-# - `sinkhorn` in the place of `by_score`, and a plain `linear` router.
+# - A router that is not linear, `moejax.mlp(2, 16, EXPERTS)` inside of `biased`.
 #
 # ## Read next
 #
