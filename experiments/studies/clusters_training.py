@@ -96,6 +96,76 @@ def data_of(key: jax.Array, setting: Setting, kind: Kind, count: int) -> tuple[E
     return train, test
 
 
+def fresh(params: Any, optimizer: optax.GradientTransformation, points: tuple[int, ...]) -> Run:
+    """A run before its first step, with a curve of so many points."""
+    return Run(
+        params,
+        optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        least=jnp.full((), jnp.inf),
+        entropy=jnp.zeros(()),
+        curve=jnp.zeros(points),
+        ended=jnp.zeros((), bool),
+    )
+
+
+def stepped(
+    run: Run,
+    optimizer: optax.GradientTransformation,
+    loss: jax.Array,
+    gradients: Any,
+    ended: jax.Array,
+) -> Run:
+    """The run after a step, which is not taken if it has ended."""
+    updates, state = optimizer.update(gradients, run.state, run.params)
+    moved = optax.apply_updates(run.params, updates)
+    params = jax.tree.map(lambda old, new: jnp.where(ended, old, new), run.params, moved)
+    least = jnp.minimum(loss, run.least)
+    return run._replace(params=params, state=state, step=run.step + 1, least=least, ended=ended)
+
+
+def optimizer_of_mixture() -> optax.GradientTransformation:
+    """Steps of one length for experts, plain ones for the router."""
+    return optax.partition(
+        {
+            "experts": optax.chain(normalized_by_expert(), optax.sgd(EXPERT_RATE)),
+            "router": optax.sgd(ROUTER_RATE),
+        },
+        {"experts": "experts", "router": "router"},
+    )
+
+
+def run_mixture(
+    model: moejax.Layer, params: Any, train: Examples, key: jax.Array, steps: int
+) -> Run:
+    """Trains a mixture until its loss is low and rises, or for all steps."""
+    optimizer = optimizer_of_mixture()
+
+    def loss(params: Any, key: jax.Array) -> tuple[jax.Array, moejax.Routing]:
+        scores, routing = model.apply(params, train.x, key=key)
+        return double_softmax_loss(scores, train.label), routing
+
+    def body(run: Run) -> Run:
+        (value, routing), gradients = jax.value_and_grad(loss, has_aux=True)(
+            run.params, jax.random.fold_in(key, run.step)
+        )
+        ended = (value > run.least) & ((value > run.least + RISE) | (value <= LOW_ENOUGH))
+        entropy = jax.lax.cond(
+            ended | (run.step == steps - 1) | (run.step % EVERY == 0),
+            lambda: dispatch_entropy(routing, train.cluster),
+            lambda: run.entropy,
+        )
+        curve = run.curve.at[run.step // EVERY].set(entropy)
+        after = stepped(run, optimizer, value, gradients, ended)
+        return after._replace(entropy=entropy, curve=curve)
+
+    begun = fresh(params, optimizer, ((steps - 1) // EVERY + 1,))
+    run = jax.lax.while_loop(lambda run: (run.step < steps) & ~run.ended, body, begun)
+    # A run that has ended stays where it is.
+    reached = jnp.arange(len(run.curve)) <= (run.step - 1) // EVERY
+    return run._replace(curve=jnp.where(reached, run.curve, run.entropy))
+
+
 def train_mixture(
     key: jax.Array, setting: Setting, kind: Kind, sizes: Sizes
 ) -> dict[str, jax.Array]:
@@ -104,71 +174,19 @@ def train_mixture(
     Returns:
         ``accuracy`` on the test examples with the router's noise, as published, and
         ``accuracy_without_noise``; ``entropy``, that of the dispatch at the last step, and its
-        ``curve`` [steps / EVERY + 1]; the number of ``steps``.
+        ``curve``, a point for every `EVERY` steps; the number of ``steps``.
     """
     data_key, init_key, noise_key, test_key = jax.random.split(key, 4)
     train, test = data_of(data_key, setting, kind, sizes.examples)
     model = mixture(kind)
-    optimizer = optax.partition(
-        {
-            "experts": optax.chain(normalized_by_expert(), optax.sgd(EXPERT_RATE)),
-            "router": optax.sgd(ROUTER_RATE),
-        },
-        {"experts": "experts", "router": "router"},
-    )
-
-    def loss(params: Any, key: jax.Array) -> tuple[jax.Array, moejax.Routing]:
-        scores, routing = model.apply(params, train.x, key=key)
-        return double_softmax_loss(scores, train.label), routing
-
-    def body(run: Run) -> Run:
-        (value, routing), gradients = jax.value_and_grad(loss, has_aux=True)(
-            run.params, jax.random.fold_in(noise_key, run.step)
-        )
-        ended = (value > run.least) & ((value > run.least + RISE) | (value <= LOW_ENOUGH))
-        updates, state = optimizer.update(gradients, run.state, run.params)
-        moved = optax.apply_updates(run.params, updates)
-        params = jax.tree.map(lambda old, new: jnp.where(ended, old, new), run.params, moved)
-        last = ended | (run.step == sizes.mixture_steps - 1)
-        entropy = jax.lax.cond(
-            last | (run.step % EVERY == 0),
-            lambda: dispatch_entropy(routing, train.cluster),
-            lambda: run.entropy,
-        )
-        return Run(
-            params,
-            state,
-            run.step + 1,
-            jnp.minimum(value, run.least),
-            entropy,
-            run.curve.at[run.step // EVERY].set(entropy),
-            ended,
-        )
-
-    params = model.init(init_key)
-    points = jnp.arange((sizes.mixture_steps - 1) // EVERY + 1)
-    zero, infinity = jnp.zeros(()), jnp.full((), jnp.inf)
-    run = jax.lax.while_loop(
-        lambda run: (run.step < sizes.mixture_steps) & ~run.ended,
-        body,
-        Run(
-            params,
-            optimizer.init(params),
-            jnp.zeros((), jnp.int32),
-            infinity,
-            zero,
-            jnp.zeros(points.shape),
-            jnp.zeros((), bool),
-        ),
-    )
+    run = run_mixture(model, model.init(init_key), train, noise_key, sizes.mixture_steps)
     with_noise, _ = model.apply(run.params, test.x, key=test_key)
     without, _ = model.apply(run.params, test.x)
     return {
         "accuracy": accuracy(with_noise, test.label),
         "accuracy_without_noise": accuracy(without, test.label),
         "entropy": run.entropy,
-        # A run that has ended stays where it is.
-        "curve": jnp.where(points <= (run.step - 1) // EVERY, run.curve, run.entropy),
+        "curve": run.curve,
         "steps": run.step,
     }
 
@@ -191,22 +209,8 @@ def train_single(
             lambda params: cross_entropy(model.apply(params, train.x), train.label)
         )(run.params)
         ended = (run.step > NEVER_BEFORE) & (value > run.least + RISE)
-        updates, state = optimizer.update(gradients, run.state, run.params)
-        moved = optax.apply_updates(run.params, updates)
-        params = jax.tree.map(lambda old, new: jnp.where(ended, old, new), run.params, moved)
-        least = jnp.minimum(value, run.least)
-        return run._replace(params=params, state=state, step=run.step + 1, least=least, ended=ended)
+        return stepped(run, optimizer, value, gradients, ended)
 
-    params = model.init(init_key)
-    zero = jnp.zeros(())
-    begun = Run(
-        params,
-        optimizer.init(params),
-        jnp.zeros((), jnp.int32),
-        jnp.full((), jnp.inf),
-        zero,
-        zero,
-        jnp.zeros((), bool),
-    )
+    begun = fresh(model.init(init_key), optimizer, ())
     run = jax.lax.while_loop(lambda run: (run.step < sizes.single_steps) & ~run.ended, body, begun)
     return {"accuracy": accuracy(model.apply(run.params, test.x), test.label), "steps": run.step}
