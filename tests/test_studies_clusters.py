@@ -170,11 +170,15 @@ def test_every_cell_has_its_lines():
 
 
 def test_the_verdict_names_what_was_missed():
-    cell = {"accuracy": {"mean": 99.0}, "entropy": {"mean": 0.5}}
+    values = {"values": [0.25, 0.5, 0.75]}
+    cell = {"accuracy": {"mean": 99.0}, "entropy": {"mean": 0.5} | values}
     theirs = {
         measure: {"mean": mean, "sd": sd}
         for measure, (mean, sd) in PUBLISHED["1-nonlinear"].items()
     }
     text = verdict({"cells": {"1-nonlinear": cell}, "published": {"1-nonlinear": theirs}})
     assert text.startswith("1 of 2 means")
-    assert text.endswith("Not within it: entropy of eight cubic experts in setting 1.")
+    assert text.endswith(
+        "Not within it: entropy of eight cubic experts in setting 1 (seeds from 0.250 to 0.750, "
+        "median 0.500)."
+    )

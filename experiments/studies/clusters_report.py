@@ -138,7 +138,7 @@ def verdict(summary: Summary) -> str:
         if one["sd"] is not None
     ]
     missed = [
-        " ".join([f"{measure} of", place(name)[1], "in setting", place(name)[0]])
+        missing(summary, name, measure)
         for name, measure, one in goals
         if abs(summary["cells"][name][measure]["mean"] - one["mean"]) > one["sd"]
     ]
@@ -148,6 +148,18 @@ def verdict(summary: Summary) -> str:
         "of the published mean."
     )
     return text + (f" Not within it: {'; '.join(missed)}." if missed else "")
+
+
+def missing(summary: Summary, name: str, measure: str) -> str:
+    """A mean that is not within its goal, with what stands behind it."""
+    setting, network = place(name)
+    values, digits = summary["cells"][name][measure]["values"], DIGITS[measure]
+    # Adding zero makes 0 of a -0 that rounding has left.
+    low, middle, high = np.round(np.quantile(values, [0, 0.5, 1]), digits) + 0.0
+    return (
+        f"{measure} of {network} in setting {setting} "
+        f"(seeds from {low:.{digits}f} to {high:.{digits}f}, median {middle:.{digits}f})"
+    )
 
 
 def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
