@@ -14,12 +14,6 @@ from studies.regimes import truth
 
 TOY, REGIMES, CIRCLE = "toy", "regimes", "circle"
 TITLES = {"em": "EM", "one-expert": "one expert"}
-# Jordan and Jacobs, table 1: relative error and epochs, on the forward dynamics of a robot's arm.
-PUBLISHED = {
-    "linear": (0.31, 1),
-    "backpropagation": (0.09, 5500),
-    "hierarchical mixture, EM": (0.10, 35),
-}
 
 
 def summarize(measured: dict[str, Measured]) -> Summary:
@@ -33,10 +27,6 @@ def summarize(measured: dict[str, Measured]) -> Summary:
             }
             for name, one in measured.items()
         },
-        "published": {
-            name: {"relative_error": error, "epochs": epochs}
-            for name, (error, epochs) in PUBLISHED.items()
-        },
     }
 
 
@@ -47,8 +37,7 @@ def render(summary: Summary) -> str:
         f"{competition(summary)}\n"
         "Trees of two groups of two experts, nats per example, with their iterations until within "
         f"{NEAR} nats of their own end:\n\n{fits(summary)}\n{monotone(summary)}\n\n"
-        "Jordan and Jacobs published, on the forward dynamics of a robot's arm:\n\n"
-        f"{published(summary)}\n{duration(summary)}"
+        f"{duration(summary)}"
     )
 
 
@@ -96,17 +85,6 @@ def monotone(summary: Summary) -> str:
     if rise > 0:
         return f"The negative log-likelihood rises by up to {rise:.1e} in an iteration of EM."
     return f"In no iteration of EM, over {seeds} fits, does the negative log-likelihood rise."
-
-
-def published(summary: Summary) -> str:
-    """The published table."""
-    return table(
-        ["system", "relative error", "epochs"],
-        [
-            [name, f"{one['relative_error']:.2f}", f"{one['epochs']:,}"]
-            for name, one in summary["published"].items()
-        ],
-    )
 
 
 def cells(summary: Summary, problem: str) -> list[tuple[str, Any]]:
