@@ -93,7 +93,7 @@ def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
 def check_count(name: str, count: int) -> None:
     """Refuses a number of things that is no positive integer."""
     if not (is_integer(count) and count >= 1):
-        raise ValueError(f"`{name}` must be an integer, at least 1, got {count}.")
+        raise ValueError(f"`{name}` must be an integer, at least 1, got {count!r}.")
 
 
 def check_num_choices(count: int) -> None:
@@ -157,7 +157,8 @@ def check_k(k: int, logits: Array) -> None:
     num_experts = logits.shape[-1]
     if not (is_integer(k) and 1 <= k <= num_experts):
         raise ValueError(
-            f"`k` must be an integer between 1 and the number of experts ({num_experts}), got {k}."
+            f"`k` must be an integer between 1 and the number of experts ({num_experts}), "
+            f"got {k!r}."
         )
 
 

@@ -8,7 +8,8 @@ function is one call, which XLA inlines; so its backward pass is one program wit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import jax
@@ -17,14 +18,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(*static: str) -> Callable[[Function], Function]:
-    """Compiles a function once for each shape of its arrays and each value of its ``static``."""
+    """Compiles a function once for each shape of its arrays and each value of its ``static``.
+
+    What cannot be a key of compiled programs, such as an array for a number, is for the function
+    itself to refuse, in its own words.
+    """
 
     def decorate(function: Function) -> Function:
         jitted = jax.jit(function, static_argnames=static)
+        names = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return jitted(*args, **kwargs)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if all(isinstance(given.get(name), Hashable) for name in static):
+                return jitted(*args, **kwargs)
+            return function(*args, **kwargs)
 
         return cast(Function, call)
 

@@ -287,6 +287,7 @@ REFUSED = [
     (partial(moejax.gshard_top_2, threshold=0.0), "positive"),
     (partial(moejax.gshard_top_2, threshold=float("nan")), "positive"),
     (partial(moejax.sinkhorn, k=0), "between 1 and"),
+    (partial(moejax.sinkhorn, iterations=0), "`iterations` must be an integer"),
     # A column would broadcast against the tokens.
     (partial(moejax.sinkhorn, mask=jnp.ones((64, 1), bool)), "`mask` must be"),
     (lambda logits: moejax.mask_tokens(moejax.switch(logits), jnp.ones((64, 1), bool)), "`mask`"),
@@ -299,6 +300,25 @@ REFUSED = [
 def test_useless_requests_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         rule() if getattr(rule, "args", ()) else rule(LOGITS)
+
+
+COUNTS = {
+    "top_k": partial(moejax.top_k, LOGITS),
+    "noisy_top_k": partial(moejax.noisy_top_k, LOGITS, noise_scale=1.0),
+    "sigmoid_top_k": partial(moejax.sigmoid_top_k, LOGITS),
+    "by_score": partial(moejax.by_score, LOGITS),
+    "sinkhorn": partial(moejax.sinkhorn, LOGITS),
+    "top_p": partial(moejax.top_p, LOGITS, p=0.5),
+    "expert_choice": partial(moejax.expert_choice, LOGITS),
+}
+
+
+@pytest.mark.parametrize("count", [jnp.int32(2), np.array(2), [2]])
+@pytest.mark.parametrize("rule", COUNTS)
+def test_a_count_that_is_an_array_is_refused_by_name(rule, count):
+    name = "capacity" if rule == "expert_choice" else "k"
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer.*got .*2"):
+        COUNTS[rule](**{name: count})
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax._checks import check_k, check_mask, checked_logits, takes
+from moejax._checks import check_count, check_k, check_mask, checked_logits, takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
 from moejax.rules.by_score import Groups, check_bias, check_choice, choose
@@ -152,15 +152,15 @@ def sinkhorn(
     Args:
         logits: router output, shape [T, E].
         k: experts per token, between 1 and E.
-        iterations: how often columns and rows are scaled.
+        iterations: how often columns and rows are scaled, at least once.
         mask: False for padding, booleans [T]; such a token goes nowhere and pushes no other.
 
     Returns:
         A decision with K = k; scores are p.
 
     Raises:
-        ValueError: if logits is not a float array [T, E], if k is out of range, or if the mask is
-            not booleans [T].
+        ValueError: if logits is not a float array [T, E], if k or iterations is out of range, or if
+            the mask is not booleans [T].
 
     Example:
         >>> logits = jnp.array([[2.0, 0.0], [1.0, 0.0]])  # both prefer expert 0
@@ -175,6 +175,7 @@ def sinkhorn(
     """
     logits = checked_logits(logits)
     check_k(k, logits)
+    check_count("iterations", iterations)
     scores = jax.nn.softmax(logits)
     # A token that is not a number must not spoil the plan of the others.
     counted = ~jnp.isnan(scores).any(axis=-1)

@@ -57,7 +57,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
     if not (is_integer(capacity) and 1 <= capacity <= num_tokens):
         raise ValueError(
             f"`capacity` must be an integer between 1 and the number of tokens ({num_tokens}), "
-            f"got {capacity}."
+            f"got {capacity!r}."
         )
     present = _present(logits, mask)  # [T]
     scores = jnp.where(present[:, None], jax.nn.softmax(logits), 0)
