@@ -37,17 +37,9 @@ from benchmarks.steps import print_ratios, step_suite
 from benchmarks.timing import Result
 from benchmarks.traffic import traffic_suite
 from benchmarks.whole_runs import load_suite, mnist_suite, toy_suite
-from parts.command_line import (
-    OneLineParser,
-    add_out,
-    processor,
-    rounded,
-    say,
-    start_devices,
-    versions,
-    write_json,
-)
+from parts.command_line import OneLineParser, add_out, say, start_devices
 from parts.output import output_of_one_run
+from parts.records import processor, rounded, versions, write_json
 
 ROUNDS = 7
 SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]

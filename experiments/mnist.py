@@ -56,23 +56,22 @@ from moejax.training import (
 )
 from parts.cache import keep_programs
 from parts.command_line import (
-    QUICK_TO_COMPILE,
     OneLineParser,
     add_arguments,
+    add_data_dir,
     at_least,
     check_memory,
-    compile_in_background,
-    folder_name,
     positive_float,
     say,
     start_devices,
-    write_json,
 )
+from parts.compiling import QUICK_TO_COMPILE, compile_in_background
 from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from parts.ending import EndedError, RefusedError
 from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, TAKE_TOP_K, Model, by_rule
 from parts.output import make_writable, output_of_one_run
 from parts.progress import waiting
+from parts.records import write_json
 from parts.reports import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
 from parts.resume import Progress, metrics_log, pauses
 from parts.routes import ROUTES, asks_for_k
@@ -261,13 +260,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add_arguments(parser, out="runs/mnist")
     add = parser.add_argument
-    add(
-        "--data-dir",
-        type=folder_name,
-        metavar="FOLDER",
-        help="folder of IDX files, or of images by digit (default: $MOEJAX_DATA_DIR, else the "
-        "cache, else a download)",
-    )
+    add_data_dir(parser)
     add(
         "--dataset",
         choices=DATASETS,
@@ -366,15 +359,11 @@ def memory(args: argparse.Namespace) -> int:
     return 4 * (4 * parameters + 2 * activations)
 
 
-def load_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dataset:
+def load_images(args: argparse.Namespace) -> Dataset:
     """The data, as NumPy arrays."""
-    try:
+    with ending.refusals():
         data = DATASETS[args.dataset](args.data_dir)
         batch_sizes(len(data.train.labels), args.batch_size)
-    except ValueError as error:
-        parser.error(str(error))
-    except (ConnectionError, ImportError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
     say(
         f"{data.name}: {len(data.train.labels):,} images to train, {len(data.test.labels):,} to "
         f"test, from {data.source}"
@@ -382,9 +371,7 @@ def load_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Da
     return data
 
 
-def build(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, mesh: Mesh | None
-) -> dict[str, Model]:
+def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Model]:
     """The models to train, each tried out on the shape of one image, so that errors come now."""
     kind = EXPERTS[args.expert](args.hidden)
     execute = None if mesh is None else expert_parallel(mesh)
@@ -398,11 +385,9 @@ def build(
     }
     image = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
     for model in models.values():
-        try:
+        with ending.refusals():
             params = jax.eval_shape(model.init, jax.random.key(0))
             jax.eval_shape(model.apply, params, image, None)
-        except ValueError as error:
-            parser.error(str(error))
     return models
 
 
@@ -415,7 +400,7 @@ def main() -> None:
         join(parser, args)
         start_devices()
         mesh = make_mesh(parser, args)
-        models = build(parser, args, mesh)
+        models = build(args, mesh)
         with output_of_one_run(own(args.out)):
             work(parser, args, models, mesh)
 
@@ -427,7 +412,7 @@ def work(
     mesh: Mesh | None,
 ) -> None:
     """The experiment."""
-    data = load_images(parser, args)
+    data = load_images(args)
     check_length(args, len(data.train.labels))
     on_device = data._replace(train=to_device(data.train), test=place(to_device(data.test), mesh))
     runs = {}

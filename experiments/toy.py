@@ -38,21 +38,18 @@ from moejax import plot
 from moejax.training import TrainState, init_state, train_step
 from parts.cache import keep_programs
 from parts.command_line import (
-    QUICK_TO_COMPILE,
     OneLineParser,
     add_arguments,
     at_least,
     check_memory,
-    compiled,
-    rounded,
     say,
     start_devices,
-    versions,
-    write_json,
 )
+from parts.compiling import QUICK_TO_COMPILE, compiled
 from parts.ending import EndedError, whole_file
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress, waiting
+from parts.records import rounded, versions, write_json
 
 LEARNING_RATE = 0.01
 FRAMES = 16  # of the animation

@@ -31,16 +31,17 @@ from data import Dataset, Split, flat, load
 from moejax.training import TrainState, init_state, train_epoch, train_step
 from parts.cache import keep_programs
 from parts.command_line import (
+    LARGEST_SEED,
     OneLineParser,
     add_arguments,
+    add_data_dir,
     at_least,
-    folder_name,
     say,
     start_devices,
-    write_json,
 )
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress
+from parts.records import write_json
 
 NUM_EXPERTS, HIDDEN, DIGITS = 8, 50, 10
 NOISE = 0.1
@@ -155,12 +156,7 @@ def main() -> None:
     """Trains, compares, and says so."""
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser, "runs/upcycle")
-    parser.add_argument(
-        "--data-dir",
-        type=folder_name,
-        metavar="FOLDER",
-        help="folder of MNIST (default: $MOEJAX_DATA_DIR, else the cache, else a download)",
-    )
+    add_data_dir(parser)
     counts = {
         "--epochs": (5, "of the dense network alone"),
         "--more-epochs": (5, "of all that go on"),
@@ -172,19 +168,19 @@ def main() -> None:
             name, type=at_least(1), default=default, help=f"{text} (default: %(default)s)"
         )
     args = parser.parse_args()
+    if args.seed + args.seeds - 1 > LARGEST_SEED:
+        parser.error(f"--seeds must be at most {LARGEST_SEED - args.seed + 1}, got {args.seeds}")
     with ending.one_line_errors():
         keep_programs(not args.no_cache)
         start_devices()
         with output_of_one_run(args.out):
-            work(parser, args)
+            work(args)
 
 
-def work(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def work(args: argparse.Namespace) -> None:
     """The experiment."""
-    try:
+    with ending.refusals():
         data = load(args.data_dir)
-    except ValueError as error:
-        parser.error(str(error))
     say(data.notice or f"Data: {data.source}")
     seeds = range(args.seed, args.seed + args.seeds)
     each = [curves_of(args, data, seed) for seed in progress(seeds, "seeds")]

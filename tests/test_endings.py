@@ -145,9 +145,11 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
         ("toy", ["--out", ""], "argument --out: must name a folder, got nothing"),
         ("toy", ["--out", __file__], "--out must be a folder, got the file"),
         ("toy", ["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket"),
+        ("toy", ["--out", "s3:/bucket/run"], "must be a folder on this machine, got s3:/bucket"),
         ("mnist", ["--data-dir", "gs://bucket"], "must be a folder on this machine, got gs://"),
         ("benchmark", ["--out", __file__], "--out must be a folder, got the file"),
         ("upcycle", ["--data-dir", "/no/such"], "/no/such"),
+        ("upcycle", ["--seed", str(2**32 - 2), "--seeds", "3"], "--seeds must be at most 2"),
         ("upcycle", ["--seeds", "0"], "must be a whole number of at least 1, got 0"),
         ("mnist", ["--data-dir", ""], "argument --data-dir: must name a folder, got nothing"),
         ("mnist", ["--coordinator", "a:1"], "do nothing without --mesh and --processes"),
@@ -167,6 +169,17 @@ def test_what_cannot_be_is_refused(name, arguments, message, capsys, tmp_path):
     out = [] if "--out" in arguments else ["--out", str(tmp_path)]
     assert message in refusal(name, *out, *arguments, capsys=capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variable", ["MOEJAX_CACHE_DIR", "XDG_CACHE_HOME", "MOEJAX_DATA_DIR"])
+def test_a_variable_must_name_a_folder_on_this_machine(variable, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for other in ("MOEJAX_CACHE_DIR", "MOEJAX_DATA_DIR"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(variable, "s3://bucket/cache")
+    message = refusal("mnist", "--out", str(tmp_path / "out"), capsys=capsys)
+    assert f"{variable} must be a folder on this machine, got s3://bucket/cache" in message
+    assert not list(tmp_path.glob("s3*"))
 
 
 @pytest.mark.parametrize("name", ["toy", "mnist"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +20,10 @@ from benchmarks.layers import (
     torch_is_there,
 )
 from benchmarks.peers import Shape, gathered, torch_step
-from benchmarks.timing import BACKWARD, FORWARD, STEP, Contender, Result, measure
+from benchmarks.timing import BACKWARD, FORWARD, STEP, Contender, Result, measure, planned_bytes
 from moejax.training import Loss, init_state, keep_gradients, train_step
 from parts.command_line import say
+from parts.compiling import compiled
 
 KEPT, GATHERED = f"{DROPLESS}, keep_gradients", "gathered weights"
 PEERS = (GROUPED_MM, GATHERED)
@@ -69,25 +69,15 @@ def step_contender(
     )
     held = [jax.jit(start)()]
     x = jax.random.normal(jax.random.key(1), (shape.T, shape.D))
-    began = time.perf_counter()
-    step = jax.jit(train_step(mean_square(layer), optimizer), donate_argnums=0)
-    program = step.lower(held[0], x).compile()
-    seconds = time.perf_counter() - began
+    step = train_step(mean_square(layer), optimizer)
+    program, seconds = compiled(step, held[0], x, donate_argnums=0)
 
     def run() -> None:
         state, _ = jax.block_until_ready(program(held.pop(), x))
         held.append(state)
 
-    memory: Any = program.memory_analysis()
-    return Contender(
-        name,
-        run,
-        STEP,
-        flops=3 * shape.flops,
-        bytes=shape.weight_bytes,
-        compile_seconds=seconds,
-        temporary_bytes=memory.temp_size_in_bytes,
-    )
+    known = {"flops": 3 * shape.flops, "bytes": shape.weight_bytes, **planned_bytes(program)}
+    return Contender(name, run, STEP, compile_seconds=seconds, **known)
 
 
 def mean_square(layer: moejax.Layer) -> Loss:

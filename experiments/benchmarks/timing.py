@@ -6,13 +6,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.other_processes import busy_elsewhere, page_faults, processor_seconds
-from parts.command_line import compiled
+from parts.compiling import compiled
 
 SIDE = 2048  # of the product whose rate is the limit
 READ = 2**26  # numbers whose sum shows how fast memory is read: 256 MiB
@@ -68,13 +68,16 @@ def jax_contender(
 ) -> Contender:
     """A compiled function with its arguments, and the memory that XLA plans for it."""
     program, seconds = compiled(function, *args)
-    memory: Any = cast(jax.stages.Compiled, program).memory_analysis()
+    run = lambda: jax.block_until_ready(program(*args))  # noqa: E731
+    return Contender(name, run, compile_seconds=seconds, **planned_bytes(program), **known)
+
+
+def planned_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
+    """The memory that XLA plans for a program, as a contender states it."""
+    memory: Any = program.memory_analysis()
     own = memory.temp_size_in_bytes
     peak = own + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    run = lambda: jax.block_until_ready(program(*args))  # noqa: E731
-    return Contender(
-        name, run, compile_seconds=seconds, temporary_bytes=own, peak_bytes=peak, **known
-    )
+    return {"temporary_bytes": own, "peak_bytes": peak}
 
 
 def both_modes(

@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from parts.folders import folder_of
+
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -16,9 +18,9 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 def cache_dir() -> Path:
     """``$MOEJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/moejax``, else ``~/.cache/moejax``."""
-    if own := os.environ.get("MOEJAX_CACHE_DIR"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moejax"
+    if own := folder_of("MOEJAX_CACHE_DIR"):
+        return own
+    return (folder_of("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax"
 
 
 def store(path: Path, content: bytes) -> None:

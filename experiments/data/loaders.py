@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import textwrap
 from pathlib import Path
@@ -14,6 +13,7 @@ from data.download import download
 from data.folder import HOW_TO_GET_MNIST, read_folder
 from data.idx import NAMES, find, holds_idx
 from data.sample import mnist_sample
+from parts.folders import folder_of, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def _read_mnist(folder: Path) -> Dataset:
 
 
 def _given_folder(data_dir: str | Path | None) -> Path | None:
-    folder = data_dir or os.environ.get("MOEJAX_DATA_DIR")
-    return Path(folder).expanduser() if folder else None
+    return local_folder(data_dir) if data_dir else folder_of("MOEJAX_DATA_DIR")
 
 
 def _cached_or_downloaded() -> Dataset:

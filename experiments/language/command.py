@@ -12,14 +12,7 @@ from data.text import VOCABULARY, Text, from_files, standard_library
 from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
 from language.transformer import Sizes
 from moejax.sharding import expert_parallel
-from parts.command_line import (
-    OneLineParser,
-    add_no_cache,
-    add_out,
-    at_least,
-    positive_float,
-    say,
-)
+from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
 from parts.devices import mesh_axes
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from language.contenders import Network, count
 from language.runs import Run
-from parts.command_line import rounded, say
+from parts.command_line import say
+from parts.records import rounded
 
 Runs = dict[str, list[Run]]  # for each model one run per seed
 HEAD = (

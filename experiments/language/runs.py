@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from language.training import Windows
 from moejax import checkpoint
 from moejax.training import TrainState
-from parts.command_line import rounded, say
+from parts.command_line import say
 from parts.ending import RefusedError
-from parts.output import save_text
+from parts.records import check_same_run, rounded, write_lines
 
 KEEP = 2  # checkpoints
 LINE = (
@@ -97,7 +96,7 @@ def train(
             say(LINE.format(name=plan.name, seed=plan.seed, **history[-1]))
     if results is None:  # resumed when all was done
         results = programs.evaluate(state.params, windows)
-    write_metrics(plan.folder.parent / "metrics.jsonl", history)
+    write_lines(plan.folder.parent / "metrics.jsonl", history)
     return Run(history, jax.device_get(results), state.params)
 
 
@@ -137,7 +136,7 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
         return fresh, []
     try:
         saved = checkpoint.read_config(plan.folder)
-        check_identity(plan.identity, saved["identity"])
+        check_same_run(plan.identity, saved["identity"])
         found = checkpoint.restore(plan.folder, fresh)
     except ValueError as error:
         raise RefusedError(str(error)) from error
@@ -151,17 +150,3 @@ def trained(plan: Plan, like: TrainState) -> Any:
         return checkpoint.restore(plan.folder, like).state.params
     except ValueError as error:
         raise RefusedError(f"{error} Train {plan.name} first, with these sizes.") from error
-
-
-def check_identity(now: dict[str, Any], was: dict[str, Any]) -> None:
-    """Refuses to go on with a run of other settings."""
-    for name in now | was:
-        if now.get(name) != was.get(name):
-            raise RefusedError(
-                f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
-            )
-
-
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """A file of one record per line."""
-    save_text("".join(json.dumps(one) + "\n" for one in history), path)

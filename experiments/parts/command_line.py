@@ -1,29 +1,20 @@
-"""What the experiments share: their command line, their output folder and their records."""
+"""What the experiments' command lines share: options, what they refuse, and what they say."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import re
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.parse import unquote, urlsplit
+from typing import NoReturn
 
 import jax
-import numpy as np
 
-import moejax
-from parts.cache import sign_programs
 from parts.ending import EndedError, RefusedError
-from parts.output import save_text
+from parts.folders import local_folder
 
 LARGEST_SEED = 2**32 - 1  # a larger one would be cut, and be the seed of another run
 
@@ -53,12 +44,10 @@ def folder_name(text: str) -> Path:
     """An argparse type: a folder on this machine, given with ``file:``, ``~`` or neither."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a folder, got nothing")
-    address = urlsplit(text)
-    if address.scheme == "file" and address.netloc in ("", "localhost"):
-        return Path(unquote(address.path))
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"must be a folder on this machine, got {text}")
-    return Path(text).expanduser()
+    try:
+        return local_folder(text)
+    except RefusedError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_float(text: str) -> float:
@@ -80,6 +69,17 @@ def add_out(parser: argparse.ArgumentParser, out: str) -> None:
         default=Path(out),
         metavar="FOLDER",
         help="where pictures and numbers are written (default: %(default)s)",
+    )
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Where the images are."""
+    parser.add_argument(
+        "--data-dir",
+        type=folder_name,
+        metavar="FOLDER",
+        help="folder of IDX files, or of images by digit (default: $MOEJAX_DATA_DIR, else the "
+        "cache, else a download)",
     )
 
 
@@ -146,84 +146,6 @@ def in_words(size: int) -> str:
     """A number of bytes as a person writes it."""
     power = min(max(len(str(size)) - 1, 0) // 3, 5)
     return f"{size / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record; what stood there before is replaced only once the new one is complete."""
-    save_text(json.dumps(record, indent=2) + "\n", path)
-
-
-def rounded(value: Any) -> Any:
-    """Arrays as plain numbers and lists, with six significant digits."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    numbers = np.asarray(value).tolist()
-    if isinstance(numbers, list):
-        return [rounded(number) for number in numbers]
-    return float(f"{numbers:.6g}") if isinstance(numbers, float) else numbers
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the arguments."""
-    packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
-    return {
-        "moejax": moejax.__version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
-        "device": jax.devices()[0].device_kind,
-        "devices": str(jax.device_count()),
-        "cores": str(os.cpu_count()),
-        "processor": processor(),
-    }
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
-
-
-# For what runs once: it takes less time to compile than it can save. JAX 0.11 has no such choice.
-QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-
-
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
-    """The function compiled for these arguments, and the seconds that took."""
-    start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    seconds = time.perf_counter() - start
-    sign_programs()
-    return program, seconds
-
-
-def compile_in_background(
-    *jobs: tuple[jax.stages.Wrapped, tuple[Any, ...]],
-) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
-    """Compiles jitted functions for their arguments while the caller goes on.
-
-    Returns:
-        A function that waits for the programs; with them it returns the seconds they took.
-    """
-    began = time.perf_counter()
-
-    def finish(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
-        return lowered.compile(), time.perf_counter()
-
-    pool = ThreadPoolExecutor(len(jobs))
-    # Tracing holds the interpreter's lock and needs this thread's settings; XLA does neither.
-    coming = [pool.submit(finish, function.lower(*args)) for function, args in jobs]
-    pool.shutdown(wait=False)
-
-    def wait() -> tuple[list[jax.stages.Compiled], float]:
-        programs, ends = zip(*(one.result() for one in coming), strict=True)
-        sign_programs()
-        return list(programs), max(ends) - began
-
-    return wait
 
 
 def say(text: str = "") -> None:

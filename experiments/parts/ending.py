@@ -119,6 +119,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def refusals() -> Iterator[None]:
+    """Turns what the library or a loader says of the options into the end of the command.
+
+    Raises:
+        RefusedError: for a ValueError.
+        EndedError: for what is missing: a network, a package.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    except (ConnectionError, ImportError) as error:
+        raise EndedError(str(error)) from error
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for what a program cannot help: disks, memory, devices."""
     try:

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from moejax.training import ParameterStep
-from parts.command_line import rounded, say, versions
+from parts.command_line import say
 from parts.output import save_figure
+from parts.records import rounded, versions
 
 HEADER = "epoch   train loss  accuracy   test loss  accuracy   seconds"
 LINE = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ import numpy as np
 from data import Dataset
 from moejax import checkpoint
 from moejax.training import Metrics, TrainState
-from parts.command_line import at_least, in_words, say, versions
-from parts.ending import EndedError, RefusedError, signals, whole_file
+from parts.command_line import at_least, in_words, say
+from parts.ending import EndedError, RefusedError, signals
+from parts.records import check_same_run, versions, write_lines
 
 KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
@@ -173,10 +173,7 @@ def read(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def check_identity(plan: Plan, saved: dict[str, Any]) -> None:
     """Checks that a checkpoint is of the same run, which may only have become longer."""
-    for name in plan.identity | saved["identity"]:
-        was, now = saved["identity"].get(name), plan.identity.get(name)
-        if was != now:
-            raise RefusedError(f"{name} must be what the run began with, {was}; got {now}")
+    check_same_run(plan.identity, saved["identity"])
     if plan.epochs < saved["epochs"]:
         raise RefusedError(f"--epochs must be at least {saved['epochs']}, got {plan.epochs}")
 
@@ -211,8 +208,7 @@ def check_room(plan: Plan, progress: Progress) -> None:
 @contextmanager
 def metrics_log(path: Path, history: list[dict[str, Any]]) -> Iterator[TextIO]:
     """Opens a file of one record per line, holding exactly the history."""
-    with whole_file(path) as other:
-        other.write_text("".join(json.dumps(record) + "\n" for record in history))
+    write_lines(path, history)
     with open(path, "a") as log:
         yield log
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from parts.command_line import say, versions, write_json
+from parts.command_line import say
 from parts.ending import EndedError, RefusedError
 from parts.progress import progress, waiting
+from parts.records import check_same_run, versions, write_json
 
 Measured = dict[str, np.ndarray]  # every measure by seed, [seeds, ...]
 
@@ -118,15 +119,6 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
     if resume and not path.exists():
         say(f"nothing to resume in {folder}: starting from the beginning")
     if path.exists():
-        check_identity(now, json.loads(path.read_text()))
+        check_same_run(now, json.loads(path.read_text()))
     folder.mkdir(exist_ok=True)
     write_json(path, now)
-
-
-def check_identity(now: dict[str, str], was: dict[str, str]) -> None:
-    """Refuses to go on with a run of other settings."""
-    for name in now | was:
-        if now.get(name) != was.get(name):
-            raise RefusedError(
-                f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
-            )

@@ -9,7 +9,7 @@ import numpy as np
 from studies.blocks import Measured
 from studies.clusters_data import CLUSTERS, SETTINGS
 from studies.clusters_training import EVERY
-from studies.intervals import shown, with_interval
+from studies.intervals import intervals_of, shown
 from studies.page import Summary, duration, table
 
 # The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
@@ -44,14 +44,7 @@ DIGITS = {"accuracy": 2, "entropy": 3}
 def summarize(measured: dict[str, Measured]) -> Summary:
     """Every measure of every cell with its interval, beside what was published."""
     return {
-        "cells": {
-            name: {
-                measure: with_interval(values)
-                for measure, values in one.items()
-                if measure != "curve"
-            }
-            for name, one in measured.items()
-        },
+        "cells": intervals_of(measured),
         "published": {
             name: {
                 measure: {"mean": mean, "sd": sd} for measure, (mean, sd) in PUBLISHED[name].items()

@@ -14,13 +14,11 @@ from parts.command_line import (
     add_arguments,
     at_least,
     folder_name,
-    rounded,
     say,
     start_devices,
-    versions,
-    write_json,
 )
 from parts.output import output_of_one_run, save_figure
+from parts.records import rounded, versions, write_json
 from studies.blocks import Cell, Measured, collect
 from studies.page import Summary, publish
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.blocks import Measured
 from studies.hierarchy_measures import GRID, NEAR, POINTS
-from studies.intervals import shown, with_interval
+from studies.intervals import intervals_of, shown
 from studies.page import Summary, duration, table
 from studies.regimes import truth
 
@@ -18,16 +18,7 @@ TITLES = {"em": "EM", "one-expert": "one expert"}
 
 def summarize(measured: dict[str, Measured]) -> Summary:
     """Every number of every cell with its interval; curves are left to the picture."""
-    return {
-        "cells": {
-            name: {
-                measure: with_interval(values)
-                for measure, values in one.items()
-                if values.ndim == 1
-            }
-            for name, one in measured.items()
-        },
-    }
+    return {"cells": intervals_of(measured)}
 
 
 def render(summary: Summary) -> str:

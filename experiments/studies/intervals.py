@@ -33,6 +33,14 @@ def with_interval(values: np.ndarray) -> dict[str, Any]:
     return {"values": values, **interval(values)}
 
 
+def intervals_of(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """Every measure that is one number per seed `with_interval`, by cell; curves are left out."""
+    return {
+        cell: {name: with_interval(values) for name, values in one.items() if values.ndim == 1}
+        for cell, one in measured.items()
+    }
+
+
 def shown(one: dict[str, Any], digits: int) -> str:
     """A mean and its interval as a table shows them, such as ``99.46 [99.07, 99.85]``."""
     if one["low"] is None:

@@ -24,14 +24,13 @@ def shared_bottom(bottom: moejax.Layer, tower: moejax.Layer, *, num_tasks: int) 
     Returns:
         A layer with ``apply(params, x [N, D]) -> y [tasks, N, O]``.
     """
-    towers = moejax.stack(tower, num_tasks)
+    layers = {"bottom": bottom, "towers": moejax.stack(tower, num_tasks)}
 
     def init(key: jax.Array) -> Any:
-        bottom_key, towers_key = jax.random.split(key)
-        return {"bottom": bottom.init(bottom_key), "towers": towers.init(towers_key)}
+        return init_all(layers, key)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        return towers.apply(params["towers"], bottom.apply(params["bottom"], x))
+        return layers["towers"].apply(params["towers"], bottom.apply(params["bottom"], x))
 
     return moejax.Layer(init, apply)
 
@@ -112,8 +111,9 @@ def extraction(
         Tang et al., `Progressive Layered Extraction
         <https://doi.org/10.1145/3383313.3412236>`_, 2020
     """
+    group = moejax.stack(expert, own)
     layers = {
-        "own": moejax.stack(moejax.stack(expert, own), num_tasks),
+        "own": moejax.stack(group, num_tasks),
         "shared": moejax.stack(expert, shared),
         "gates": moejax.stack(gate, num_tasks),
     } | ({} if shared_gate is None else {"shared_gate": shared_gate})
@@ -123,7 +123,7 @@ def extraction(
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         tasks, common = x[:-1], x[-1]
-        mine = jax.vmap(moejax.stack(expert, own).apply)(params["own"], tasks)  # [tasks, own, N, H]
+        mine = jax.vmap(group.apply)(params["own"], tasks)  # [tasks, own, N, H]
         ours = layers["shared"].apply(params["shared"], common)  # [shared, N, H]
         every = jnp.broadcast_to(ours, (num_tasks, *ours.shape))
         gates = jax.nn.softmax(jax.vmap(gate.apply)(params["gates"], tasks))  # [tasks, N, experts]

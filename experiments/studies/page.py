@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parts.command_line import write_json
-from parts.ending import RefusedError, whole_file
-from parts.output import save_figure
+from parts.ending import RefusedError
+from parts.output import save_figure, save_text
+from parts.records import write_json
 
 PAGE = "studies.md"
 Summary = dict[str, Any]
@@ -33,8 +33,7 @@ def publish(
     (docs / "studies").mkdir(exist_ok=True)
     write_json(docs / "studies" / f"{name}.json", summary)
     save_figure(figure, docs / "studies" / f"{name}.png")
-    with whole_file(page) as other:
-        other.write_text(text)
+    save_text(text, page)
 
 
 def stored(docs: Path, name: str) -> Summary:

@@ -1,0 +1,52 @@
+"""Programs that are compiled before they are needed, and the seconds that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from parts.cache import sign_programs
+
+# For what runs once: it takes less time to compile than it can save. JAX 0.11 has no such choice.
+QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+
+
+def compiled(
+    function: Callable[..., Any], *args: Any, **options: Any
+) -> tuple[jax.stages.Compiled, float]:
+    """The function compiled for these arguments, with options of `jax.jit`; the seconds it took."""
+    start = time.perf_counter()
+    program = jax.jit(function, **options).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    sign_programs()
+    return program, seconds
+
+
+def compile_in_background(
+    *jobs: tuple[jax.stages.Wrapped, tuple[Any, ...]],
+) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
+    """Compiles jitted functions for their arguments while the caller goes on.
+
+    Returns:
+        A function that waits for the programs; with them it returns the seconds they took.
+    """
+    began = time.perf_counter()
+
+    def finish(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+        return lowered.compile(), time.perf_counter()
+
+    pool = ThreadPoolExecutor(len(jobs))
+    # Tracing holds the interpreter's lock and needs this thread's settings; XLA does neither.
+    coming = [pool.submit(finish, function.lower(*args)) for function, args in jobs]
+    pool.shutdown(wait=False)
+
+    def wait() -> tuple[list[jax.stages.Compiled], float]:
+        programs, ends = zip(*(one.result() for one in coming), strict=True)
+        sign_programs()
+        return list(programs), max(ends) - began
+
+    return wait

@@ -1,0 +1,34 @@
+"""Folders as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from parts.ending import RefusedError
+
+
+def local_folder(text: str | os.PathLike[str]) -> Path:
+    """A folder on this machine, given with ``file:``, ``~`` or neither.
+
+    Raises:
+        RefusedError: if it is the address of something else; as a path, it would make a folder
+            called ``s3:`` here.
+    """
+    text = os.fspath(text)
+    if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
+        return Path(unquote(here[1]))
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text):  # a single slash in a Path of s3://bucket
+        raise RefusedError(f"must be a folder on this machine, got {text}")
+    return Path(text).expanduser()
+
+
+def folder_of(variable: str) -> Path | None:
+    """The folder that an environment variable names, or None where it is not set or empty."""
+    value = os.environ.get(variable)
+    try:
+        return local_folder(value) if value else None
+    except RefusedError as error:
+        raise RefusedError(f"{variable} {error}") from None

@@ -1,0 +1,75 @@
+"""What a run writes of itself: its numbers, its versions, and what makes it the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import moejax
+from parts.ending import RefusedError
+from parts.output import save_text
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record; what stood there before is replaced only once the new one is complete."""
+    save_text(json.dumps(record, indent=2) + "\n", path)
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes one record per line; what stood there before is replaced once all are written."""
+    save_text("".join(json.dumps(record) + "\n" for record in records), path)
+
+
+def rounded(value: Any) -> Any:
+    """Arrays as plain numbers and lists, with six significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    numbers = np.asarray(value).tolist()
+    if isinstance(numbers, list):
+        return [rounded(number) for number in numbers]
+    return float(f"{numbers:.6g}") if isinstance(numbers, float) else numbers
+
+
+def check_same_run(now: dict[str, Any], was: dict[str, Any]) -> None:
+    """Refuses to go on with a run of other settings.
+
+    Raises:
+        RefusedError: naming the first that differs.
+    """
+    for name in now | was:
+        if now.get(name) != was.get(name):
+            raise RefusedError(
+                f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
+            )
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the arguments."""
+    packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
+    return {
+        "moejax": moejax.__version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+        "device": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
+        "cores": str(os.cpu_count()),
+        "processor": processor(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
