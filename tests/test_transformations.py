@@ -29,16 +29,18 @@ MESH = jax.make_mesh((2,), ("data",), (AUTO,), devices=jax.devices()[:2])
 ALL_RULES, ALL_SCHEDULES = RULES | SLOT_RULES, SCHEDULES | SLOT_SCHEDULES
 
 OF_SCORES = [moejax.router_z_loss, moejax.entropy_loss, moejax.mutual_information_loss]
+# A loss sees a decision and not the rule that made it: one rule of each kind of decision will do.
+OF_ROUTING = [
+    *OF_SCORES,
+    moejax.load_balancing_loss,
+    moejax.importance_loss,
+    moejax.l1_loss,
+]
 LOSSES = {
-    moejax.Routing: [
-        *OF_SCORES,
-        moejax.load_balancing_loss,
-        moejax.importance_loss,
-        moejax.l1_loss,
-        moejax.load_loss,
-    ],
-    moejax.ExpertChoice: OF_SCORES,
-    moejax.SoftSlots: [moejax.router_z_loss],
+    "softmax": OF_ROUTING,
+    "noisy_top_2": [*OF_ROUTING, moejax.load_loss],
+    "expert_choice": OF_SCORES,
+    "soft_slots": [moejax.router_z_loss],
 }
 
 
@@ -103,22 +105,14 @@ def _weights(leaf):
     return jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
 
 
-def losses_of(decision):
-    """The losses of decisions of its kind."""
-    return next(losses for kind, losses in LOSSES.items() if isinstance(decision, kind))
-
-
 def evidence(rule):
-    """All that a rule's decision says: what it weighs, and every loss of it."""
+    """All that a rule's decision says: what it weighs, and every loss of decisions of its kind."""
 
     def function(shared, logits):
         decision = ALL_RULES[rule](logits)
         given = {name: leaf for name, leaf in decision._asdict().items() if leaf is not None}
         floats = {k: v for k, v in given.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
-        losses = [one for one in losses_of(decision) if one is not moejax.load_loss]
-        if getattr(decision, "chances", None) is not None:
-            losses.append(moejax.load_loss)
-        return floats | {one.__name__: one(decision) for one in losses}
+        return floats | {one.__name__: one(decision) for one in LOSSES.get(rule, ())}
 
     return function
 
@@ -220,4 +214,6 @@ def test_every_rule_and_schedule_trace_in_a_shard_map(schedule, rule):
 
 def test_every_loss_is_in_the_table():
     offered = {name for name in moejax.__all__ if name.endswith("_loss")}
-    assert offered == {loss.__name__ for loss in LOSSES[moejax.Routing]}
+    assert offered == {loss.__name__ for losses in LOSSES.values() for loss in losses}
+    kind = {name: type(jax.eval_shape(rule, logits_for(name))) for name, rule in ALL_RULES.items()}
+    assert {kind[rule] for rule in LOSSES} == set(kind.values())

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from moejax.sharding import shardings, token_sharding
 from parts.models import Model
 
-SECONDS_TO_MISS = 30  # how long a process may be silent before the others give up
+SECONDS_TO_MISS = 10  # how long a process may be silent before the others give up
 
 
 def mesh_axes(text: str) -> dict[str, int]:
