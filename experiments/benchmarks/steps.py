@@ -100,11 +100,11 @@ def print_ratios(results: Sequence[Result]) -> None:
     """One table: how many times the rate of the fastest peer, and which peer that is."""
     say("times the rate of the fastest peer (which it is)")
     headings = [mode if name == DROPLESS else "with keep_gradients" for mode, name in COLUMNS]
-    say(f"{'':36s}" + "".join(f"{heading:>30s}" for heading in headings))
+    say(f"{'':36s}" + "".join(f"{heading:>36s}" for heading in headings))
     for result in results:
         sizes = " ".join(f"{name}={value}" for name, value in result.sizes.items())
         cells = [ratio(result, mode, name) for mode, name in COLUMNS]
-        say(f"{sizes:36s}" + "".join(f"{cell:>30s}" for cell in cells))
+        say(f"{sizes:36s}" + "".join(f"{cell:>36s}" for cell in cells))
     say()
 
 
