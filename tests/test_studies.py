@@ -15,13 +15,19 @@ import pytest
 from commands import refusal
 from pages import DOCS
 from parts.ending import EndedError, RefusedError
-from studies import clusters_report, hierarchy_report, many_tasks_report
+from studies import (
+    balance_report,
+    clusters_report,
+    hierarchy_report,
+    many_tasks_report,
+)
 from studies.blocks import Cell, collect
 from studies.intervals import interval, shown
 from studies.page import publish, replaced, section, stored, table
 
 ROOT = Path(__file__).parent.parent
 RENDERED = {
+    "balance": balance_report.render,
     "clusters": clusters_report.render,
     "hierarchy": hierarchy_report.render,
     "many_tasks": many_tasks_report.render,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 import moejax
+from data import Dataset
 from parts.ending import RefusedError
 from parts.output import save_text
 
@@ -49,6 +51,14 @@ def check_same_run(now: dict[str, Any], was: dict[str, Any]) -> None:
             raise RefusedError(
                 f"{name} must be what the run began with, {was.get(name)}; got {now.get(name)}"
             )
+
+
+def fingerprint(data: Dataset) -> str:
+    """The name of a data set, and what its images and labels alone can give."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((data.train, data.test)):
+        digest.update(np.asarray(leaf).tobytes())
+    return f"{data.name} {digest.hexdigest()[:16]}"
 
 
 def versions() -> dict[str, str]:

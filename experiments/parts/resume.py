@@ -7,7 +7,6 @@ many steps; so a resumed run takes the same steps, bit by bit, as one that was n
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import jax
-import numpy as np
 
 from data import Dataset
 from moejax import checkpoint
 from moejax.training import Metrics, TrainState
 from parts.command_line import at_least, in_words, say
 from parts.ending import EndedError, RefusedError, signals
-from parts.records import check_same_run, versions, write_lines
+from parts.records import check_same_run, fingerprint, versions, write_lines
 
 KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
@@ -116,10 +114,7 @@ def plan(args: argparse.Namespace, out: Path, data: Dataset, steps_per_epoch: in
         for name, value in vars(args).items()
         if name not in FREE_TO_DIFFER
     }
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves((data.train, data.test)) if every else []:
-        digest.update(np.asarray(leaf).tobytes())
-    identity = named | {"the data": f"{data.name} {digest.hexdigest()[:16]}"}
+    identity = named | ({"the data": fingerprint(data)} if every else {})
     return Plan(out / "checkpoints", every, args.epochs, identity)
 
 

@@ -23,7 +23,7 @@ from studies.blocks import Cell, Measured, collect
 from studies.page import Summary, publish
 
 # What a run may be resumed with: its place, which cells and seeds, and what is done afterwards.
-FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache"} | {"settings", "correlations"}
+FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {"settings", "correlations"}
 
 
 class Study(NamedTuple):

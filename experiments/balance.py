@@ -1,0 +1,84 @@
+"""What keeps experts balanced, and what it costs: losses, a bias, expert choice, ReLU.
+
+    python experiments/balance.py
+    python experiments/balance.py --seeds 3 --steps 400 --out runs/balance_small
+
+A layer of eight small experts learns MNIST with each method. A table shows the test error beside
+how uneven the load is; a picture shows both over training; summary.json goes to --out. A run that
+was killed goes on with --resume.
+"""
+
+from __future__ import annotations
+
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
+import argparse
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from data import load
+from parts.command_line import add_data_dir, at_least, say
+from parts.records import fingerprint
+from studies import balance_report
+from studies.balance_methods import METHODS, Method
+from studies.balance_report import cell_name
+from studies.balance_training import POINTS, train
+from studies.blocks import Cell
+from studies.command import Study, main, seeds_option
+
+BLOCK = 5  # seeds, one after the other: their arrays stay in cache
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    seeds_option(parser, 10)
+    add_data_dir(parser)
+    parser.add_argument(
+        "--steps",
+        type=at_least(POINTS),
+        default=2000,
+        help=f"of Adam, cut to a multiple of {POINTS} (default: %(default)s)",
+    )
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Every method."""
+    with ending.refusals():
+        data = load(args.data_dir)
+    say(data.notice or f"Data: {data.source}")
+    args.data = fingerprint(data)
+    steps = args.steps - args.steps % POINTS
+    train_split, test_split = jax.tree.map(jnp.asarray, (data.train, data.test))
+    return [
+        Cell(
+            cell_name(name),
+            args.seeds,
+            BLOCK,
+            partial(over_seeds(method, steps), train_split, test_split),
+        )
+        for name, method in METHODS.items()
+    ]
+
+
+def over_seeds(method: Method, steps: int) -> jax.stages.Wrapped:
+    """A run for each key."""
+    one = partial(train, method=method, steps=steps)
+    return jax.jit(lambda data, test, keys: jax.lax.map(lambda key: one(key, data, test), keys))
+
+
+STUDY = Study(
+    "balance",
+    add_options,
+    cells,
+    balance_report.summarize,
+    balance_report.render,
+    balance_report.draw,
+)
+
+if __name__ == "__main__":
+    main(STUDY, __doc__)
