@@ -1,5 +1,6 @@
 """Published blocks against the modules of the installed transformers, with random weights."""
 
+import importlib
 import os
 
 import jax
@@ -24,8 +25,14 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4 * 2**-8}
 
 
 @pytest.fixture
-def in_double(monkeypatch):
-    """Modules route in float32 whatever their weights are: let that be float64, to compare."""
+def in_double(name, monkeypatch):
+    """Modules route in float32 whatever their weights are: let that be float64, to compare.
+
+    What transformers and safetensors import at the first use must have been imported before: their
+    tables of dtypes would keep the wrong one for all tests to come.
+    """
+    importlib.import_module("safetensors.torch")
+    module_of(CASES[name], config_of(CASES[name]), torch.float32)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
