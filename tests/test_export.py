@@ -31,6 +31,10 @@ LOSSES = [
 ]
 
 
+# A loss sees a decision and not its rule: K = E, fewer choices, some that go nowhere, chances.
+WITH_LOSSES = {"softmax", "top_2", "top_p_3", "noisy_top_2"}
+
+
 def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -43,7 +47,7 @@ def exported(function, *args):
 def test_rules_and_losses(rule):
     def evidence(logits):
         routing = RULES[rule](logits)
-        return routing, [loss(routing) for loss in LOSSES]
+        return routing, [loss(routing) for loss in LOSSES if rule in WITH_LOSSES]
 
     call = exported(evidence, floats(T, E))
     if "key" in getattr(RULES[rule], "keywords", {}):

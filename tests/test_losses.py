@@ -94,7 +94,13 @@ LOSSES = {
 
 def all_losses(route):
     """All of them at once, as one vector: one compilation per rule."""
-    return jax.jit(lambda logits: jnp.stack([f(ROUTES[route](logits)) for f in LOSSES.values()]))
+
+    @jax.jit
+    def losses(logits):
+        routing = ROUTES[route](logits)
+        return jnp.stack([loss(routing) for loss in LOSSES.values()])
+
+    return losses
 
 
 @pytest.mark.parametrize("route", ROUTES)
