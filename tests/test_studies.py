@@ -23,7 +23,7 @@ from studies import (
 )
 from studies.blocks import Cell, collect
 from studies.intervals import interval, shown
-from studies.page import publish, replaced, section, stored, table
+from studies.page import pattern, publish, replaced, table
 
 ROOT = Path(__file__).parent.parent
 RENDERED = {
@@ -133,6 +133,17 @@ def test_a_killed_run_goes_on(tmp_path):
     assert len(values[0]) == 6
     assert values[0] == values[1]
     assert all((killed / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def stored(docs, name):
+    """The summary that the page's section was made of."""
+    return json.loads((docs / "studies" / f"{name}.json").read_text())
+
+
+def section(text, name):
+    """What stands between the marks of a study."""
+    found = pattern(name).search(text)
+    return found[1] if found else ""
 
 
 @pytest.mark.parametrize("name", RENDERED)

@@ -6,7 +6,6 @@ Between two marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``, stands what `render
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,17 +33,6 @@ def publish(
     write_json(docs / "studies" / f"{name}.json", summary)
     save_figure(figure, docs / "studies" / f"{name}.png")
     save_text(text, page)
-
-
-def stored(docs: Path, name: str) -> Summary:
-    """The summary that the page's section was made of."""
-    return json.loads((docs / "studies" / f"{name}.json").read_text())
-
-
-def section(text: str, name: str) -> str:
-    """What stands between the marks of a study."""
-    found = pattern(name).search(text)
-    return found[1] if found else ""
 
 
 def replaced(text: str, name: str, content: str, page: Path) -> str:
