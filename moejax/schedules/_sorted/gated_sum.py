@@ -28,6 +28,7 @@ from moejax.schedules._sorted.overflow import (
     differentiable,
 )
 from moejax.schedules._sorted.policy import Policy, always_batched, worth_batching
+from moejax.schedules._sorted.reverse_only import reverse_only
 from moejax.schedules._sorted.slots import Slots, assign_slots, combine
 
 
@@ -75,6 +76,7 @@ def _compiled(
         return jnp.zeros(output.shape, output.dtype)
     num_experts = policy.num_experts
     choices = sort_by_expert(experts, num_experts)
+    params, x, weights = reverse_only((params, x, weights))
     gates = _gates(weights, output)
     if policy.grouped:
         y = grouped_sum(expert, params, x, gates, choices)
@@ -82,7 +84,7 @@ def _compiled(
         apply, shared = _closed(with_matmul(expert, policy.matmul), params, x, policy)
         slots = assign_slots(choices, weights.shape[0], policy.groups)
         program = Program(apply, policy, output.shape)
-        y = _gated_sum(program, Operands(params, x, gates, shared), slots, choices)
+        y = _gated_sum(program, Operands(params, x, gates, reverse_only(shared)), slots, choices)
     return y.astype(output.dtype)
 
 
