@@ -22,7 +22,7 @@ from moejax import checkpoint
 from moejax.training import Metrics, TrainState
 from parts.command_line import at_least, in_words, say
 from parts.ending import EndedError, RefusedError, signals
-from parts.records import check_same_run, fingerprint, versions, write_lines
+from parts.records import check_same_run, data_identity, versions, write_lines
 
 KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace, out: Path, data: Dataset, steps_per_epoch: in
         for name, value in vars(args).items()
         if name not in FREE_TO_DIFFER
     }
-    identity = named | ({"the data": fingerprint(data)} if every else {})
+    identity = named | (data_identity(data) if every else {})
     return Plan(out / "checkpoints", every, args.epochs, identity)
 
 

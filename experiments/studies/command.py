@@ -22,8 +22,22 @@ from parts.records import rounded, versions, write_json
 from studies.blocks import Cell, Measured, collect
 from studies.page import Summary, publish
 
-# What a run may be resumed with: its place, which cells and seeds, and what is done afterwards.
-FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {"settings", "correlations"}
+# What a run may be resumed with: its place, that of its data, which cells and seeds, and what is
+# done afterwards.
+FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {
+    "settings",
+    "correlations",
+    "heads",
+}
+
+
+def identity_of(args: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what is measured."""
+    return {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in vars(args).items()
+        if name not in FREE_TO_DIFFER and not name.endswith("seeds")
+    }
 
 
 class Study(NamedTuple):
@@ -37,6 +51,7 @@ class Study(NamedTuple):
         summarize: ``measures by cell -> summary``, plain numbers and arrays.
         render: ``summary -> the section of docs``, Markdown.
         draw: ``(summary, measures by cell) -> picture``.
+        identity: ``options -> what must stay the same for a resumed run to be the same run``.
     """
 
     name: str
@@ -45,6 +60,7 @@ class Study(NamedTuple):
     summarize: Callable[[dict[str, Measured]], Summary]
     render: Callable[[Summary], str]
     draw: Callable[[Summary, dict[str, Measured]], Any]
+    identity: Callable[[argparse.Namespace], dict[str, str]] = identity_of
 
 
 def main(study: Study, description: str) -> None:
@@ -71,7 +87,7 @@ def main(study: Study, description: str) -> None:
 def work(study: Study, args: argparse.Namespace) -> None:
     """Measures, summarises, draws."""
     began = time.perf_counter()
-    cells, identity = study.cells(args), identity_of(args)
+    cells, identity = study.cells(args), study.identity(args)
     measured = collect(args.out / "blocks", cells, args.seed, identity, resume=args.resume)
     summary = rounded(study.summarize(measured)) | {
         "options": identity | {"seeds": {cell.name: cell.seeds for cell in cells}},
@@ -88,15 +104,6 @@ def work(study: Study, args: argparse.Namespace) -> None:
         f"summary.json and {study.name}.png are in {args.out}, after "
         f"{time.perf_counter() - began:.0f} s"
     )
-
-
-def identity_of(args: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what is measured."""
-    return {
-        f"--{name.replace('_', '-')}": str(value)
-        for name, value in vars(args).items()
-        if name not in FREE_TO_DIFFER and not name.endswith("seeds")
-    }
 
 
 def seeds_option(parser: argparse.ArgumentParser, default: int, what: str = "") -> None:
