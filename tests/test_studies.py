@@ -20,6 +20,7 @@ from studies import (
     clusters_report,
     hierarchy_report,
     many_tasks_report,
+    sharpness_report,
 )
 from studies.blocks import Cell, collect
 from studies.intervals import interval, shown
@@ -31,6 +32,7 @@ RENDERED = {
     "clusters": clusters_report.render,
     "hierarchy": hierarchy_report.render,
     "many_tasks": many_tasks_report.render,
+    "sharpness": sharpness_report.render,
 }
 
 

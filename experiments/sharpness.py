@@ -1,0 +1,118 @@
+"""Rokah et al. 2026: is the minimum that a soft mixture finds sharper than that of one network?
+
+    python experiments/sharpness.py
+    python experiments/sharpness.py --heads dense soft --seeds 3 --out runs/sharpness_small
+
+Four heads of equal size on a small convolutional trunk learn MNIST. Where training ends, Lanczos
+gives the largest eigenvalue of the Hessian and its spectral density, Hutchinson's estimator the
+trace, on training and on test images. Tables show them beside the published; a picture and
+summary.json go to --out. A run that was killed goes on with --resume.
+"""
+
+from __future__ import annotations
+
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
+import argparse
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import moejax
+from data import Dataset, load
+from parts.command_line import add_data_dir, at_least, positive_float, say
+from parts.records import data_identity
+from studies import sharpness_figure, sharpness_report
+from studies.blocks import Cell
+from studies.command import Study, identity_of, main, seeds_option
+from studies.sharpness_models import MODELS
+from studies.sharpness_training import Images, Sizes, run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    seeds_option(parser, 3)
+    add_data_dir(parser)
+    add = parser.add_argument
+    add("--heads", choices=list(MODELS), nargs="+", default=list(MODELS), help="(default: all)")
+    counts = {
+        "--examples": (1, 30000, "training images, or all if there are fewer"),
+        "--epochs": (1, 10, "of training"),
+        "--batch-size": (1, 100, "training images per step"),
+        "--images": (1, 1000, "of either kind at which the Hessian is taken"),
+        "--starts": (1, 2, "random vectors from which Lanczos starts"),
+        "--steps": (2, 20, "of Lanczos from each"),
+        "--probes": (2, 30, "random vectors for the trace"),
+    }
+    for name, (least, default, text) in counts.items():
+        add(name, type=at_least(least), default=default, help=f"{text} (default: %(default)s)")
+    add("--learning-rate", type=positive_float, default=2e-3, help="of Adam (default: %(default)s)")
+
+
+@cache
+def loaded(data_dir: Path | None) -> Dataset:
+    """The data, read once and announced."""
+    with ending.refusals():
+        data = load(data_dir)
+    say(data.notice or f"Data: {data.source}")
+    return data
+
+
+def identity(args: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what is measured, and the data."""
+    return identity_of(args) | data_identity(loaded(args.data_dir))
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Every head; a run after the other, as each has the machine to itself."""
+    images = images_of(args, loaded(args.data_dir))
+    sizes = Sizes(
+        args.epochs, args.batch_size, args.learning_rate, args.starts, args.steps, args.probes
+    )
+    return [
+        Cell(name, args.seeds, 1, partial(over_seeds(model, sizes), images))
+        for name, model in MODELS.items()
+        if name in args.heads
+    ]
+
+
+def images_of(args: argparse.Namespace, data: Dataset) -> Images:
+    """The images of a run, on the device."""
+    train = jax.tree.map(lambda each: jnp.asarray(each[: args.examples]), data.train)
+    test = jax.tree.map(jnp.asarray, data.test)
+    if len(train.labels) < args.batch_size:
+        raise ending.RefusedError(
+            f"--batch-size must be at most the number of training images, {len(train.labels)}, got "
+            f"{args.batch_size}"
+        )
+    count = min(args.images, len(train.labels), len(test.labels))
+    measured = jax.tree.map(lambda *both: jnp.stack([each[:count] for each in both]), train, test)
+    return Images(train, test, measured)
+
+
+def over_seeds(model: moejax.Layer, sizes: Sizes) -> jax.stages.Wrapped:
+    """A run for each key."""
+    return jax.jit(
+        lambda images, keys: jax.lax.map(
+            lambda key: run(key, images, model=model, sizes=sizes), keys
+        )
+    )
+
+
+STUDY = Study(
+    "sharpness",
+    add_options,
+    cells,
+    sharpness_report.summarize,
+    sharpness_report.render,
+    sharpness_figure.draw,
+    identity,
+)
+
+if __name__ == "__main__":
+    main(STUDY, __doc__)

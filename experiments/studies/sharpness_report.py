@@ -1,0 +1,210 @@
+"""Rokah et al.'s curvatures beside ours: the summary and the tables."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from studies.blocks import Measured
+from studies.intervals import interval, intervals_of, shown
+from studies.page import Summary, duration, table
+
+# The outputs stored in the authors' notebook cifar10_hessian_plots: one run of each head on
+# CIFAR-10, at 1,000 images of either kind.
+PUBLISHED = {
+    "dense": {
+        "train_largest": 2.3769,
+        "train_trace": 22.7491,
+        "test_largest": 63.8738,
+        "test_trace": 1180.4783,
+    },
+    "soft": {
+        "train_largest": 1.0994,
+        "train_trace": 19.8563,
+        "test_largest": 92.2243,
+        "test_trace": 1455.3439,
+    },
+    "top-2": {
+        "train_largest": 0.7219,
+        "train_trace": 15.2338,
+        "test_largest": 68.7120,
+        "test_trace": 1148.1774,
+    },
+}
+BASE = "dense"
+SPLITS = ("train", "test")
+TITLES = {"largest": "largest eigenvalue", "trace": "trace"}
+MEASURES = [f"{split}_{measure}" for measure in TITLES for split in SPLITS]
+
+
+def summarize(measured: dict[str, Measured]) -> Summary:
+    """Every number with its interval, beside the published, and ratios to the one network's."""
+    others = [name for name in measured if name != BASE and BASE in measured]
+    return {
+        "cells": intervals_of(measured),
+        "published": {name: PUBLISHED.get(name, {}) for name in measured},
+        "ratios": {
+            name: {
+                measure: ratio(measured[name][measure], measured[BASE][measure])
+                for measure in MEASURES
+            }
+            for name in others
+        },
+    }
+
+
+def ratio(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Ratios by seed; their geometric mean, deviation and interval, through logarithms."""
+    with np.errstate(invalid="ignore"):  # a trace that is estimated to be negative has none
+        logs = np.log(values / base)
+    found = interval(logs)
+    through = {name: value if value is None else math.exp(value) for name, value in found.items()}
+    return {"values": values / base, **through}
+
+
+def render(summary: Summary) -> str:
+    """The tables, and what they say of the paper's claim."""
+    return (
+        f"Accuracy in percent, and cross-entropy at the images of the Hessian:\n\n{fits(summary)}\n"
+        f"Largest eigenvalue of the Hessian:\n\n{eigenvalues(summary)}\n"
+        f"Trace of the Hessian, and the standard error of one seed's:\n\n{traces(summary)}\n"
+        f"{ratios(summary)}{precision(summary)}\n\n{duration(summary)}"
+    )
+
+
+def fits(summary: Summary) -> str:
+    """How well the heads learn."""
+    return table(
+        ["head", "seeds", "train accuracy", "test accuracy", "train loss", "test loss"],
+        [
+            [
+                name,
+                str(len(one["accuracy"]["values"])),
+                *(shown(one[measure], 2) for measure in ("train_accuracy", "accuracy")),
+                *(shown(one[measure], 4) for measure in ("train_loss", "test_loss")),
+            ]
+            for name, one in summary["cells"].items()
+        ],
+    )
+
+
+def eigenvalues(summary: Summary) -> str:
+    """Lanczos, on both kinds of images."""
+    head = [f"{split}, {whose}" for split in SPLITS for whose in ("published", "ours")]
+    return table(
+        ["head", *head],
+        [
+            [
+                name,
+                *(
+                    text
+                    for split in SPLITS
+                    for text in (
+                        published(summary, name, f"{split}_largest"),
+                        shown(one[f"{split}_largest"], 2),
+                    )
+                ),
+            ]
+            for name, one in summary["cells"].items()
+        ],
+    )
+
+
+def traces(summary: Summary) -> str:
+    """Hutchinson's estimates, on both kinds of images."""
+    head = [
+        f"{split}, {whose}" for split in SPLITS for whose in ("published", "ours", "standard error")
+    ]
+    return table(
+        ["head", *head],
+        [
+            [
+                name,
+                *(
+                    text
+                    for split in SPLITS
+                    for text in (
+                        published(summary, name, f"{split}_trace"),
+                        shown(one[f"{split}_trace"], 1),
+                        shown(one[f"{split}_error"], 1),
+                    )
+                ),
+            ]
+            for name, one in summary["cells"].items()
+        ],
+    )
+
+
+def published(summary: Summary, name: str, measure: str) -> str:
+    """A published number, if there is one."""
+    value = summary["published"][name].get(measure)
+    return "" if value is None else f"{value:.4g}"
+
+
+def ratios(summary: Summary) -> str:
+    """How much sharper than the dense head, seed by seed, and what that says of the claim."""
+    if not summary["ratios"]:
+        return ""
+    rows = table(
+        ["head", "measure", "images", "published", "ours"],
+        [
+            [name, TITLES[measure], split, ratio_published(summary, name, place), shown(found, 2)]
+            for name, each in summary["ratios"].items()
+            for place, found in each.items()
+            for split, _, measure in [place.partition("_")]
+        ],
+    )
+    sentences = " ".join(sentence(name, each) for name, each in summary["ratios"].items())
+    return (
+        f"Ratios to the dense head, seed by seed, and their geometric mean:\n\n{rows}\n"
+        f"{sentences} {sharpest(summary)}\n\n"
+    )
+
+
+def ratio_published(summary: Summary, name: str, measure: str) -> str:
+    """What the paper's one run of either head makes of it."""
+    theirs, base = (summary["published"][each].get(measure) for each in (name, BASE))
+    return "" if theirs is None else f"{theirs / base:.2f}"
+
+
+def sentence(name: str, each: dict[str, Any]) -> str:
+    """Where the interval of a head's ratios leaves one out."""
+    above = [place for place, one in each.items() if one["low"] is not None and one["low"] > 1]
+    below = [place for place, one in each.items() if one["low"] is not None and one["high"] < 1]
+    return f"{name} is sharper than dense by {listed(above)} and flatter by {listed(below)}."
+
+
+def sharpest(summary: Summary) -> str:
+    """Whether the sharpest of the published heads is the sharpest of ours."""
+    heads = [name for name, theirs in summary["published"].items() if theirs]
+    orders = [
+        f"{listed([place])}: {max(heads, key=lambda name: summary['published'][name][place])} and "
+        f"{max(heads, key=lambda name: summary['cells'][name][place]['mean'])}"
+        for place in MEASURES
+    ]
+    return f"Sharpest of {', '.join(heads)}, published and ours: {'; '.join(orders)}."
+
+
+def listed(places: list[str]) -> str:
+    """Measures in words."""
+    parts = [place.partition("_") for place in places]
+    return ", ".join(f"{TITLES[measure]} ({split})" for split, _, measure in parts) or "no measure"
+
+
+def precision(summary: Summary) -> str:
+    """How far the estimates can be off."""
+    worst = {
+        measure: max(
+            max(np.divide(one[f"{split}_{measure}"]["values"], one[f"{split}_{of}"]["values"]))
+            for one in summary["cells"].values()
+            for split in SPLITS
+        )
+        for measure, of in (("residual", "largest"), ("error", "trace"))
+    }
+    return (
+        f"Over all heads and seeds, an eigenvalue of the Hessian lies within "
+        f"{100 * worst['residual']:.2g}% of each largest one above (the residual of Lanczos), and "
+        f"no standard error of a trace is more than {100 * worst['error']:.2g}% of it."
+    )

@@ -1,0 +1,214 @@
+"""Sharpness: products with the Hessian through every schedule, Lanczos, Hutchinson, the command."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import moejax
+from cases import EXPERTS, ONE_DEVICE, RULES, SLOT_RULES, SLOT_SCHEDULES, C, D, E, O, T
+from commands import refusal, run
+from mnist_files import write_small_mnist
+from studies.hessian import (
+    along,
+    density,
+    hessian_vector,
+    hutchinson,
+    lanczos,
+    rademacher,
+    ritz,
+)
+from studies.sharpness_report import ratio, sentence
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def mixture(execute, rule, router):
+    """The loss of a small mixture as a function of a row of parameters, and the row."""
+    layer = moejax.moe(EXPERTS["mlp"], router, num_experts=E, route=rule, execute=execute)
+    params = jax.tree.map(lambda leaf: leaf.astype(float), layer.init(jax.random.key(0)))
+    x, y = (jax.random.normal(jax.random.key(seed), (T, width)) for seed, width in ((1, D), (2, O)))
+    flat, unravel = ravel_pytree(params)
+    return lambda flat: jnp.mean((layer.apply(unravel(flat), x)[0] - y) ** 2), flat
+
+
+def top_2(execute):
+    return mixture(execute, RULES["top_2"], moejax.linear(D, E))
+
+
+def by_product(loss, flat):
+    return jax.jit(partial(hessian_vector, loss, flat))
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The whole Hessian of `top_2` through `dense`, in double precision."""
+    with jax.enable_x64(True):
+        loss, flat = top_2(moejax.dense)
+        return np.asarray(jax.jit(jax.hessian(loss))(flat))
+
+
+@pytest.mark.parametrize("schedule", ONE_DEVICE)
+def test_products_are_those_of_the_whole_hessian(schedule, full, x64):
+    loss, flat = top_2(ONE_DEVICE[schedule])
+    vector = jnp.cos(jnp.arange(flat.size, dtype=float))
+    np.testing.assert_allclose(by_product(loss, flat)(vector), full @ vector, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rule", "router"),
+    [
+        ("gather_slots", "expert_choice", moejax.linear(D, E)),
+        ("mix_slots", "soft_slots", moejax.slots(D, E, C)),
+    ],
+)
+def test_products_through_slots_are_those_of_forward_mode(schedule, rule, router, x64):
+    loss, flat = mixture(SLOT_SCHEDULES[schedule], SLOT_RULES[rule], router)
+    vector = jnp.cos(jnp.arange(flat.size, dtype=float))
+    forward = jax.jit(lambda vector: jax.jvp(jax.grad(loss), (flat,), (vector,))[1])
+    np.testing.assert_allclose(by_product(loss, flat)(vector), forward(vector), atol=1e-10)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda function: function])
+@pytest.mark.parametrize("schedule", [name for name in ONE_DEVICE if name != "dense"])
+def test_forward_mode_says_where_it_works(schedule, wrap):
+    loss, flat = top_2(ONE_DEVICE[schedule])
+    for transformed in (
+        lambda flat: jax.jvp(loss, (flat,), (flat,)),
+        lambda flat: jax.jvp(jax.grad(loss), (flat,), (flat,)),
+        jax.hessian(loss),
+    ):
+        with pytest.raises(TypeError, match=r"pass `execute=moejax\.dense`"):
+            wrap(transformed)(flat)
+
+
+def test_products_take_pytrees(key):
+    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+    product = hessian_vector(lambda p: p["b"] * (p["a"] ** 2).sum(), params, params)
+    np.testing.assert_allclose(product["a"], 2 * 3 * params["a"] + 2 * params["a"] * 3)
+    np.testing.assert_allclose(product["b"], 2 * (params["a"] ** 2).sum())
+
+
+@pytest.fixture
+def space(full, x64):
+    """A Krylov space of the whole Hessian."""
+    product, flat = by_product(*top_2(moejax.dense)), jnp.zeros(len(full))
+    return lanczos(product, rademacher(jax.random.key(3), flat), 14)
+
+
+def test_lanczos_finds_the_largest_eigenvalue(full, space):
+    values, vectors = np.linalg.eigh(full)
+    found = ritz(space)
+    assert found.values[-1] == pytest.approx(values[-1], rel=0.01)
+    assert abs(found.vector @ vectors[:, -1]) == pytest.approx(1, abs=0.01)
+    residual = np.linalg.norm(full @ found.vector - found.values[-1] * found.vector)
+    np.testing.assert_allclose(found.residual, residual, rtol=1e-6)
+    assert abs(values[-1] - found.values[-1]) <= residual
+
+
+def test_its_basis_is_orthonormal_and_makes_the_hessian_tridiagonal(full, space):
+    alpha, beta, basis = space
+    np.testing.assert_allclose(basis @ basis.T, np.eye(14), atol=1e-12)
+    expected = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
+    np.testing.assert_allclose(basis @ full @ basis.T, expected, atol=1e-12)
+
+
+def test_a_space_that_ends_early_adds_nothing(key):
+    values = jnp.array([5.0, 5.0, 2.0, 2.0, 2.0, 2.0])
+    found = ritz(lanczos(lambda vector: values * vector, jnp.ones(6), 4))
+    np.testing.assert_allclose(found.values, [0, 0, 2, 5], atol=1e-5)
+    np.testing.assert_allclose(found.weights, [0, 0, 2 / 3, 1 / 3], atol=1e-5)
+    assert found.residual == 0
+
+
+def test_hutchinson_estimates_the_trace(full, x64):
+    loss, flat = top_2(moejax.dense)
+    keys = jax.random.split(jax.random.key(4), 4000)
+    estimate = jax.jit(lambda keys: hutchinson(by_product(loss, flat), flat, keys))(keys)
+    assert estimate.mean == pytest.approx(full.trace(), rel=0.03)
+    assert abs(estimate.mean - full.trace()) < 3 * estimate.error
+    off_diagonal = full - np.diag(np.diag(full))
+    expected = np.sqrt(2 * (off_diagonal**2).sum() / len(keys))
+    assert estimate.error == pytest.approx(expected, rel=0.1)
+
+
+def test_the_density_has_integral_one_and_the_mean_of_the_spectrum(full, x64):
+    flat = jnp.zeros(len(full))
+    starts = jax.random.split(jax.random.key(5), 50)
+    product = jnp.asarray(full).dot
+    found = jax.lax.map(lambda key: ritz(lanczos(product, rademacher(key, flat), 12)), starts)
+    low, high = np.linalg.eigvalsh(full)[[0, -1]]
+    width = (high - low) / 50
+    places = np.linspace(low - 8 * width, high + 8 * width, 2000)
+    curve = density(found.values, found.weights, places, width)
+    assert np.trapezoid(curve, places) == pytest.approx(1, abs=1e-6)
+    mean = np.trapezoid(curve * places, places)
+    assert mean == pytest.approx(full.trace() / len(full), rel=0.1)
+
+
+def test_the_loss_on_a_line():
+    line = along(lambda flat: (flat**2).sum(), jnp.zeros(2), jnp.array([0.6, 0.8]), jnp.arange(3.0))
+    np.testing.assert_allclose(line, [0, 1, 4], rtol=1e-6)
+
+
+OPTIONS = """--heads dense soft --examples 20 --epochs 2 --batch-size 10 --images 10 --starts 2
+    --steps 3 --probes 2 --learning-rate 0.01 --no-cache""".split()
+
+
+def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
+    folder = str(write_small_mnist(tmp_path / "data").folder)
+    options = [*OPTIONS, "--data-dir", folder, "--out", str(tmp_path / "out")]
+    run("sharpness", "--seeds", "2", *options)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    dense, soft = (summary["cells"][name]["test_trace"]["values"] for name in ("dense", "soft"))
+    found = summary["ratios"]["soft"]["test_trace"]["values"]
+    np.testing.assert_allclose(found, np.divide(soft, dense), rtol=1e-4)
+    assert summary["options"]["the data"].startswith("custom ")
+    head = "| head | train, published | train, ours | test, published | test, ours |"
+    assert head in capsys.readouterr().out
+    assert (tmp_path / "out" / "sharpness.png").stat().st_size > 10_000
+
+    page = tmp_path / "studies.md"
+    page.write_text("<!-- sharpness -->\n<!-- /sharpness -->\n")
+    run("sharpness", "--seeds", "2", *options, "--resume", "--docs", str(tmp_path))
+    assert head in page.read_text()
+    now = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert now == summary == json.loads((tmp_path / "studies" / "sharpness.json").read_text())
+
+    write_small_mnist(tmp_path / "data", seed=7)
+    capsys.readouterr()
+    message = refusal("sharpness", *options, "--resume", capsys=capsys)
+    assert "the data must be what the run began with" in message
+
+
+def test_data_that_cannot_be_used_are_refused_in_one_line(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--data-dir"]
+    message = refusal("sharpness", *out, str(tmp_path / "nowhere"), capsys=capsys)
+    assert "nowhere" in message
+    folder = str(write_small_mnist(tmp_path / "data").folder)
+    message = refusal("sharpness", *out, folder, capsys=capsys)
+    assert "--batch-size must be at most the number of training images, 30, got 100" in message
+
+
+def test_a_sentence_says_which_way():
+    each = {
+        "train_largest": {"low": 0.5, "high": 0.9},
+        "test_largest": {"low": 1.1, "high": 1.9},
+        "train_trace": {"low": 0.9, "high": 1.1},
+        "test_trace": {"low": None, "high": None},
+    }
+    assert sentence("soft", each) == (
+        "soft is sharper than dense by largest eigenvalue (test) and flatter by largest eigenvalue "
+        "(train)."
+    )
+
+
+def test_ratios_are_averaged_as_logarithms():
+    found = ratio(np.array([2.0, 8.0]), np.array([1.0, 1.0]))
+    assert found["mean"] == pytest.approx(4)
+    assert found["low"] * found["high"] == pytest.approx(16)
+    assert ratio(np.array([3.0]), np.array([2.0]))["low"] is None
