@@ -21,15 +21,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from data import load
-from parts.command_line import add_data_dir, at_least, say
-from parts.records import fingerprint
+from parts.command_line import add_data_dir, at_least
+from parts.records import data_identity
 from studies import balance_report
 from studies.balance_methods import METHODS, Method
 from studies.balance_report import cell_name
 from studies.balance_training import POINTS, train
 from studies.blocks import Cell
-from studies.command import Study, main, seeds_option
+from studies.command import Study, identity_of, main, seeds_option
+from studies.images import loaded
 
 BLOCK = 5  # seeds, one after the other: their arrays stay in cache
 
@@ -48,10 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def cells(args: argparse.Namespace) -> list[Cell]:
     """Every method."""
-    with ending.refusals():
-        data = load(args.data_dir)
-    say(data.notice or f"Data: {data.source}")
-    args.data = fingerprint(data)
+    data = loaded(args.data_dir)
     steps = args.steps - args.steps % POINTS
     train_split, test_split = jax.tree.map(jnp.asarray, (data.train, data.test))
     return [
@@ -63,6 +60,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         )
         for name, method in METHODS.items()
     ]
+
+
+def identity(args: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what is measured, and the data."""
+    return identity_of(args) | data_identity(loaded(args.data_dir))
 
 
 def over_seeds(method: Method, steps: int) -> jax.stages.Wrapped:
@@ -78,6 +80,7 @@ STUDY = Study(
     balance_report.summarize,
     balance_report.render,
     balance_report.draw,
+    identity,
 )
 
 if __name__ == "__main__":

@@ -17,19 +17,19 @@ if __name__ == "__main__":
     ending.prepare()  # before the imports that take seconds
 
 import argparse
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 import moejax
-from data import Dataset, load
-from parts.command_line import add_data_dir, at_least, positive_float, say
+from data import Dataset
+from parts.command_line import add_data_dir, at_least, positive_float
 from parts.records import data_identity
 from studies import sharpness_figure, sharpness_report
 from studies.blocks import Cell
 from studies.command import Study, identity_of, main, seeds_option
+from studies.images import loaded
 from studies.sharpness_models import MODELS
 from studies.sharpness_training import Images, Sizes, run
 
@@ -52,15 +52,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, (least, default, text) in counts.items():
         add(name, type=at_least(least), default=default, help=f"{text} (default: %(default)s)")
     add("--learning-rate", type=positive_float, default=2e-3, help="of Adam (default: %(default)s)")
-
-
-@cache
-def loaded(data_dir: Path | None) -> Dataset:
-    """The data, read once and announced."""
-    with ending.refusals():
-        data = load(data_dir)
-    say(data.notice or f"Data: {data.source}")
-    return data
 
 
 def identity(args: argparse.Namespace) -> dict[str, str]:

@@ -28,7 +28,7 @@ LAYERS = [
     ["losses", "likelihood", "diagnostics"],
     ["schedules._sorted", "schedules._sorted.products", "schedules._sorted.policy"],
     ["schedules._sorted.slots", "schedules._sorted.overflow", "schedules._sorted.batched"],
-    ["schedules._sorted.grouped", "schedules._sorted.gated_sum"],
+    ["schedules._sorted.grouped", "schedules._sorted.reverse_only", "schedules._sorted.gated_sum"],
     ["schedules.dense", "schedules.slots", "schedules.dropless", "schedules.capacity"],
     ["schedules.scale_inputs", "schedules.grouped_matmul"],
     ["schedules._mesh", "schedules._mesh.exchange", "schedules._mesh.rounds"],

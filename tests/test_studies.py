@@ -18,6 +18,7 @@ from parts.ending import EndedError, RefusedError
 from studies import (
     balance_report,
     clusters_report,
+    efficiency_report,
     hierarchy_report,
     many_tasks_report,
     sharpness_report,
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RENDERED = {
     "balance": balance_report.render,
     "clusters": clusters_report.render,
+    "efficiency": efficiency_report.render,
     "hierarchy": hierarchy_report.render,
     "many_tasks": many_tasks_report.render,
     "sharpness": sharpness_report.render,

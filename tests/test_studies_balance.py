@@ -78,7 +78,7 @@ def test_the_command_ends_with_a_table(tmp_path, capsys, monkeypatch):
     run("balance", "--seeds", "1", "--steps", "20", "--no-cache", "--docs", str(tmp_path), *folders)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["cells"]) == {cell_name(name) for name in METHODS}
-    assert summary["options"]["--data"].startswith("custom ")
+    assert summary["options"]["the data"].startswith("custom ")
     printed = capsys.readouterr().out
     assert "| balance bias | 1 |" in printed
     assert "| balance bias | 1 |" in page.read_text()

@@ -22,6 +22,7 @@ from studies.hessian import (
     rademacher,
     ritz,
 )
+from studies.images import loaded
 from studies.sharpness_report import ratio, sentence
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -180,6 +181,7 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
     assert now == summary == json.loads((tmp_path / "studies" / "sharpness.json").read_text())
 
     write_small_mnist(tmp_path / "data", seed=7)
+    loaded.cache_clear()  # as in another process
     capsys.readouterr()
     message = refusal("sharpness", *options, "--resume", capsys=capsys)
     assert "the data must be what the run began with" in message

@@ -28,6 +28,7 @@ FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {
     "settings",
     "correlations",
     "heads",
+    "batches",
 }
 
 

@@ -55,8 +55,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def duration(summary: Summary) -> str:
     """How long a study took, and on what."""
-    minutes, machine = summary["seconds"] / 60, summary["versions"]
+    minutes, machine = max(1, round(summary["seconds"] / 60)), summary["versions"]
+    time = "a minute" if minutes == 1 else f"{minutes} minutes"
     return (
-        f"All this took {minutes:.0f} minutes, compilation included, on {machine['cores']} cores "
+        f"All this took {time}, compilation included, on {machine['cores']} cores "
         f"of {machine['processor']}.\n"
     )

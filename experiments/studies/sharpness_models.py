@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +107,22 @@ def on_trunk(head: moejax.Layer) -> moejax.Layer:
     return moejax.Layer(init, apply)
 
 
-MODELS = {
-    "dense": on_trunk(dense_head()),
-    "soft": on_trunk(mixture_head(moejax.softmax, nothing)),
-    "top-2": on_trunk(mixture_head(partial(moejax.top_k, k=2), load)),
-    "top-1": on_trunk(mixture_head(moejax.switch, load)),
+class Head(NamedTuple):
+    """A head.
+
+    Attributes:
+        layer: ``apply(params, features) -> (logits [N, 10], balance)``.
+        active: the share of its experts that serve an image.
+    """
+
+    layer: moejax.Layer
+    active: float
+
+
+HEADS = {
+    "dense": Head(dense_head(), 1.0),
+    "soft": Head(mixture_head(moejax.softmax, nothing), 1.0),
+    "top-2": Head(mixture_head(partial(moejax.top_k, k=2), load), 2 / EXPERTS),
+    "top-1": Head(mixture_head(moejax.switch, load), 1 / EXPERTS),
 }
+MODELS = {name: on_trunk(head.layer) for name, head in HEADS.items()}
