@@ -66,10 +66,13 @@ def ratio(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
 
 def render(summary: Summary) -> str:
     """The tables, and what they say of the paper's claim."""
+    eigenvalues = beside_published(summary, "largest", {"ours": ("largest", 2)})
+    trace = {"ours": ("trace", 1), "standard error": ("error", 1)}
+    traces = beside_published(summary, "trace", trace)
     return (
         f"Accuracy in percent, and cross-entropy at the images of the Hessian:\n\n{fits(summary)}\n"
-        f"Largest eigenvalue of the Hessian:\n\n{eigenvalues(summary)}\n"
-        f"Trace of the Hessian, and the standard error of one seed's:\n\n{traces(summary)}\n"
+        f"Largest eigenvalue of the Hessian:\n\n{eigenvalues}\n"
+        f"Trace of the Hessian, and the standard error of one seed's:\n\n{traces}\n"
         f"{ratios(summary)}{precision(summary)}\n\n{duration(summary)}"
     )
 
@@ -90,11 +93,16 @@ def fits(summary: Summary) -> str:
     )
 
 
-def eigenvalues(summary: Summary) -> str:
-    """Lanczos, on both kinds of images."""
-    head = [f"{split}, {whose}" for split in SPLITS for whose in ("published", "ours")]
+def beside_published(summary: Summary, measure: str, ours: dict[str, tuple[str, int]]) -> str:
+    """A measure on both kinds of images.
+
+    Args:
+        summary: of the study.
+        measure: whose published number comes first.
+        ours: by heading, which measure to show and with how many digits.
+    """
     return table(
-        ["head", *head],
+        ["head", *(f"{split}, {heading}" for split in SPLITS for heading in ("published", *ours))],
         [
             [
                 name,
@@ -102,33 +110,8 @@ def eigenvalues(summary: Summary) -> str:
                     text
                     for split in SPLITS
                     for text in (
-                        published(summary, name, f"{split}_largest"),
-                        shown(one[f"{split}_largest"], 2),
-                    )
-                ),
-            ]
-            for name, one in summary["cells"].items()
-        ],
-    )
-
-
-def traces(summary: Summary) -> str:
-    """Hutchinson's estimates, on both kinds of images."""
-    head = [
-        f"{split}, {whose}" for split in SPLITS for whose in ("published", "ours", "standard error")
-    ]
-    return table(
-        ["head", *head],
-        [
-            [
-                name,
-                *(
-                    text
-                    for split in SPLITS
-                    for text in (
-                        published(summary, name, f"{split}_trace"),
-                        shown(one[f"{split}_trace"], 1),
-                        shown(one[f"{split}_error"], 1),
+                        published(summary, name, f"{split}_{measure}"),
+                        *(shown(one[f"{split}_{each}"], digits) for each, digits in ours.values()),
                     )
                 ),
             ]
