@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import jax
@@ -35,25 +38,36 @@ QUICK = [Shape(T=64, D=32, F=64, E=16, K=2)]
 
 
 def step_suite(rounds: int, quick: bool) -> Iterator[Result]:
-    """A layer of GLU experts with its router, forward, with backward, and in a whole step."""
-    for shape in QUICK if quick else [*SHAPES[:3], *SMALL]:
-        adam = optax.adam(LEARNING_RATE)
-        contenders = [
-            *layer_contenders(DROPLESS, shape, moejax.dropless),
-            step_contender(DROPLESS, shape, moejax.dropless, adam),
-            step_contender(KEPT, shape, moejax.dropless, keep_gradients(adam)),
-        ]
-        skipped = {}
-        if shape.T * shape.K <= COPIES * shape.E:
-            contenders += layer_contenders(GATHERED, shape, gathered)
-            contenders += [step_contender(GATHERED, shape, gathered, keep_gradients(adam))]
-        else:
-            skipped[GATHERED] = f"more than {COPIES} copies of all weights"
-        peers, missing = torch_contenders(shape)
-        contenders += [one for one in peers if one.name == GROUPED_MM]
-        if torch_is_there():
-            contenders += [torch_step_contender(shape)]
-        yield Result("step", shape._asdict(), measure(contenders, rounds), skipped | missing)
+    """A layer of GLU experts with its router, forward, with backward, and in a whole step.
+
+    Each shape has a process of its own, as a training run has: what ran before in a process decides
+    where arrays lie, and that can take twice the time.
+    """
+    shapes = QUICK if quick else [*SHAPES[:3], *SMALL]
+    fresh = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
+        yield from processes.map(partial(measured, rounds=rounds), shapes)
+
+
+def measured(shape: Shape, rounds: int) -> Result:
+    """All contenders at one shape."""
+    adam = optax.adam(LEARNING_RATE)
+    contenders = [
+        *layer_contenders(DROPLESS, shape, moejax.dropless),
+        step_contender(DROPLESS, shape, moejax.dropless, adam),
+        step_contender(KEPT, shape, moejax.dropless, keep_gradients(adam)),
+    ]
+    skipped = {}
+    if shape.T * shape.K <= COPIES * shape.E:
+        contenders += layer_contenders(GATHERED, shape, gathered)
+        contenders += [step_contender(GATHERED, shape, gathered, keep_gradients(adam))]
+    else:
+        skipped[GATHERED] = f"more than {COPIES} copies of all weights"
+    peers, missing = torch_contenders(shape)
+    contenders += [one for one in peers if one.name == GROUPED_MM]
+    if torch_is_there():
+        contenders += [torch_step_contender(shape)]
+    return Result("step", shape._asdict(), measure(contenders, rounds), skipped | missing)
 
 
 def step_contender(
