@@ -63,6 +63,11 @@ def test_relu_is_timed_at_its_sparsity(tmp_path):
     [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
     assert result["sizes"]["sparsity"] == 0.75
     assert {"dense", "dropless"} < {one["contender"] for one in result["records"]}
+    limit, *_, dense, _, sparse, _ = result["records"]
+    active = 6 * 64 * (8 / 4) * 16 * 32  # of T, a quarter of K = 8, D and F
+    for one in (dense, sparse):
+        flops = one["matmul_floor"] / limit["matmul_floor"] * 2 * 2048**3
+        np.testing.assert_allclose(flops, active, rtol=1e-4)
     logits = jax.random.normal(jax.random.key(0), (100, 8))
     chosen = relu_of_sparsity(0.75, logits).weights > 0
     np.testing.assert_allclose(chosen.mean(), 0.25, atol=0.01)

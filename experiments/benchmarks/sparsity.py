@@ -26,8 +26,9 @@ def relu_suite(rounds: int, quick: bool) -> Iterator[Result]:
             *layer_contenders("dense", shape, moejax.dense, route=route),
             *layer_contenders(DROPLESS, shape, moejax.dropless, route=route),
         ]
+        active = [one._replace(flops=round(one.flops * (1 - sparsity))) for one in contenders]
         sizes = shape._asdict() | {"sparsity": sparsity}
-        yield Result("relu", sizes, measure(contenders, rounds), {})
+        yield Result("relu", sizes, measure(active, rounds), {})
 
 
 def relu_of_sparsity(sparsity: float, logits: jax.Array) -> moejax.Routing:
