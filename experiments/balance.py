@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from parts.command_line import add_data_dir, at_least
-from parts.records import data_identity
 from studies import balance_report
-from studies.balance_methods import METHODS, Method
+from studies.balance_methods import METHODS
 from studies.balance_report import cell_name
 from studies.balance_training import POINTS, train
-from studies.blocks import Cell
-from studies.command import Study, identity_of, main, seeds_option
-from studies.images import loaded
+from studies.blocks import Cell, one_by_one
+from studies.command import Study, main, seeds_option
+from studies.images import identity, loaded
 
 BLOCK = 5  # seeds, one after the other: their arrays stay in cache
 
@@ -56,21 +55,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
             cell_name(name),
             args.seeds,
             BLOCK,
-            partial(over_seeds(method, steps), train_split, test_split),
+            partial(program, train_split, test_split),
         )
         for name, method in METHODS.items()
+        for program in [one_by_one(partial(train, method=method, steps=steps))]
     ]
-
-
-def identity(args: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what is measured, and the data."""
-    return identity_of(args) | data_identity(loaded(args.data_dir))
-
-
-def over_seeds(method: Method, steps: int) -> jax.stages.Wrapped:
-    """A run for each key."""
-    one = partial(train, method=method, steps=steps)
-    return jax.jit(lambda data, test, keys: jax.lax.map(lambda key: one(key, data, test), keys))
 
 
 STUDY = Study(

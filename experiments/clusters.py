@@ -18,14 +18,11 @@ if __name__ == "__main__":
     ending.prepare()  # before the imports that take seconds
 
 import argparse
-from collections.abc import Callable
 from functools import partial
-
-import jax
 
 from parts.command_line import at_least
 from studies import clusters_report
-from studies.blocks import Cell
+from studies.blocks import Cell, one_by_one
 from studies.clusters_data import SETTINGS
 from studies.clusters_models import CUBIC, LINEAR
 from studies.clusters_training import Sizes, train_mixture, train_single
@@ -63,14 +60,12 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """Every setting with every network; a program serves all settings."""
     sizes = Sizes(args.examples, args.steps, args.single_steps)
     mixtures = {
-        name: jax.jit(partial(over_keys, partial(train_mixture, kind=kind, sizes=sizes)))
+        name: one_by_one(partial(train_mixture, kind=kind, sizes=sizes))
         for name, kind in KINDS.items()
     }
     singles = {
-        f"single-{name}": jax.jit(
-            partial(
-                over_keys, partial(train_single, rate=SINGLE_RATES[name], kind=kind, sizes=sizes)
-            )
+        f"single-{name}": one_by_one(
+            partial(train_single, rate=SINGLE_RATES[name], kind=kind, sizes=sizes)
         )
         for name, kind in KINDS.items()
     }
@@ -81,13 +76,6 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         for name, program in programs.items()
         if seeds
     ]
-
-
-def over_keys(
-    train: Callable[..., dict[str, jax.Array]], setting: object, keys: jax.Array
-) -> dict[str, jax.Array]:
-    """One run after the other: each stops by itself, and its arrays stay in cache."""
-    return jax.lax.map(lambda key: train(key, setting=setting), keys)
 
 
 STUDY = Study(

@@ -24,7 +24,7 @@ import jax
 from moejax import Layer
 from parts.command_line import at_least, positive_float
 from studies import many_tasks_report
-from studies.blocks import Cell
+from studies.blocks import Cell, one_by_one
 from studies.command import Study, main, seeds_option
 from studies.many_tasks_report import cell_name
 from studies.many_tasks_training import MODELS, train
@@ -77,10 +77,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def over_seeds(model: Layer, steps: int, batch_size: int) -> jax.stages.Wrapped:
     """A run for each key."""
-    one = partial(train, model=model, steps=steps, batch_size=batch_size)
-    return jax.jit(
-        lambda correlation, rate, keys: jax.lax.map(lambda key: one(key, correlation, rate), keys)
-    )
+    return one_by_one(partial(train, model=model, steps=steps, batch_size=batch_size))
 
 
 STUDY = Study(

@@ -22,14 +22,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-import moejax
 from data import Dataset
 from parts.command_line import add_data_dir, at_least, positive_float
-from parts.records import data_identity
 from studies import sharpness_figure, sharpness_report
-from studies.blocks import Cell
-from studies.command import Study, identity_of, main, seeds_option
-from studies.images import loaded
+from studies.blocks import Cell, one_by_one
+from studies.command import Study, main, seeds_option
+from studies.images import identity, loaded
 from studies.sharpness_models import MODELS
 from studies.sharpness_training import Images, Sizes, run
 
@@ -54,11 +52,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=positive_float, default=2e-3, help="of Adam (default: %(default)s)")
 
 
-def identity(args: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what is measured, and the data."""
-    return identity_of(args) | data_identity(loaded(args.data_dir))
-
-
 def cells(args: argparse.Namespace) -> list[Cell]:
     """Every head; a run after the other, as each has the machine to itself."""
     images = images_of(args, loaded(args.data_dir))
@@ -66,9 +59,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         args.epochs, args.batch_size, args.learning_rate, args.starts, args.steps, args.probes
     )
     return [
-        Cell(name, args.seeds, 1, partial(over_seeds(model, sizes), images))
+        Cell(name, args.seeds, 1, partial(program, images))
         for name, model in MODELS.items()
         if name in args.heads
+        for program in [one_by_one(partial(run, model=model, sizes=sizes))]
     ]
 
 
@@ -84,15 +78,6 @@ def images_of(args: argparse.Namespace, data: Dataset) -> Images:
     count = min(args.images, len(train.labels), len(test.labels))
     measured = jax.tree.map(lambda *both: jnp.stack([each[:count] for each in both]), train, test)
     return Images(train, test, measured)
-
-
-def over_seeds(model: moejax.Layer, sizes: Sizes) -> jax.stages.Wrapped:
-    """A run for each key."""
-    return jax.jit(
-        lambda images, keys: jax.lax.map(
-            lambda key: run(key, images, model=model, sizes=sizes), keys
-        )
-    )
 
 
 STUDY = Study(

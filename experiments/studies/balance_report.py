@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.balance_methods import METHODS
 from studies.blocks import Measured
-from studies.intervals import intervals_of, shown, with_interval
+from studies.intervals import half_width, intervals_of, shown, with_interval
 from studies.page import Summary, duration, table
 
 # Wang et al. 2024, table 2: a balance loss and a balance bias in language models of 1 and 3 billion
@@ -105,8 +105,3 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     axes[0, 2].set_title("at the end: mean and 95% interval", size=10)
     axes[0, 0].legend(fontsize=8)
     return figure
-
-
-def half_width(one: dict[str, Any]) -> float:
-    """Of an interval; of one seed there is none."""
-    return 0.0 if one["low"] is None else one["high"] - one["mean"]

@@ -77,6 +77,23 @@ def collect(
     }
 
 
+def one_by_one(run: Callable[..., dict[str, jax.Array]]) -> jax.stages.Wrapped:
+    """One run after the other: each stops by itself, and its arrays stay in cache.
+
+    Args:
+        run: ``(key, *shared) -> measures``.
+
+    Returns:
+        A compiled function ``(*shared, keys) -> measures``, arrays with one row per key.
+    """
+
+    def over(*given: Any) -> dict[str, jax.Array]:
+        *shared, keys = given
+        return jax.lax.map(lambda key: run(key, *shared), keys)
+
+    return jax.jit(over)
+
+
 def rows_of(cell: Cell) -> Iterator[slice]:
     """The blocks of a cell, the last of which may be shorter."""
     for start in range(0, cell.seeds, cell.block):

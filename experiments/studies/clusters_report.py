@@ -9,7 +9,7 @@ import numpy as np
 from studies.blocks import Measured
 from studies.clusters_data import CLUSTERS, SETTINGS
 from studies.clusters_training import EVERY
-from studies.intervals import intervals_of, shown
+from studies.intervals import half_width, intervals_of, shown
 from studies.page import Summary, duration, table
 
 # The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
@@ -189,9 +189,14 @@ def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) 
     first = place == 0
     values = one["values"]
     ax.scatter(place - 0.3 + 0 * np.array(values), values, s=6, color=shade, alpha=0.4, linewidth=0)
-    half = 0 if one["low"] is None else one["high"] - one["mean"]
     ax.errorbar(
-        place, one["mean"], half, fmt="o", ms=4, color=shade, label="mean, 95%" if first else None
+        place,
+        one["mean"],
+        half_width(one),
+        fmt="o",
+        ms=4,
+        color=shade,
+        label="mean, 95%" if first else None,
     )
     ax.errorbar(
         place + 0.3,

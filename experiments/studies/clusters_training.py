@@ -192,7 +192,7 @@ def train_mixture(
 
 
 def train_single(
-    key: jax.Array, rate: float, setting: Setting, kind: Kind, sizes: Sizes
+    key: jax.Array, setting: Setting, rate: float, kind: Kind, sizes: Sizes
 ) -> dict[str, jax.Array]:
     """Trains one network by Adam with weight decay, and tests it.
 

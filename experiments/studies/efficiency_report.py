@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.blocks import Measured
-from studies.intervals import intervals_of, shown
+from studies.intervals import half_width, intervals_of, shown
 from studies.page import Summary, duration, table
 from studies.sharpness_models import HEADS
 
@@ -73,7 +73,7 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
         place = np.arange(len(every)) + (index - (len(HEADS) - 1) / 2) * width
         times = [cell["microseconds"] for cell in row]
         means = np.array([one["mean"] for one in times])
-        half = [0.0 if one["low"] is None else one["high"] - one["mean"] for one in times]
+        half = [half_width(one) for one in times]
         look = {"marker": "o", "linestyle": "", "color": color(index)}
         axes[0, 0].errorbar(place, means, half, capsize=3, label=name, **look)
         sizes = [cell["bytes"]["mean"] / 1e6 for cell in row]

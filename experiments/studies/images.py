@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import cache
 from pathlib import Path
 
 from data import Dataset, load
 from parts import ending
 from parts.command_line import say
+from parts.records import data_identity
+from studies.command import identity_of
 
 
 @cache
@@ -17,3 +20,8 @@ def loaded(data_dir: Path | None) -> Dataset:
         data = load(data_dir)
     say(data.notice or f"Data: {data.source}")
     return data
+
+
+def identity(args: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what is measured, and the data."""
+    return identity_of(args) | data_identity(loaded(args.data_dir))

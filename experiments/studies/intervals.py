@@ -41,6 +41,11 @@ def intervals_of(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[s
     }
 
 
+def half_width(one: dict[str, Any]) -> float:
+    """Of an interval, as an error bar shows it; of one seed there is none."""
+    return 0.0 if one["low"] is None else one["high"] - one["mean"]
+
+
 def shown(one: dict[str, Any], digits: int) -> str:
     """A mean and its interval as a table shows them, such as ``99.46 [99.07, 99.85]``."""
     if one["low"] is None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.blocks import Measured
-from studies.intervals import shown, with_interval
+from studies.intervals import half_width, shown, with_interval
 from studies.many_tasks_data import NOISE
 from studies.many_tasks_training import MODELS
 from studies.page import Summary, duration, table
@@ -98,7 +98,7 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     for index, model in enumerate(MODELS):
         cells = [summary["cells"][cell_name(model, p)]["loss"] for p in every]
         means = np.array([one["mean"] for one in cells])
-        half = np.array([0 if one["low"] is None else one["high"] - one["mean"] for one in cells])
+        half = [half_width(one) for one in cells]
         axes[0, 0].errorbar(
             every, means, half, marker="o", ms=4, capsize=3, color=color(index), label=NAMES[index]
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from studies.blocks import Measured
 from studies.hessian import density
+from studies.intervals import half_width
 from studies.page import Summary
 from studies.sharpness_models import MODELS
 from studies.sharpness_report import SPLITS, TITLES
@@ -82,10 +83,11 @@ def draw_means(ax: Any, heads: dict[str, Any], split: str, measure: str) -> None
     style = {"fmt": MARKERS[split], "ms": 5, "capsize": 3, "alpha": FADED[split]}
     for place, (name, one) in enumerate(heads.items()):
         found = one[measure]
-        half = 0 if found["low"] is None else found["high"] - found["mean"]
         label = None if place else f"{split}, mean and 95%"
         place_of = place + OFFSETS[split]
-        ax.errorbar(place_of, found["mean"], half, color=shade(name), label=label, **style)
+        ax.errorbar(
+            place_of, found["mean"], half_width(found), color=shade(name), label=label, **style
+        )
 
 
 def draw_lines(ax: Any, measured: dict[str, Measured], split: str) -> None:
