@@ -1,11 +1,14 @@
 """Strict mode: several devices, no silent promotion of dtypes or ranks, warnings are errors."""
 
+import gc
 import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices; and small programs are not split into 32 parts to be compiled at once.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=2"
 )
 # Small programs, each run a few times: compiling them fast saves more than it costs. With
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment they are compiled as users compile them.
@@ -16,6 +19,11 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
 import pytest
+
+# Tracing makes many objects and few cycles: looking for them took a tenth of the time.
+gc.set_threshold(200_000, 100, 1000)
+# No test reads which line of Python an instruction comes from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
