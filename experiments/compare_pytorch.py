@@ -37,18 +37,14 @@ from parts.output import output_of_one_run, save_figure, save_text
 from parts.progress import progress
 from parts.records import rounded, versions, write_json
 from pytorch import figures, races, twins
+from pytorch.from_the_start import waits
+from pytorch.recipes import STUDIES, Study
 from pytorch.table import table
-from pytorch.training import STUDIES, Study, initial_state, run_torch, with_weights
+from pytorch.training import initial_state, run_torch, with_weights
 from pytorch.twins import Problem, Twin, differences, largest, objective, run_moejax
 from toy import mixture
 
 BATCH_SIZE = 128
-TWINS = {
-    "toy": twins.toy_mixture,
-    "dense": twins.dense,
-    "soft": twins.soft,
-    "sparse": twins.sparse,
-}
 LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9}  # in float64
 UNITS = {"toy": "500 steps", "dense": "epoch", "soft": "epoch", "sparse": "epoch"}
 
@@ -62,6 +58,7 @@ class Size(NamedTuple):
         seeds: runs of the toy in the comparison of distributions.
         rounds: of the comparison of speed, after the first.
         images: most images of an epoch.
+        processes: rounds of whole processes.
     """
 
     toy_steps: int
@@ -69,10 +66,11 @@ class Size(NamedTuple):
     seeds: int
     rounds: int
     images: int
+    processes: int
 
 
-FULL = Size(toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000)
-QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280)
+FULL = Size(toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000, processes=3)
+QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280, processes=0)
 
 
 def toy_problem(steps: int) -> Problem:
@@ -233,7 +231,7 @@ def work(args: argparse.Namespace) -> None:
     """The comparison."""
     size = QUICK if args.quick else FULL
     data = images(args)
-    models = {name: make() for name, make in TWINS.items()}
+    models = {name: make() for name, make in twins.TWINS.items()}
     digits = digit_problem(data, size)
     problems = dict.fromkeys(models, digits) | {"toy": toy_problem(size.toy_steps)}
     record: dict[str, Any] = {
@@ -243,6 +241,7 @@ def work(args: argparse.Namespace) -> None:
         "machine": machine(),
         "numbers": {},
         "speed": {},
+        "waits": {},
     }
 
     def save() -> None:
@@ -265,6 +264,10 @@ def work(args: argparse.Namespace) -> None:
             record["speed"][name] = compare_speed(name, twin, problems[name], size)
             save()
     save_figure(figures.speed(record["speed"], UNITS), args.out / "speed.png")
+    for name, problem in problems.items():
+        if size.processes:
+            record["waits"][name] = waits(name, problem.astype(np.float32), size.processes)
+            save()
     say("\n" + table(record))
     say(f"summary.json, table.md and the pictures are in {args.out}")
     if data.notice:

@@ -140,3 +140,18 @@ def test_without_torch_the_stored_run_needs_none():
     experiments = Path(__file__).parent.parent / "experiments"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiments), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_waits_are_of_whole_processes(torch, monkeypatch):
+    from pytorch import from_the_start
+    from pytorch.table import waits
+
+    monkeypatch.setattr(from_the_start, "compiler", lambda: None)  # which takes half a minute
+    monkeypatch.setattr(from_the_start, "EPOCHS", 2)
+    found = from_the_start.waits("toy", problem("toy").astype(np.float32), 1)
+    assert list(found["first"]) == ["PyTorch, indexing", "moejax", "moejax, programs kept"]
+    assert all(0.1 < found["first"][way] < found["whole"][way] for way in found["first"])
+    row = f"{found['whole']['PyTorch, indexing'] / found['whole']['moejax']:.2f}"
+    assert row in waits({"toy": found})
+    with pytest.raises(RuntimeError, match="script_in_torch nothing ended with 1"):
+        from_the_start.wait(["pytorch.script_in_torch", "nothing"], Path())

@@ -26,7 +26,8 @@ from moejax.interop import torch as conversion
 from moejax.interop.torch import StateDict
 from moejax.training import Step, TrainState, init_state, train_epoch, train_step
 from parts.command_line import say
-from pytorch.training import Study, with_weights
+from pytorch.recipes import Study
+from pytorch.training import with_weights
 from pytorch.twins import Problem, Twin, objective
 
 MOEJAX = "moejax"

@@ -10,6 +10,8 @@ DESCRIPTIONS = {
     "soft": "soft mixture of 8, Adam",
     "sparse": "top-2 of 8, Adam",
 }
+OURS = ("moejax", "moejax, programs kept")
+UNTIL = {"first": "first result", "whole": "end"}
 PARTS = ["outputs", "gradients", "losses", "parameters"]
 
 
@@ -20,6 +22,8 @@ def table(record: dict[str, Any]) -> str:
         sections.append(seeds(record["seeds"]))
     if record["speed"]:
         sections.append(speed(record["speed"]))
+    if record["waits"]:
+        sections.append(waits(record["waits"]))
     return "\n".join([*filter(None, sections), origin(record)])
 
 
@@ -81,6 +85,33 @@ def speed(races: dict[str, Any]) -> str:
         total = f"{race['speedup_with_compilation']:.1f} in {race['rounds'] + 1} rounds"
         lines.append("| " + " | ".join([DESCRIPTIONS[name], *cells, speedup, total]) + " |")
     return "\n".join([*lines, *disturbed(races), ""])
+
+
+def waits(runs: dict[str, Any]) -> str:
+    """Seconds of whole processes, from their start to the first result and to their end."""
+    lines = [
+        "| seconds from the start | until | best PyTorch | moejax | moejax, programs kept | "
+        "best PyTorch / moejax | / programs kept |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        for until, words in UNTIL.items():
+            times = run[until]
+            best = min((way for way in times if way not in OURS), key=times.__getitem__)
+            ours = [times[way] for way in OURS]
+            cells = [
+                DESCRIPTIONS[name],
+                words,
+                f"{times[best]:.1f} ({best.removeprefix('PyTorch, ')})",
+                *(f"{seconds:.1f}" for seconds in ours),
+                *(f"{times[best] / seconds:.2f}" for seconds in ours),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    text = (
+        "Whole processes, imports and compilation included: until the first result, which is the "
+        "loss after an epoch, or after 100 steps of the toy, and until the end, after five."
+    )
+    return "\n".join([*lines, "", text, *disturbed(runs), ""])
 
 
 def disturbed(races: dict[str, Any]) -> list[str]:

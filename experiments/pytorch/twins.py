@@ -28,12 +28,14 @@ class Twin(NamedTuple):
     """A model with its loss and optimizer.
 
     Attributes:
+        init: ``key -> params``.
         apply: ``(params, x) -> output``.
         loss: ``(output, labels) -> scalar``.
         optimizer: an optax optimizer.
         layout: leads from the state_dict of the PyTorch module to the params.
     """
 
+    init: Callable[[jax.Array], Any]
     apply: Callable[[Any, jax.Array], jax.Array]
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     optimizer: optax.GradientTransformation
@@ -80,6 +82,7 @@ def toy_mixture() -> Twin:
     """Two linear experts with a 2-4-2 gate, squared error, Adam."""
     layer = toy.mixture(2)
     return Twin(
+        layer.init,
         lambda params, x: layer.apply(params, x)[0],
         lambda score, y: jnp.mean((jax.nn.sigmoid(score[:, 0]) - y) ** 2),
         optax.adam(toy.LEARNING_RATE),
@@ -89,7 +92,8 @@ def toy_mixture() -> Twin:
 
 def dense(widths: Widths = (784, 50, 10)) -> Twin:
     """One network, plain SGD."""
-    return Twin(moejax.mlp(*widths).apply, cross_entropy, optax.sgd(0.1), conversion.mlp(*widths))
+    layer = moejax.mlp(*widths)
+    return Twin(*layer, cross_entropy, optax.sgd(0.1), conversion.mlp(*widths))
 
 
 def soft(num_experts: int = 8, widths: Widths = DIGITS) -> Twin:
@@ -112,7 +116,11 @@ def sparse(num_experts: int = 8, widths: Widths = DIGITS, k: int = 2) -> Twin:
         "experts": conversion.at("experts", conversion.stack(conversion.mlp(*widths), num_experts)),
     }
     return Twin(
-        lambda params, x: layer.apply(params, x)[0], cross_entropy, optax.adam(1e-3), layout
+        layer.init,
+        lambda params, x: layer.apply(params, x)[0],
+        cross_entropy,
+        optax.adam(1e-3),
+        layout,
     )
 
 
@@ -126,6 +134,7 @@ def mixture(num_experts: int, widths: Widths, route: Callable[..., moejax.Routin
     gate = moejax.linear(widths[0], num_experts)
     layer = moejax.moe(moejax.mlp(*widths), gate, num_experts=num_experts, route=route)
     return Twin(
+        layer.init,
         lambda params, x: layer.apply(params, x)[0],
         cross_entropy,
         optax.adam(1e-3),
@@ -140,6 +149,9 @@ def mixture(num_experts: int, widths: Widths, route: Callable[..., moejax.Routin
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean over the batch."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+TWINS = {"toy": toy_mixture, "dense": dense, "soft": soft, "sparse": sparse}
 
 
 def run_moejax(twin: Twin, state_dict: dict[str, np.ndarray], problem: Problem) -> Trace:

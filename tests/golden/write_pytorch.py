@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from pytorch import modules
-from pytorch.training import STUDIES, initial_state, run_torch
+from pytorch.recipes import STUDIES
+from pytorch.training import initial_state, run_torch
 from pytorch_cases import WIDTHS, problem
 
 PATH = Path(__file__).parent / "pytorch.json"
