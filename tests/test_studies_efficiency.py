@@ -8,7 +8,8 @@ import pytest
 from commands import run
 from studies.efficiency_measures import counts, turn_of
 from studies.efficiency_report import cell_name
-from studies.sharpness_models import DIGITS, EXPERTS, FEATURES, HEADS, HIDDEN
+from studies.heads import DIGITS, EXPERTS, HIDDEN
+from studies.sharpness_models import FEATURES, HEADS
 
 NARROW = HIDDEN // EXPERTS
 ROUTER = FEATURES * EXPERTS

@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks.timing import planned_bytes
 from parts.compiling import compiled
-from studies.sharpness_models import FEATURES, Head
+from studies.heads import Head
+from studies.sharpness_models import FEATURES
 
 TURN = 0.2  # seconds that a turn lasts at least
 

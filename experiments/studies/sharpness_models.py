@@ -1,27 +1,19 @@
-"""Four heads of equal size on one trunk, for images of digits.
-
-The heads are those of Rokah et al. 2026: features of width 512; one hidden layer of 512 units, or
-eight experts of 64.
-"""
+"""The four heads on a trunk so small that its Hessian can be looked at, for images of digits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import moejax
 from data import channels_last
 from parts.convolutional import convolve_by_slices
-from parts.routes import Balance, load, nothing
+from studies.heads import Head, heads
 
 CHANNELS = (1, 8, 16, 32)
 FEATURES = 4 * 4 * CHANNELS[-1]
-HIDDEN, EXPERTS, DIGITS = 512, 8, 10
 
 
 def trunk() -> moejax.Layer:
@@ -63,66 +55,21 @@ def convolution(channels_in: int, channels_out: int) -> moejax.Layer:
     return moejax.Layer(init, apply)
 
 
-def dense_head() -> moejax.Layer:
-    """One network: ``apply(params, features) -> (logits [N, 10], 0)``, as there is no balance."""
-    layer = moejax.mlp(FEATURES, HIDDEN, DIGITS)
-    return moejax.Layer(layer.init, lambda params, x: (layer.apply(params, x), jnp.zeros(())))
-
-
-def mixture_head(route: Callable[..., moejax.Routing], balance: Balance) -> moejax.Layer:
-    """Eight networks, an eighth as wide each, behind a linear router.
-
-    Args:
-        route: the rule.
-        balance: what to add to the loss in training.
-
-    Returns:
-        A layer with ``apply(params, features) -> (logits [N, 10], balance)``.
-    """
-    layer = moejax.moe(
-        moejax.mlp(FEATURES, HIDDEN // EXPERTS, DIGITS),
-        moejax.linear(FEATURES, EXPERTS),
-        num_experts=EXPERTS,
-        route=route,
-    )
-
-    def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, routing = layer.apply(params, x)
-        return logits, balance(routing)
-
-    return moejax.Layer(layer.init, apply)
-
-
-def on_trunk(head: moejax.Layer) -> moejax.Layer:
+def on_trunk(head: Head) -> moejax.Layer:
     """A classifier, ``apply(params, images) -> (logits [N, 10], balance)``."""
     features = trunk()
 
     def init(key: jax.Array) -> Any:
         trunk_key, head_key = jax.random.split(key)
-        return {"trunk": features.init(trunk_key), "head": head.init(head_key)}
+        return {"trunk": features.init(trunk_key), "head": head.layer.init(head_key)}
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return head.apply(params["head"], features.apply(params["trunk"], images))
+        x = features.apply(params["trunk"], images)
+        logits, decision = head.layer.apply(params["head"], x)
+        return logits, head.balance(decision)
 
     return moejax.Layer(init, apply)
 
 
-class Head(NamedTuple):
-    """A head.
-
-    Attributes:
-        layer: ``apply(params, features) -> (logits [N, 10], balance)``.
-        active: the share of its experts that serve an image.
-    """
-
-    layer: moejax.Layer
-    active: float
-
-
-HEADS = {
-    "dense": Head(dense_head(), 1.0),
-    "soft": Head(mixture_head(moejax.softmax, nothing), 1.0),
-    "top-2": Head(mixture_head(partial(moejax.top_k, k=2), load), 2 / EXPERTS),
-    "top-1": Head(mixture_head(moejax.switch, load), 1 / EXPERTS),
-}
-MODELS = {name: on_trunk(head.layer) for name, head in HEADS.items()}
+HEADS = heads(FEATURES)
+MODELS = {name: on_trunk(head) for name, head in HEADS.items()}

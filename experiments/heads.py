@@ -1,0 +1,94 @@
+"""Rokah et al. 2026: does a mixture make a better head of a convolutional network?
+
+    python experiments/heads.py
+    python experiments/heads.py --seeds 1 --epochs 2 --out runs/heads_small
+
+Four heads of equal size, one network, a soft and two sparse mixtures, each learn MNIST with a
+trunk of four convolutions, from images turned, scaled and shifted at random. Test accuracy and
+the loads of the experts come after every epoch. Tables show them beside the published; a picture
+and summary.json go to --out. A run that was killed goes on with --resume.
+"""
+
+from __future__ import annotations
+
+from parts import ending
+
+if __name__ == "__main__":
+    ending.prepare()  # before the imports that take seconds
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+
+import moejax
+from parts.command_line import add_data_dir, at_least, positive_float
+from studies import heads_figure, heads_report
+from studies.blocks import Cell
+from studies.command import Study, main, seeds_option
+from studies.heads import heads
+from studies.images import identity, loaded
+from studies.trunk import FEATURES
+from studies.trunk_training import Training, adam, curves
+
+
+def evenly(routing: moejax.Routing) -> jax.Array:
+    """Ten times the weight of Switch Transformers, to be even within a few epochs."""
+    return 0.1 * moejax.load_balancing_loss(routing)
+
+
+HEADS = heads(FEATURES, evenly)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    seeds_option(parser, 3)
+    add_data_dir(parser)
+    add = parser.add_argument
+    add("--heads", choices=list(HEADS), nargs="+", default=list(HEADS), help="(default: all)")
+    add("--epochs", type=at_least(1), default=12, help="of training (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=128,
+        help="training images per step (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=4e-3,
+        help="of Adam, where it is highest (default: %(default)s)",
+    )
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Every head, a run at a time."""
+    data = loaded(args.data_dir)
+    train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
+    steps = args.epochs * (len(train.labels) // args.batch_size)
+    if not steps:
+        raise ending.RefusedError(
+            f"--batch-size must be at most the number of training images, {len(train.labels)}, got "
+            f"{args.batch_size}"
+        )
+    optimizer = adam(args.learning_rate, steps)
+    return [
+        Cell(name, args.seeds, 1, curves(training, train, test, name))
+        for name, head in HEADS.items()
+        if name in args.heads
+        for training in [Training(head, optimizer, args.epochs, args.batch_size)]
+    ]
+
+
+STUDY = Study(
+    "heads",
+    add_options,
+    cells,
+    heads_report.summarize,
+    heads_report.render,
+    heads_figure.draw,
+    identity,
+)
+
+if __name__ == "__main__":
+    main(STUDY, __doc__)

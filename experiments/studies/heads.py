@@ -1,0 +1,59 @@
+"""Four heads of equal size, which turn the features of an image into logits of its digit.
+
+They are those of Rokah et al. 2026: one hidden layer of 512 units, or eight experts of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import moejax
+from parts.routes import load, nothing
+
+HIDDEN, EXPERTS, DIGITS = 512, 8, 10
+
+
+class Head(NamedTuple):
+    """A head.
+
+    Attributes:
+        layer: ``apply(params, features) -> (logits [N, 10], decision)``; the decision of one
+            network is None.
+        balance: ``decision -> scalar``, added to the loss in training.
+        active: the share of its experts that serve an image.
+    """
+
+    layer: moejax.Layer
+    balance: Callable[[Any], jax.Array]
+    active: float
+
+
+def heads(features: int, balance: Callable[[moejax.Routing], jax.Array] = load) -> dict[str, Head]:
+    """All four, for this many features, the sparse ones with this balance."""
+    return {
+        "dense": Head(one_network(features), lambda decision: jnp.zeros(()), 1.0),
+        "soft": Head(mixture(features, moejax.softmax), nothing, 1.0),
+        "top-2": Head(mixture(features, partial(moejax.top_k, k=2)), balance, 2 / EXPERTS),
+        "top-1": Head(mixture(features, moejax.switch), balance, 1 / EXPERTS),
+    }
+
+
+def one_network(features: int) -> moejax.Layer:
+    """An mlp that decides nothing."""
+    layer = moejax.mlp(features, HIDDEN, DIGITS)
+    return moejax.Layer(layer.init, lambda params, x: (layer.apply(params, x), None))
+
+
+def mixture(features: int, route: moejax.base.Rule) -> moejax.Layer:
+    """Eight networks, an eighth as wide each, behind a linear router."""
+    return moejax.moe(
+        moejax.mlp(features, HIDDEN // EXPERTS, DIGITS),
+        moejax.linear(features, EXPERTS),
+        num_experts=EXPERTS,
+        route=route,
+    )

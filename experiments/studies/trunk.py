@@ -1,0 +1,94 @@
+"""A convolutional trunk that two cores can train, and distorted images for it to learn from."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from jax.scipy.ndimage import map_coordinates
+
+from parts.convolutional import convolve_by_slices
+
+DEGREES, SCALE, PIXELS = 12, 0.1, 2  # of distortion, at most
+MARGIN = 2  # pixels that are left out at every side: no digit of MNIST comes near it
+
+
+class Convolution(NamedTuple):
+    """A convolution of the trunk.
+
+    Attributes:
+        channels: that it returns.
+        window: its height and width, in pixels.
+        pooled: whether the largest of every 2 x 2 pixels is kept alone.
+    """
+
+    channels: int
+    window: int
+    pooled: bool
+
+
+CONVOLUTIONS = (
+    Convolution(24, window=5, pooled=True),  # 24 x 24 -> 12 x 12
+    Convolution(48, window=3, pooled=True),  # 6 x 6
+    Convolution(96, window=3, pooled=False),
+    Convolution(96, window=3, pooled=True),  # 3 x 3
+)
+FEATURES = CONVOLUTIONS[-1].channels
+
+
+class Trunk(linen.Module):
+    """Convolutions with batch normalisation and ReLU, and the mean over what pixels are left.
+
+    The means are normalised, too: a router sees features around zero, and so prefers no expert
+    before it has learnt to.
+    """
+
+    @linen.compact
+    def __call__(self, images: jax.Array | np.ndarray, training: bool) -> jax.Array:
+        """Images, uint8 or float32 in [0, 255], [N, 28, 28] -> features [N, FEATURES]."""
+        norm = partial(linen.BatchNorm, use_running_average=not training, momentum=0.95)
+        inside = slice(MARGIN, -MARGIN)
+        x = images[:, inside, inside, None] / 255
+        for channels, window, pooled in CONVOLUTIONS:
+            # One channel is slow to convolve, and has few slices.
+            convolve = convolve_by_slices if x.shape[-1] == 1 else None
+            conv = partial(linen.Conv, use_bias=False, conv_general_dilated=convolve)
+            x = conv(channels, (window, window))(x)
+            x = jax.nn.relu(norm()(largest_of_four(x) if pooled else x))
+        return norm()(x.mean(axis=(1, 2)))
+
+
+def largest_of_four(x: jax.Array) -> jax.Array:
+    """Every 2 x 2 pixels made one, ``[N, H, W, channels] -> [N, H/2, W/2, channels]``."""
+    count, height, width, channels = x.shape
+    return x.reshape(count, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def distorted(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Every image turned, scaled and shifted at random, by bilinear interpolation.
+
+    Args:
+        key: of the chances.
+        images: uint8, shape [N, H, W].
+
+    Returns:
+        Images in [0, 255], float32, shape [N, H, W], black where they reach beyond the old ones.
+    """
+    keys = jax.random.split(key, 3)
+    count, *size = images.shape
+    uniform = partial(jax.random.uniform, minval=-1)
+    angle = jnp.radians(DEGREES) * uniform(keys[0], (count,))
+    scale = 1 + SCALE * uniform(keys[1], (count,))
+    shift = PIXELS * uniform(keys[2], (count, 2))
+    turn = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    centre = (jnp.array(size) - 1) / 2
+    pixels = jnp.moveaxis(jnp.indices(size), 0, -1) - centre  # [H, W, 2]
+    sources = jnp.einsum("ijn,hwj->nihw", scale * turn, pixels)
+    sources += (centre + shift)[:, :, None, None]
+    return jax.vmap(lambda image, source: map_coordinates(image, [*source], order=1))(
+        images.astype(jnp.float32), sources
+    )
