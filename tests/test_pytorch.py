@@ -13,7 +13,10 @@ import pytest
 
 import moejax
 from moejax.interop import torch as conversion
+from parts.ending import EndedError
 from pytorch import twins
+from pytorch.table import waits
+from pytorch.twins import Problem
 from pytorch_cases import TWINS, problem
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,24 +137,39 @@ def test_an_expert_sees_only_its_own_rows(torch):
     assert sum(seen) == 8
 
 
-def test_without_torch_the_stored_run_needs_none():
-    code = "import sys, pytorch.twins; assert 'torch' not in sys.modules"
-
+def imported(code):
+    """Runs code in a process that can import the experiments."""
     experiments = Path(__file__).parent.parent / "experiments"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiments), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", f"import sys, {code}"], check=True, env=environment)
+
+
+def test_the_twins_and_their_script_need_no_torch():
+    imported("pytorch.script_in_moejax; assert 'torch' not in sys.modules")
+
+
+def test_the_script_in_torch_needs_no_jax(torch):
+    imported("pytorch.script_in_torch; assert 'jax' not in sys.modules")
 
 
 def test_waits_are_of_whole_processes(torch, monkeypatch):
     from pytorch import from_the_start
-    from pytorch.table import waits
 
     monkeypatch.setattr(from_the_start, "compiler", lambda: None)  # which takes half a minute
     monkeypatch.setattr(from_the_start, "EPOCHS", 2)
-    found = from_the_start.waits("toy", problem("toy").astype(np.float32), 1)
-    assert list(found["first"]) == ["PyTorch, indexing", "moejax", "moejax, programs kept"]
-    assert all(0.1 < found["first"][way] < found["whole"][way] for way in found["first"])
-    row = f"{found['whole']['PyTorch, indexing'] / found['whole']['moejax']:.2f}"
-    assert row in waits({"toy": found})
-    with pytest.raises(RuntimeError, match="script_in_torch nothing ended with 1"):
+    x, y = np.ones((256, 784)), np.arange(256) % 10
+    found = from_the_start.waits("soft", Problem(x, y, y).astype(np.float32), 1, set())
+    ways = ["PyTorch, DataLoader", "PyTorch, indexing", "moejax", "moejax, programs kept"]
+    assert list(found["first"]) == ways
+    assert all(0.1 < found["first"][way] < found["whole"][way] for way in ways)
+    with pytest.raises(EndedError, match="script_in_torch nothing ended with 1"):
         from_the_start.wait(["pytorch.script_in_torch", "nothing"], Path())
+
+
+def test_the_table_sets_cold_beside_cold_and_kept_beside_the_best():
+    theirs = {"loop": 4.0, "torch.compile": 9.0, "torch.compile, programs kept": 3.0}
+    times = {f"PyTorch, {way}": seconds for way, seconds in theirs.items()}
+    times |= {"moejax": 2.0, "moejax, programs kept": 1.0}
+    found = waits({"toy": {"first": times, "whole": times, "busy_elsewhere": 0.0}})
+    cells = "4.0 (loop) | 2.0 | 2.00 | 3.0 (torch.compile, programs kept) | 1.0 | 3.00 |"
+    assert f"| toy, 2 linear experts, Adam | end | {cells}" in found.splitlines()

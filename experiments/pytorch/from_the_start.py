@@ -12,43 +12,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
+from parts.ending import EndedError
 from parts.progress import progress
-from pytorch.races import compiler
-from pytorch.table import OURS
+from pytorch.races import MOEJAX, compiler
 from pytorch.twins import Problem
 
 EXPERIMENTS = Path(__file__).parent.parent
+COMPILED = "PyTorch, torch.compile"
 EPOCHS = 5
 
 
-def commands(name: str) -> dict[str, list[str]]:
-    """The scripts that take part, and what they are given before the data."""
-    ways = ["indexing"] if name == "toy" else ["DataLoader", "indexing"]
-    ways += ["torch.compile"] if compiler() else []
+def kept(name: str) -> str:
+    """The name of a script that finds the programs which it has compiled before."""
+    return f"{name}, programs kept"
+
+
+def scripts(name: str, without: set[str]) -> dict[str, list[str]]:
+    """What takes part, in an order in which whoever keeps programs has compiled them."""
+    ways = ["loop"] if name == "toy" else ["DataLoader", "indexing"]
     theirs = {f"PyTorch, {way}": ["pytorch.script_in_torch", name, way] for way in ways}
-    return theirs | {each: ["pytorch.script_in_moejax", name] for each in OURS}
+    if compiler() and COMPILED not in without:
+        again = ["pytorch.script_in_torch", name, "torch.compile"]
+        theirs |= {COMPILED: again, kept(COMPILED): again}
+    ours = ["pytorch.script_in_moejax", name]
+    return theirs | {MOEJAX: ours, kept(MOEJAX): ours}
 
 
-def waits(name: str, problem: Problem, rounds: int) -> dict[str, Any]:
+def waits(name: str, problem: Problem, rounds: int, without: set[str]) -> dict[str, Any]:
     """Every script once per round, in turns.
+
+    Args:
+        name: of the study.
+        problem: its data.
+        rounds: how many.
+        without: contenders that are known not to work here.
 
     Returns:
         The medians of seconds to the ``first`` line and to the end of the ``whole`` process, by
         script; and how busy other processes were.
     """
-    scripts = commands(name)
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in scripts}
+    commands = scripts(name, without)
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in commands}
     before = processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "x.npy"), problem.x)
         np.save(Path(folder, "y.npy"), problem.y)
         for number in progress(range(rounds), f"processes of {name}"):
-            for way, script in scripts.items():
-                # The programs of a round are kept for its second run, and for no other round.
-                programs = Path(folder, "programs", str(number))
-                seconds[way].append(wait([*script, folder, str(EPOCHS)], programs))
+            for way, command in commands.items():
+                programs = Path(folder, "programs", str(number))  # of this round alone
+                seconds[way].append(wait([*command, folder, str(EPOCHS)], programs))
     medians = {
         way: [statistics.median(part) for part in zip(*times, strict=True)]
         for way, times in seconds.items()
@@ -61,24 +76,26 @@ def waits(name: str, problem: Problem, rounds: int) -> dict[str, Any]:
     }
 
 
-def wait(script: list[str], programs: Path) -> tuple[float, float]:
-    """Runs a script; seconds to its first line, and to its end.
+def wait(command: list[str], programs: Path) -> tuple[float, float]:
+    """Runs a script on as many threads as this process has; seconds to its first line and its end.
 
     Raises:
-        RuntimeError: if it fails.
+        EndedError: if it fails.
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(EXPERIMENTS), *sys.path]),
         "MOEJAX_CACHE_DIR": str(programs),
         "TORCHINDUCTOR_CACHE_DIR": str(programs / "torch"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     began = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", *script], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
-        first = next(iter(process.stdout or ()), "") and time.perf_counter() - began
+        line = process.stdout.readline() if process.stdout else ""
+        first = time.perf_counter() - began
         process.communicate()
-    if process.returncode or not first:
-        raise RuntimeError(f"{' '.join(script)} ended with {process.returncode}")
+    if process.returncode or not line:
+        raise EndedError(f"{' '.join(command)} ended with {process.returncode}")
     return first, time.perf_counter() - began

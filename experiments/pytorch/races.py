@@ -18,21 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
 from moejax.interop import torch as conversion
 from moejax.interop.torch import StateDict
 from moejax.training import Step, TrainState, init_state, train_epoch, train_step
 from parts.command_line import say
+from pytorch.batches import Batches, indexed, loaded, repeated
 from pytorch.recipes import Study
 from pytorch.training import with_weights
 from pytorch.twins import Problem, Twin, objective
 
 MOEJAX = "moejax"
 Contender = Callable[[], Any]  # one epoch, or one run of the toy
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def toy_contenders(
@@ -40,8 +38,7 @@ def toy_contenders(
 ) -> dict[str, Contender]:
     """Full-batch steps: a loop in PyTorch, as it is and compiled, against one scan."""
     x, y, order = problem
-    data = torch.from_numpy(x), torch.from_numpy(y)
-    repeat: Batches = lambda: iter([data] * len(order))  # noqa: E731
+    repeat = repeated(torch.from_numpy(x), torch.from_numpy(y), len(order))
     contenders = {"PyTorch": torch_contender(study, state_dict, repeat)}
     if compiler():
         contenders["PyTorch, torch.compile"] = torch_contender(
@@ -61,14 +58,10 @@ def epoch_contenders(
     """An epoch of shuffled batches: PyTorch three ways, and one scan."""
     x, y, _ = problem
     inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
-    loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
-
-    def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(inputs)).split(batch_size):
-            yield inputs[rows], labels[rows]
-
+    shuffled = indexed(inputs, labels, batch_size)
+    by_loader = loaded(inputs, labels, batch_size)
     contenders = {
-        "PyTorch, DataLoader": torch_contender(study, state_dict, lambda: iter(loader)),
+        "PyTorch, DataLoader": torch_contender(study, state_dict, by_loader),
         "PyTorch, indexing": torch_contender(study, state_dict, shuffled),
     }
     if compiler():

@@ -1,6 +1,6 @@
 """A training as a PyTorch user's script, in a process of its own: a line for each result.
 
-    python -m pytorch.script_in_torch toy indexing FOLDER EPOCHS
+    python -m pytorch.script_in_torch soft indexing FOLDER EPOCHS
 
 FOLDER has the inputs and labels, x.npy and y.npy. An epoch of the toy is a hundred steps.
 """
@@ -8,17 +8,15 @@ FOLDER has the inputs and labels, x.npy and y.npy. An epoch of the toy is a hund
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
+from pytorch.batches import Batches, indexed, loaded, repeated
 from pytorch.recipes import STUDIES
 
 BATCH_SIZE, STEPS = 128, 100
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def main(name: str, way: str, folder: str, epochs: str) -> None:
@@ -40,18 +38,10 @@ def main(name: str, way: str, folder: str, epochs: str) -> None:
 
 
 def batches_of(name: str, way: str, inputs: Tensor, labels: Tensor) -> Batches:
-    """An epoch's batches, anew in every call."""
+    """How this way goes through the data."""
     if name == "toy":
-        return lambda: iter([(inputs, labels)] * STEPS)
-    if way == "DataLoader":
-        loader = DataLoader(TensorDataset(inputs, labels), batch_size=BATCH_SIZE, shuffle=True)
-        return lambda: iter(loader)
-
-    def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(inputs)).split(BATCH_SIZE):
-            yield inputs[rows], labels[rows]
-
-    return shuffled
+        return repeated(inputs, labels, STEPS)
+    return (loaded if way == "DataLoader" else indexed)(inputs, labels, BATCH_SIZE)
 
 
 if __name__ == "__main__":
