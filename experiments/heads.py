@@ -29,7 +29,7 @@ from studies.command import Study, main, seeds_option
 from studies.heads import heads
 from studies.images import identity, loaded
 from studies.trunk import FEATURES
-from studies.trunk_training import Training, adam, curves
+from studies.trunk_training import Training, adamw, curves
 
 
 def evenly(routing: moejax.Routing) -> jax.Array:
@@ -57,12 +57,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--learning-rate",
         type=positive_float,
         default=4e-3,
-        help="of Adam, where it is highest (default: %(default)s)",
+        help="the highest, of AdamW (default: %(default)s)",
     )
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """Every head, a run at a time."""
+    """Every head, a run at a time.
+
+    Raises:
+        RefusedError: if a batch has more images than there are.
+    """
     data = loaded(args.data_dir)
     train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
     steps = args.epochs * (len(train.labels) // args.batch_size)
@@ -71,7 +75,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
             f"--batch-size must be at most the number of training images, {len(train.labels)}, got "
             f"{args.batch_size}"
         )
-    optimizer = adam(args.learning_rate, steps)
+    optimizer = adamw(args.learning_rate, steps)
     return [
         Cell(name, args.seeds, 1, curves(training, train, test, name))
         for name, head in HEADS.items()

@@ -20,7 +20,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax
 import pytest
 
-# Tracing makes many objects and few cycles: looking for them took a tenth of the time.
+# Tracing makes many objects and few cycles, so they are looked for rarely.
 gc.set_threshold(200_000, 100, 1000)
 # No test reads which line of Python an instruction comes from.
 jax.config.update("jax_traceback_in_locations_limit", 0)

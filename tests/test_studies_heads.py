@@ -1,17 +1,22 @@
 """The study of heads on a convolutional trunk: distortion, what a run measures, the command."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moejax
 from commands import refusal, run
+from data import Split
 from mnist_files import write_small_mnist
+from parts.routes import nothing
 from studies import heads_report, trunk
 from studies.heads import EXPERTS, heads
 from studies.trunk import FEATURES, Trunk, distorted
+from studies.trunk_training import Training, adamw, classify, evaluate, start, step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -72,6 +77,7 @@ def test_features_are_normalised_in_training_alone(key):
     )
 
 
+MACHINE = {"cores": "2", "processor": "a processor"}
 OPTIONS = "--epochs 2 --batch-size 10 --seeds 1 --no-cache --heads dense top-1".split()
 
 
@@ -91,7 +97,7 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
 
     run("heads", *options, "--resume", "--docs", str(tmp_path))
     for text in (capsys.readouterr().out, page.read_text()):
-        assert "| head | seeds | published | ours, best epoch | ours, last epoch | sd |" in text
+        assert "| head | seeds | published | ours, best epoch | ours, last epoch | less" in text
         assert "| dense | 1 | 99.65 |" in text
     assert (tmp_path / "out" / "heads.png").stat().st_size > 10_000
     message = refusal("heads", *options, "--resume", "--learning-rate", "0.2", capsys=capsys)
@@ -117,10 +123,15 @@ def test_the_summary_says_what_was_measured():
     assert summary["cells"]["dense"]["best"]["mean"] == pytest.approx(99.6)
     assert summary["cells"]["top-1"]["smallest"]["values"] == pytest.approx([1, 0.8])
     assert summary["cells"]["top-1"]["largest"]["values"] == pytest.approx([1, 1.2])
-    assert heads_report.sentence(summary) == (
-        "After the last epoch top-1 is best with 99.60, dense last with 99.50. No load of a sparse "
-        "head, in any seed, is farther than 20% from even."
-    )
+    assert summary["differences"]["top-1"]["values"] == pytest.approx([0.1, 0.1])
+    text = heads_report.render(summary | {"seconds": 90.0, "versions": MACHINE})
+    assert "| dense | 2 | 99.65 | 99.60 [98.33, 100.87] | 99.50 ± 0.14 [98.23, 100.77] |  |" in text
+    assert "Better than dense, by an interval that leaves out zero: top-1; worse: no head." in text
+    assert "The load farthest from even, of any head and seed, is 20.0% off." in text
+    alone = heads_report.summarize({"dense": measured["dense"]})
+    text = heads_report.render(alone | {"seconds": 90.0, "versions": MACHINE})
+    assert "Loads" not in text
+    assert "Better" not in text
 
 
 def test_all_heads_are_of_equal_size(key):
@@ -132,3 +143,65 @@ def test_all_heads_are_of_equal_size(key):
     assert sizes["soft"] == sizes["top-1"] == sizes["top-2"]
     biases = (EXPERTS - 1) * 10  # an output bias for each expert
     assert sizes["soft"] == sizes["dense"] + router + biases
+
+
+def training(name="top-1", balance=nothing, epochs=1, steps=20):
+    head = heads(FEATURES, balance)[name]
+    return Training(head, adamw(4e-3, steps), epochs, batch_size=8)
+
+
+@pytest.fixture
+def eight(key):
+    """Images with the labels 0 to 7, and the rows of all of them."""
+    images = jax.random.randint(key, (8, 28, 28), 0, 256).astype(jnp.uint8)
+    return Split(images, jnp.arange(8)), jnp.arange(8)
+
+
+def test_steps_learn(eight, key):
+    data, rows = eight
+    go_on = jax.jit(partial(step, training()))
+    run = first = start(key, training())
+    losses = []
+    for _ in range(20):
+        run, loss = go_on(run, data, rows, key)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 2
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, run)
+    assert all(jax.tree.leaves((moved.params["trunk"], moved.statistics)))
+
+
+def test_the_balance_loss_reaches_the_router(eight, key):
+    data, rows = eight
+    routers = []
+    for balance in (nothing, lambda routing: 1e3 * moejax.load_balancing_loss(routing)):
+        way = training(balance=balance)
+        run, _ = jax.jit(partial(step, way))(start(key, way), data, rows, key)
+        routers.append(run.params["head"]["router"]["kernel"])
+    assert not np.allclose(*routers, atol=1e-6)
+
+
+def test_tests_use_what_training_has_gathered(eight, key):
+    data, _ = eight
+    run = start(key, training("dense"))
+    head, params = training("dense").head, run.params
+    other = jax.tree.map(lambda leaf: leaf + 1, run.statistics)
+    found = [
+        classify(head, params, statistics, data.images, training=False)[0]
+        for statistics in (run.statistics, other)
+    ]
+    assert not np.allclose(*found)
+    assert evaluate(training("dense"), run, data)["accuracy"] == 100 * jnp.mean(
+        jnp.argmax(found[0], axis=-1) == data.labels
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 3, 100])
+def test_the_rate_is_finite_and_falls_to_nothing(steps):
+    updates = adamw(1.0, steps)
+    params = {"w": jnp.ones(())}
+    state, sizes = updates.init(params), []
+    for _ in range(steps):
+        found, state = updates.update(params, state, params)
+        sizes.append(abs(float(found["w"])))
+    assert np.isfinite(sizes).all()
+    assert steps < 100 or max(sizes) > 0.9 > 0.1 > sizes[-1]

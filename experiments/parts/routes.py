@@ -42,7 +42,7 @@ def with_noise(router: moejax.Layer) -> moejax.Layer:
     return moejax.noisy(router, router)
 
 
-def nothing(routing: moejax.Routing) -> jax.Array:
+def nothing(routing: moejax.Routing | None) -> jax.Array:
     """No balance loss."""
     return jnp.zeros(())
 

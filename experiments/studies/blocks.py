@@ -1,7 +1,7 @@
 """Seeds in blocks: what is measured is written at once, and a run that was killed goes on from it.
 
 A cell is what a study measures over seeds, such as one contender in one setting. A block of its
-seeds is one call of one compiled program, and one file, which is whole or not there.
+seeds is one call of its function, and one file, which is whole or not there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Cell(NamedTuple):
     Attributes:
         name: of its files.
         seeds: how many.
-        block: how many of them one program measures.
-        measure: ``keys [block] -> measures``, arrays with one row per key; a compiled function,
-            which cells may share.
+        block: how many of them one call measures.
+        measure: ``keys [block] -> measures``, arrays with one row per key; a function, which
+            cells may share.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Four heads of equal size, which turn the features of an image into logits of its digit.
 
-They are those of Rokah et al. 2026: one hidden layer of 512 units, or eight experts of 64.
+Their sizes are those of Rokah et al. 2026: one hidden layer of 512 units, or eight experts of 64.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import moejax
 from parts.routes import load, nothing
 
+NAMES = ("dense", "soft", "top-2", "top-1")
 HIDDEN, EXPERTS, DIGITS = 512, 8, 10
 
 
@@ -36,11 +36,18 @@ class Head(NamedTuple):
 def heads(features: int, balance: Callable[[moejax.Routing], jax.Array] = load) -> dict[str, Head]:
     """All four, for this many features, the sparse ones with this balance."""
     return {
-        "dense": Head(one_network(features), lambda decision: jnp.zeros(()), 1.0),
+        "dense": Head(one_network(features), nothing, 1.0),
         "soft": Head(mixture(features, moejax.softmax), nothing, 1.0),
         "top-2": Head(mixture(features, partial(moejax.top_k, k=2)), balance, 2 / EXPERTS),
         "top-1": Head(mixture(features, moejax.switch), balance, 1 / EXPERTS),
     }
+
+
+def shade(name: str) -> str:
+    """The colour of a head in pictures."""
+    from moejax.plot import color
+
+    return color(NAMES.index(name))
 
 
 def one_network(features: int) -> moejax.Layer:

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from studies.blocks import Measured
-from studies.heads import EXPERTS
+from studies.curves import mean_and_range
+from studies.heads import EXPERTS, shade
 from studies.intervals import half_width
 from studies.page import Summary
-
-NAMES = ("dense", "soft", "top-2", "top-1")  # a colour each
 
 
 def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
@@ -25,21 +24,12 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     return figure
 
 
-def shade(name: str) -> str:
-    """The colour of a head."""
-    from moejax.plot import color
-
-    return color(NAMES.index(name))
-
-
 def draw_errors(ax: Any, measured: dict[str, Measured]) -> None:
     """By epoch: the mean over seeds, and their range."""
     for name, one in measured.items():
         errors = 100 - one["accuracy"]
         epochs = np.arange(1, errors.shape[1] + 1)
-        ax.plot(epochs, errors.mean(axis=0), ".-", color=shade(name), label=name)
-        low, high = errors.min(axis=0), errors.max(axis=0)
-        ax.fill_between(epochs, low, high, color=shade(name), alpha=0.2, linewidth=0)
+        mean_and_range(ax, epochs, errors, color=shade(name), label=name)
     ax.set(yscale="log", xlabel="epoch", ylabel="test error, percent")
     ax.set_title("mean and range over seeds", size=10)
     ax.legend(fontsize=8)

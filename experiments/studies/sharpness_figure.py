@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from studies.blocks import Measured
+from studies.curves import mean_and_range
+from studies.heads import shade
 from studies.hessian import density
 from studies.intervals import half_width
 from studies.page import Summary
@@ -41,13 +43,6 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     axes[1, 1].legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.68))
     axes[1, 2].legend(fontsize=8, loc="upper center")
     return figure
-
-
-def shade(name: str) -> str:
-    """The colour of a head."""
-    from moejax.plot import color
-
-    return color(list(MODELS).index(name))
 
 
 def draw_density(ax: Any, one: Measured, places: np.ndarray, name: str) -> None:
@@ -94,8 +89,6 @@ def draw_lines(ax: Any, measured: dict[str, Measured], split: str) -> None:
     """The loss along the top eigenvector: the mean over seeds, and their range."""
     for name, one in measured.items():
         lines = one[f"{split}_line"]
-        ax.plot(DISTANCES, lines.mean(axis=0), ".-", ms=4, color=shade(name), label=name)
-        low, high = lines.min(axis=0), lines.max(axis=0)
-        ax.fill_between(DISTANCES, low, high, color=shade(name), alpha=0.2, linewidth=0)
+        mean_and_range(ax, DISTANCES, lines, color=shade(name), label=name)
     ax.set(xlabel="distance along the top eigenvector")
     ax.set_title(f"{split} images, mean and range", size=10)

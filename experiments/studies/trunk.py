@@ -14,7 +14,7 @@ from jax.scipy.ndimage import map_coordinates
 from parts.convolutional import convolve_by_slices
 
 DEGREES, SCALE, PIXELS = 12, 0.1, 2  # of distortion, at most
-MARGIN = 2  # pixels that are left out at every side: no digit of MNIST comes near it
+MARGIN = 2  # pixels left out at every side, where few digits have ink
 
 
 class Convolution(NamedTuple):
@@ -23,7 +23,7 @@ class Convolution(NamedTuple):
     Attributes:
         channels: that it returns.
         window: its height and width, in pixels.
-        pooled: whether the largest of every 2 x 2 pixels is kept alone.
+        pooled: whether only the largest of every 2 x 2 pixels is kept.
     """
 
     channels: int
@@ -41,7 +41,7 @@ FEATURES = CONVOLUTIONS[-1].channels
 
 
 class Trunk(linen.Module):
-    """Convolutions with batch normalisation and ReLU, and the mean over what pixels are left.
+    """Convolutions with batch normalisation and ReLU, and the mean over the pixels that are left.
 
     The means are normalised, too: a router sees features around zero, and so prefers no expert
     before it has learnt to.
@@ -72,7 +72,7 @@ def distorted(key: jax.Array, images: jax.Array) -> jax.Array:
     """Every image turned, scaled and shifted at random, by bilinear interpolation.
 
     Args:
-        key: of the chances.
+        key: from which angles, scales and shifts are drawn.
         images: uint8, shape [N, H, W].
 
     Returns:
