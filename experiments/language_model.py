@@ -38,6 +38,7 @@ from language.sampling import Sample, sample
 from language.training import advance, evaluate, optimizer, start, windows_of
 from parts.cache import keep_programs
 from parts.command_line import say, start_devices
+from parts.compiling import QUICK_TO_COMPILE
 from parts.devices import everywhere, make_mesh, place, places, shapes
 from parts.output import output_of_one_run
 from parts.progress import progress
@@ -57,7 +58,7 @@ def compiled(
 ) -> Programs:
     """The programs of a network."""
     optimize = optimizer(args.learning_rate, args.steps)
-    begin = jax.jit(partial(start, network, optimize))
+    begin = jax.jit(partial(start, network, optimize), compiler_options=QUICK_TO_COMPILE)
     state = shapes(jax.eval_shape(begin, 0), mesh)
     take = partial(advance, network, optimize, args.batch_size, args.context)
     taking = jax.jit(take, out_shardings=places(state, mesh), donate_argnums=0)

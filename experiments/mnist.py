@@ -160,7 +160,11 @@ def begin_compiling(
     advance = jax.jit(
         partial(train_until, step, batch_size=batch_size), out_shardings=places(state, mesh)
     )
-    run_test = jax.jit(partial(evaluate, model), out_shardings=everywhere(mesh))
+    run_test = jax.jit(
+        partial(evaluate, model),
+        out_shardings=everywhere(mesh),
+        compiler_options=QUICK_TO_COMPILE,
+    )
     unseen, order = shapes((unseen, order), mesh)
     return compile_in_background(
         (advance, (state, unseen, train, order, np.int32(0))),

@@ -33,3 +33,13 @@ def test_it_says_what_each_diagnostic_means():
     }
     assert len(public) == 8
     assert public <= explained
+
+
+def test_quickly_compiled_parameters_are_the_same(key, optimized):
+    layer = moejax.moe(moejax.mlp(20, 16, 3), moejax.linear(20, 4), num_experts=4)
+    options = {"xla_backend_optimization_level": 1}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(layer.init, compiler_options=options)(key),
+        jax.jit(layer.init)(key),
+    )

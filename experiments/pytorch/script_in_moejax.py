@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax.training import Step, TrainState, init_state, train_epoch, train_step
 from parts.cache import keep_programs
+from parts.compiling import QUICK_TO_COMPILE
 from pytorch.twins import TWINS, objective
 
 BATCH_SIZE, STEPS = 128, 100
@@ -30,7 +31,7 @@ def main(name: str, folder: str, epochs: str) -> None:
     step = train_step(partial(objective, twin), twin.optimizer)
     advance = full_batches if name == "toy" else partial(train_epoch, batch_size=BATCH_SIZE)
     run = jax.jit(partial(advance, step), donate_argnums=0)
-    params = jax.jit(twin.init)(jax.random.key(0))
+    params = jax.jit(twin.init, compiler_options=QUICK_TO_COMPILE)(jax.random.key(0))
     state = init_state(params, twin.optimizer, jax.random.key(1))
     for epoch in range(int(epochs)):
         state, metrics = run(state, data)

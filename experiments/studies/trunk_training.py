@@ -13,6 +13,7 @@ import optax
 
 import moejax
 from data import Split
+from parts.compiling import QUICK_TO_COMPILE
 from parts.progress import progress
 from studies.heads import Head
 from studies.trunk import Trunk, distorted
@@ -152,7 +153,7 @@ def curves(
         ``keys -> measures``, one row per key: by epoch the mean ``loss`` of its steps, and all of
         `evaluate`.
     """
-    begin = jax.jit(partial(start, training=training))
+    begin = jax.jit(partial(start, training=training), compiler_options=QUICK_TO_COMPILE)
     go_on = jax.jit(partial(step, training), donate_argnums=0)
     look = jax.jit(partial(evaluate, training))
 
