@@ -162,6 +162,7 @@ def _batched(program: Program, run: Any, slots: Slots, *args: Any) -> Any:
     """The batched pass, or zeros where it does not pay and the loops take every choice."""
     if always_batched(program.policy):
         return run(slots, *args)
+    run = jax.jit(run, inline=True)  # traced once for its shapes, and found by the condition
     shapes = jax.eval_shape(run, slots, *args)
     zeros = lambda *_: jax.tree.map(jnp.zeros_like, shapes)  # noqa: E731
     return jax.lax.cond(worth_batching(slots.filled, slots.slot.size), run, zeros, slots, *args)
