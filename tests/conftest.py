@@ -5,10 +5,8 @@ import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices; and small programs are not split into 32 parts to be compiled at once.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=2"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 # Small programs, each run a few times: compiling them fast saves more than it costs. With
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment they are compiled as users compile them.
