@@ -154,22 +154,24 @@ def curves(
         `evaluate`.
     """
     begin = jax.jit(partial(start, training=training), compiler_options=QUICK_TO_COMPILE)
-    go_on = jax.jit(partial(step, training), donate_argnums=0)
     look = jax.jit(partial(evaluate, training))
 
-    def epoch(run: Run, key: jax.Array) -> tuple[Run, jax.Array]:
+    @partial(jax.jit, donate_argnums=0)
+    def go_on(
+        run: Run, data: Split, order: jax.Array, keys: jax.Array, place: np.int32
+    ) -> tuple[Run, jax.Array]:
+        return step(training, run, data, order[place], keys[place])
+
+    def epoch(run: Run, key: jax.Array) -> tuple[Run, np.ndarray]:
         order_key, run_key = jax.random.split(key)
         steps = len(data.labels) // training.batch_size
         order = jax.random.permutation(order_key, len(data.labels))
-        losses = []
-        for rows, step_key in zip(
-            order[: steps * training.batch_size].reshape(steps, -1),
-            jax.random.split(run_key, steps),
-            strict=True,
-        ):
-            run, loss = go_on(run, data, rows, step_key)
+        order = order[: steps * training.batch_size].reshape(steps, -1)
+        keys, losses = jax.random.split(run_key, steps), []
+        for place in range(steps):
+            run, loss = go_on(run, data, order, keys, np.int32(place))
             losses.append(loss)
-        return run, jnp.stack(losses).mean()
+        return run, np.mean(jax.device_get(losses))
 
     def one(key: jax.Array) -> dict[str, Any]:
         init_key, run_key = jax.random.split(key)
@@ -177,7 +179,7 @@ def curves(
         keys = jax.random.split(run_key, training.epochs)
         for epoch_key in progress(keys, f"epochs of {name}"):
             run, loss = epoch(run, epoch_key)
-            found.append(jax.device_get({"loss": loss, **look(run, test)}))
+            found.append({"loss": loss, **jax.device_get(look(run, test))})
         return stacked(found)
 
     return lambda keys: stacked([one(key) for key in keys])
