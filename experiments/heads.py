@@ -27,7 +27,7 @@ from studies import heads_figure, heads_report
 from studies.blocks import Cell
 from studies.command import Study, main, seeds_option
 from studies.heads import heads
-from studies.images import identity, loaded
+from studies.images import check_batch_size, identity, loaded
 from studies.trunk import FEATURES
 from studies.trunk_training import Training, adamw, curves
 
@@ -69,12 +69,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """
     data = loaded(args.data_dir)
     train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
+    check_batch_size(args.batch_size, len(train.labels))
     steps = args.epochs * (len(train.labels) // args.batch_size)
-    if not steps:
-        raise ending.RefusedError(
-            f"--batch-size must be at most the number of training images, {len(train.labels)}, got "
-            f"{args.batch_size}"
-        )
     optimizer = adamw(args.learning_rate, steps)
     return [
         Cell(name, args.seeds, 1, curves(training, train, test, name))

@@ -27,7 +27,7 @@ from parts.command_line import add_data_dir, at_least, positive_float
 from studies import sharpness_figure, sharpness_report
 from studies.blocks import Cell, one_by_one
 from studies.command import Study, main, seeds_option
-from studies.images import identity, loaded
+from studies.images import check_batch_size, identity, loaded
 from studies.sharpness_models import MODELS
 from studies.sharpness_training import Images, Sizes, run
 
@@ -70,11 +70,7 @@ def images_of(args: argparse.Namespace, data: Dataset) -> Images:
     """The images of a run, on the device."""
     train = jax.tree.map(lambda each: jnp.asarray(each[: args.examples]), data.train)
     test = jax.tree.map(jnp.asarray, data.test)
-    if len(train.labels) < args.batch_size:
-        raise ending.RefusedError(
-            f"--batch-size must be at most the number of training images, {len(train.labels)}, got "
-            f"{args.batch_size}"
-        )
+    check_batch_size(args.batch_size, len(train.labels))
     count = min(args.images, len(train.labels), len(test.labels))
     measured = jax.tree.map(lambda *both: jnp.stack([each[:count] for each in both]), train, test)
     return Images(train, test, measured)

@@ -22,6 +22,18 @@ def loaded(data_dir: Path | None) -> Dataset:
     return data
 
 
+def check_batch_size(batch_size: int, count: int) -> None:
+    """Refuses a batch of more training images than there are.
+
+    Raises:
+        RefusedError: naming both.
+    """
+    if batch_size > count:
+        raise ending.RefusedError(
+            f"--batch-size must be at most the number of training images, {count}, got {batch_size}"
+        )
+
+
 def identity(args: argparse.Namespace) -> dict[str, str]:
     """The options that decide what is measured, and the data."""
     return identity_of(args) | data_identity(loaded(args.data_dir))

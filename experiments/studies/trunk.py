@@ -63,7 +63,10 @@ class Trunk(linen.Module):
 
 
 def largest_of_four(x: jax.Array) -> jax.Array:
-    """Every 2 x 2 pixels made one, ``[N, H, W, channels] -> [N, H/2, W/2, channels]``."""
+    """Every 2 x 2 pixels made one, ``[N, H, W, channels] -> [N, H/2, W/2, channels]``.
+
+    With `linen.max_pool` a gradient of the trunk took a third longer on CPU.
+    """
     count, height, width, channels = x.shape
     return x.reshape(count, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
