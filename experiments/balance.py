@@ -10,10 +10,10 @@ was killed goes on with --resume.
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 from functools import partial

@@ -20,10 +20,10 @@ traffic  bytes that a training step sends between devices, read from the compile
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning, ending
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 import os

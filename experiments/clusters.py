@@ -12,10 +12,10 @@ beside the published; a picture and summary.json go to --out. A run that was kil
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 from functools import partial

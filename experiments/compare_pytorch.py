@@ -9,10 +9,10 @@ summary.json and table.md, so a run that is stopped loses nothing.
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning, ending
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 from functools import partial

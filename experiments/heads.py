@@ -11,10 +11,10 @@ and summary.json go to --out. A run that was killed goes on with --resume.
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 

@@ -12,10 +12,10 @@ run that was killed goes on with --resume.
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning, ending
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 import hashlib

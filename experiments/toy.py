@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 
-from parts import ending
+from parts import beginning, ending
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
     # Its arrays are too small to share: a second thread would only wait for the first.
     os.environ.setdefault("PJRT_NPROC", "1")
 
@@ -172,8 +172,8 @@ def start(task: Task, key: jax.Array) -> TrainState:
     return init_state(task.init(key), optax.adam(LEARNING_RATE), key)
 
 
-def run(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, Any]:
-    """A whole run as a pure function of its key: full-batch steps under one scan.
+def run(task: Task, data: Points, steps: int, initial: TrainState) -> dict[str, Any]:
+    """A whole run as a pure function of how it starts: full-batch steps under one scan.
 
     Returns:
         ``loss`` after 0..steps steps, the last ``accuracy``, that of each point's top expert
@@ -185,7 +185,7 @@ def run(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, Any]:
         after, metrics = step(state, data)
         return after, {"params": state.params, "loss": metrics["loss"]}
 
-    state, history = jax.lax.scan(body, start(task, key), length=steps)
+    state, history = jax.lax.scan(body, initial, length=steps)
     loss, metrics = objective(task, state.params, data, None)
     last = {"params": state.params, "loss": loss}
     history = jax.tree.map(lambda every, one: jnp.concatenate([every, one[None]]), history, last)
@@ -199,8 +199,9 @@ def run(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, Any]:
 
 
 def fit(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, jax.Array]:
-    """A run without its parameters."""
-    return {name: value for name, value in run(task, data, steps, key).items() if name != "frames"}
+    """A run from a key, without its parameters."""
+    results = run(task, data, steps, start(task, key))
+    return {name: value for name, value in results.items() if name != "frames"}
 
 
 def frame_steps(steps: int) -> np.ndarray:
@@ -209,28 +210,36 @@ def frame_steps(steps: int) -> np.ndarray:
 
 
 def train(
-    task: Task, data: Points, steps: int, keys: jax.Array
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A run for each key, all by one program, and what they took."""
-    with waiting("compiling the training"):
-        program, compile_seconds = compiled(
-            lambda keys, place: run(task, data, steps, keys[place]), keys, np.int32(0)
+    task: Task, data: Points, steps: int, initial: TrainState
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """A run from each of stacked states, all by one program; and what they took."""
+    count = len(initial.step)
+
+    def pair(initial: TrainState, first: jax.Array) -> dict[str, Any]:
+        # The last state stands in for one beyond it. Taken apart outside, each takes a program.
+        both = jax.tree.map(
+            lambda leaf: jnp.take(leaf, first + jnp.arange(2), axis=0, mode="clip"), initial
         )
+        return jax.vmap(partial(run, task, data, steps))(both)
+
+    with waiting("compiling the training"):
+        program, compile_seconds = compiled(pair, initial, np.int32(0))
     began = time.perf_counter()
-    runs = [
-        jax.device_get(program(keys, np.int32(place)))  # taking keys apart is a program of its own
-        for place in progress(range(len(keys)), f"training, {len(keys)} seeds of {steps} steps")
+    what = f"training {count} seeds for {steps} steps, two at a time"
+    pairs = [
+        jax.device_get(program(initial, np.int32(first)))
+        for first in progress(range(0, count, 2), what)
     ]
     seconds = time.perf_counter() - began
-    for one in runs:
-        check_finite(one["loss"])
-    speed = {"compile_seconds": compile_seconds, "steps_per_second": len(runs) * steps / seconds}
+    runs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *pairs)
+    check_finite(runs["loss"])
+    speed = {"compile_seconds": compile_seconds, "steps_per_second": count * steps / seconds}
     return runs, speed
 
 
 def check_finite(losses: np.ndarray) -> None:
-    """Ends the program if training has diverged."""
-    bad = np.flatnonzero(~np.isfinite(losses))
+    """Ends the program if training has diverged in any run."""
+    bad = np.flatnonzero(~np.isfinite(losses).all(axis=0))
     if len(bad):
         raise EndedError(f"the loss is not finite after step {bad[0]}: try another --seed")
 
@@ -342,39 +351,40 @@ def main() -> None:
 
 def work(args: argparse.Namespace) -> None:
     """The experiment."""
-    data, keys, model_key = begin(args.samples, args.seeds, np.uint32(args.seed))
+    task = OBJECTIVES[args.objective](args.experts)
+    data, initial, key = begin(task, args.samples, args.seeds, np.uint32(args.seed))
     points, labels = np.asarray(data.x), np.asarray(data.y)
     save_figure(plot.data(points, labels, truth=circle()), args.out / "data.png")
 
-    task = OBJECTIVES[args.objective](args.experts)
-    (shown, *seeds), speed = train(task, data, args.steps, keys)
+    runs, speed = train(task, data, args.steps, initial)
+    shown = jax.tree.map(lambda leaf: leaf[0], runs)
     single_run = jax.jit(
         partial(fit, SINGLE[args.objective](), data, args.steps), compiler_options=QUICK_TO_COMPILE
     )
-    alone = jax.device_get(single_run(model_key))
+    alone = jax.device_get(single_run(key))
     summary = {
         "objective": args.objective,
         "final_loss": shown["loss"][-1],
         "accuracy": shown["accuracy"],
         "top_expert_alone": shown["alone"],
         "single_expert_accuracy": alone["accuracy"],
-        "seeds": summarize(
-            np.array([one["accuracy"] for one in seeds]), np.array([one["alone"] for one in seeds])
-        ),
+        "seeds": summarize(runs["accuracy"][1:], runs["alone"][1:]),
         **speed,
     }
     write_json(args.out / "summary.json", rounded(summary) | {"versions": versions()})
     report(args, summary)
-    draw(args, task, points, labels, shown, alone, np.array([one["loss"] for one in seeds]))
+    draw(args, task, points, labels, shown, alone, runs["loss"][1:])
     say(f"\nsummary.json, data.png, boundaries.png, loss.png and training.gif are in {args.out}")
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_TO_COMPILE)
-def begin(samples: int, seeds: int, seed: np.uint32) -> tuple[Points, jax.Array, jax.Array]:
-    """The points, the keys of this run and of the seeds, and the key of this run again."""
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK_TO_COMPILE)
+def begin(
+    task: Task, samples: int, seeds: int, seed: np.uint32
+) -> tuple[Points, TrainState, jax.Array]:
+    """The points; how this run and those of the seeds start, stacked; and this run's key."""
     data_key, model_key, seeds_key = jax.random.split(jax.random.key(seed), 3)
     keys = jnp.concatenate([model_key[None], jax.random.split(seeds_key, seeds)])
-    return toy(data_key, samples), keys, model_key
+    return toy(data_key, samples), jax.vmap(partial(start, task))(keys), model_key
 
 
 def draw(

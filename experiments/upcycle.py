@@ -10,10 +10,10 @@ of that. A table says how accurate the tests were at the end; curves and summary
 
 from __future__ import annotations
 
-from parts import ending
+from parts import beginning, ending
 
 if __name__ == "__main__":
-    ending.prepare()  # before the imports that take seconds
+    beginning.prepare()  # before the imports that take seconds
 
 import argparse
 from collections.abc import Callable

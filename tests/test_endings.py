@@ -66,7 +66,7 @@ def test_a_signal_ends_a_run_with_one_line(moment, signum, tmp_path):
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    lines = [line for line in err.splitlines() if not line.startswith("training, ")]
+    lines = [line for line in err.splitlines() if not line.startswith("training ")]
     assert lines == [f"{name}.py: {signum.name}: stopped before the end"]
     assert not list(tmp_path.glob(".*"))  # no file that is half written
 

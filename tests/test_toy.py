@@ -2,10 +2,14 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
+import toy
 from commands import refusal, run
+from reference import close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -49,6 +53,16 @@ def test_runs_of_other_sizes(tmp_path):
     arguments = "--samples 7 --steps 3 --experts 3 --seeds 2 --seed 1".split()
     run("toy", "--out", str(tmp_path), *arguments)
     assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_an_odd_number_of_runs_taken_in_pairs_are_the_runs_taken_alone():
+    task, steps = toy.cooperating(2), 3
+    data, initial, _ = toy.begin(task, 20, 2, np.uint32(0))
+    runs, _ = toy.train(task, data, steps, initial)
+    assert len(runs["loss"]) == 3
+    for number in range(3):
+        start = jax.tree.map(lambda leaf, i=number: leaf[i], initial)
+        close(runs["loss"][number], toy.run(task, data, steps, start)["loss"], rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):

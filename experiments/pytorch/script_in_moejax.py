@@ -17,8 +17,8 @@ import numpy as np
 
 from moejax.training import Step, TrainState, init_state, train_epoch, train_step
 from parts.cache import keep_programs
-from parts.compiling import QUICK_TO_COMPILE
-from pytorch.twins import TWINS, objective
+from parts.compiling import QUICK_TO_COMPILE, compile_in_background
+from pytorch.twins import TWINS, Twin, objective
 
 BATCH_SIZE, STEPS = 128, 100
 
@@ -30,12 +30,21 @@ def main(name: str, folder: str, epochs: str) -> None:
     twin = TWINS[name]()
     step = train_step(partial(objective, twin), twin.optimizer)
     advance = full_batches if name == "toy" else partial(train_epoch, batch_size=BATCH_SIZE)
-    run = jax.jit(partial(advance, step), donate_argnums=0)
-    params = jax.jit(twin.init, compiler_options=QUICK_TO_COMPILE)(jax.random.key(0))
-    state = init_state(params, twin.optimizer, jax.random.key(1))
+    key, initial = jax.random.key(0), partial(start, twin)
+    (begin, run), _ = compile_in_background(
+        (jax.jit(initial, compiler_options=QUICK_TO_COMPILE), (key,)),
+        (jax.jit(partial(advance, step), donate_argnums=0), (jax.eval_shape(initial, key), data)),
+    )()
+    state = begin(key)
     for epoch in range(int(epochs)):
         state, metrics = run(state, data)
         print(epoch + 1, float(metrics["loss"].mean()), flush=True)
+
+
+def start(twin: Twin, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    init_key, run_key = jax.random.split(key)
+    return init_state(twin.init(init_key), twin.optimizer, run_key)
 
 
 def full_batches(step: Step, state: TrainState, data: Any) -> tuple[TrainState, Any]:
