@@ -75,6 +75,17 @@ def test_padding_counts_as_choices_without_a_slot():
     assert rows_computed(padded, schedule) <= {*policy.blocks}
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "loops"),
+    [(16, 64, 1), (80, 256, 2), (128, 8, 1), (256, 64, 1), (4096, 8, 2), (4096, 64, 2)],
+)
+def test_a_second_loop_is_compiled_only_where_it_pays(num_tokens, num_experts, loops):
+    policy = policy_for_dropless(plain, num_tokens, num_experts, 2, platform="cpu")
+    assert len(policy.blocks) == loops
+    assert all(block <= 2 * num_tokens for block in policy.blocks)
+    assert list(policy.blocks) == sorted(policy.blocks, reverse=True)
+
+
 def test_half_of_the_choices_are_worth_a_batched_pass():
     assert bool(worth_batching(jnp.arange(10) < 5, 10))
     assert not bool(worth_batching(jnp.arange(10) < 4, 10))

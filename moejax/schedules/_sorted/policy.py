@@ -67,7 +67,7 @@ class Policy(NamedTuple):
     @property
     def num_slots(self) -> int:
         """Slots of all experts together, S."""
-        return sum(size * capacity for size, capacity in self.groups)
+        return _num_slots(self.groups)
 
 
 def policy_for_dropless(
@@ -133,33 +133,47 @@ def on_cpu(platform: str | None = None) -> bool:
 
 
 def _policy(groups: tuple[Group, ...], blocks: tuple[int, ...], cpu: bool) -> Policy:
-    num_slots = sum(size * capacity for size, capacity in groups)
-    chunked = cpu and (num_slots > CACHED_ROWS or len(groups) > 1)
+    chunked = cpu and (_num_slots(groups) > CACHED_ROWS or len(groups) > 1)
     return Policy(groups, blocks, chunked, transposing_matmul if cpu else jnp.matmul)
+
+
+def _num_slots(groups: tuple[Group, ...]) -> int:
+    return sum(size * capacity for size, capacity in groups)
 
 
 def _slots_and_blocks(
     num_tokens: int, num_experts: int, k: int, *, by_load: bool
 ) -> tuple[tuple[Group, ...], tuple[int, ...]]:
-    """About the mean load in the batched pass, and loops over large blocks and small ones.
+    """About the mean load in the batched pass, and loops over blocks of what it leaves.
 
-    A block copies its expert's parameters, which takes as long as computing some sixty rows. Small
-    blocks waste least on experts just over the mean; large ones keep the pace when nearly all
-    choices are left to the loops. There is no batched pass where it would read every expert for
-    fewer choices than experts, nor where tokens may choose every expert: such a rule, `relu`,
-    leaves most of its choices out, and only loops cost what the choices cost.
+    There is no batched pass where it would read every expert for fewer choices than experts, nor
+    where tokens may choose every expert: such a rule, `relu`, leaves most of its choices out, and
+    only loops cost what the choices cost.
     """
     if not is_integer(num_tokens):  # symbolic, while exporting: sizes could not depend on it
         return (Group(num_experts, 0),), (512, 32)
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:
-        return (Group(num_experts, 0),), (128, 8)
-    block = min(32, max(8, (mean + math.isqrt(mean)) // 2))
+        blocks = (128, 8) if num_choices >= 128 else (8,)  # none that all choices could not fill
+        return (Group(num_experts, 0),), blocks
     if k >= num_experts:
-        return (Group(num_experts, 0),), (16 * block, block)
+        return (Group(num_experts, 0),), _large_and_small(mean)
     groups = _groups(mean, num_experts) if by_load else _one_group(mean, num_experts)
-    return groups, (16 * block, block)
+    at_once = _num_slots(groups) <= CACHED_ROWS
+    return groups, (min(64, max(32, mean)),) if at_once else _large_and_small(mean)
+
+
+def _large_and_small(mean: int) -> tuple[int, int]:
+    """Rows per block, where two loops pay.
+
+    A block copies its expert's parameters, which takes as long as computing some sixty rows. Small
+    blocks waste least on experts just over the mean; large ones keep the pace when nearly all
+    choices are left to the loops. Where all experts are computed at once, few choices can be left,
+    and a second loop would take longer to compile than it saves.
+    """
+    block = min(32, max(8, (mean + math.isqrt(mean)) // 2))
+    return 16 * block, block
 
 
 def _one_group(mean: int, num_experts: int) -> tuple[Group, ...]:
