@@ -25,7 +25,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,6 @@ import optax
 
 import moejax
 from data import Points, toy
-from moejax import plot
 from moejax.training import TrainState, init_state, train_step
 from parts.cache import keep_programs
 from parts.command_line import (
@@ -50,6 +49,9 @@ from parts.ending import EndedError, whole_file
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress, waiting
 from parts.records import rounded, versions, write_json
+
+if TYPE_CHECKING:  # what draws is loaded when it draws
+    from moejax.plot import Plane
 
 LEARNING_RATE = 0.01
 FRAMES = 16  # of the animation
@@ -244,14 +246,14 @@ def check_finite(losses: np.ndarray) -> None:
         raise EndedError(f"the loss is not finite after step {bad[0]}: try another --seed")
 
 
-def on_plane(task: Task, params: Any, points: np.ndarray) -> plot.Plane:
+def on_plane(task: Task, params: Any, points: np.ndarray) -> Plane:
     """Every part of the mixture, evaluated on a grid around the points."""
-    x, y, both = plot.grid(points)
+    x, y, both = moejax.plot.grid(points)
     scores, gates, p = jax.device_get(parts_of(task, params, both.astype(np.float32)))
     scores, gates, p = (
         values.reshape(*values.shape[:-1], len(y), len(x)) for values in (scores, gates, p)
     )
-    return plot.Plane(x, y, scores, gates, p)
+    return moejax.plot.Plane(x, y, scores, gates, p)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
@@ -261,9 +263,7 @@ def parts_of(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     return scores, jax.nn.softmax(logits).T, task.probability(params, x)
 
 
-def planes(
-    task: Task, history: Any, steps: int, points: np.ndarray
-) -> Iterator[tuple[plot.Plane, str]]:
+def planes(task: Task, history: Any, steps: int, points: np.ndarray) -> Iterator[tuple[Plane, str]]:
     """The mixture at the steps that are shown, each with its title."""
     for index, step in enumerate(progress(frame_steps(steps), "drawing the animation")):
         params = jax.tree.map(lambda leaf, at=index: leaf[at], history)
@@ -354,7 +354,7 @@ def work(args: argparse.Namespace) -> None:
     task = OBJECTIVES[args.objective](args.experts)
     data, initial, key = begin(task, args.samples, args.seeds, np.uint32(args.seed))
     points, labels = np.asarray(data.x), np.asarray(data.y)
-    save_figure(plot.data(points, labels, truth=circle()), args.out / "data.png")
+    save_figure(moejax.plot.data(points, labels, truth=circle()), args.out / "data.png")
 
     runs, speed = train(task, data, args.steps, initial)
     shown = jax.tree.map(lambda leaf: leaf[0], runs)
@@ -398,16 +398,16 @@ def draw(
 ) -> None:
     """Writes the pictures of what was trained."""
     losses = {"this run": shown["loss"], "a single expert": alone["loss"]}
-    figure = plot.loss(losses, seeds, ylabel=LOSS_NAMES[args.objective])
+    figure = moejax.plot.loss(losses, seeds, ylabel=LOSS_NAMES[args.objective])
     save_figure(figure, args.out / "loss.png")
     last = jax.tree.map(lambda leaf: leaf[-1], shown["frames"])
-    figure = plot.boundaries(points, labels, on_plane(task, last, points), truth=circle())
+    figure = moejax.plot.boundaries(points, labels, on_plane(task, last, points), truth=circle())
     save_figure(figure, args.out / "boundaries.png")
-    frames = plot.boundary_frames(
+    frames = moejax.plot.boundary_frames(
         points, labels, planes(task, shown["frames"], args.steps, points), truth=circle()
     )
     with whole_file(args.out / "training.gif") as path:
-        plot.save_animation(frames, path)
+        moejax.plot.save_animation(frames, path)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.training import Step, TrainState, init_state, train_epoch, train_step
+from moejax.training import Masked, Step, TrainState, init_state, train_epoch, train_step
 from parts.cache import keep_programs
 from parts.compiling import QUICK_TO_COMPILE, compile_in_background
-from pytorch.twins import TWINS, Twin, objective
+from pytorch.twins import TWINS, Twin
 
 BATCH_SIZE, STEPS = 128, 100
 
@@ -26,9 +26,10 @@ BATCH_SIZE, STEPS = 128, 100
 def main(name: str, folder: str, epochs: str) -> None:
     """Trains, and says the mean loss of every epoch."""
     keep_programs(True)
-    data = tuple(jnp.asarray(np.load(f"{folder}/{leaf}.npy")) for leaf in "xy")
+    x, y = (jnp.asarray(np.load(f"{folder}/{leaf}.npy")) for leaf in "xy")
+    data = Masked((x, y), jnp.ones(len(x), bool))
     twin = TWINS[name]()
-    step = train_step(partial(objective, twin), twin.optimizer)
+    step = train_step(partial(masked_objective, twin), twin.optimizer)
     advance = full_batches if name == "toy" else partial(train_epoch, batch_size=BATCH_SIZE)
     key, initial = jax.random.key(0), partial(start, twin)
     (begin, run), _ = compile_in_background(
@@ -45,6 +46,15 @@ def start(twin: Twin, key: jax.Array) -> TrainState:
     """The state before the first step."""
     init_key, run_key = jax.random.split(key)
     return init_state(twin.init(init_key), twin.optimizer, run_key)
+
+
+def masked_objective(
+    twin: Twin, params: Any, batch: Masked, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The twin's loss over the examples that count, so that one step takes every batch."""
+    x, y = batch.data
+    losses = jax.vmap(twin.loss)(twin.apply(params, x)[:, None], y[:, None])
+    return jnp.mean(losses, where=batch.mask), {}
 
 
 def full_batches(step: Step, state: TrainState, data: Any) -> tuple[TrainState, Any]:
