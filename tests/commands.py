@@ -14,10 +14,9 @@ import pytest
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
-ONE_DEVICE = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-}
+# The tests' own way to compile, and devices as users have them.
+FLAGS = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
 
 
 @contextmanager

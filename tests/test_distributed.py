@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import refusal
+from commands import ONE_DEVICE, refusal
 from data import Split, digits
 from mnist_files import write_mnist
 
@@ -51,9 +51,8 @@ def start(data):
 
 
 def run(data, out, *flags, devices):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    flags_of_xla = environment["XLA_FLAGS"].split()
-    environment["XLA_FLAGS"] = " ".join(flag for flag in flags_of_xla if "device_count" not in flag)
+    own = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ONE_DEVICE | own
     script = ROOT / "experiments" / "mnist.py"
     command = [sys.executable, script, *RUN, "--data-dir", data, "--out", out, *flags]
     return subprocess.Popen(

@@ -11,6 +11,7 @@ import jupytext
 import nbformat
 import pytest
 
+from commands import ONE_DEVICE
 from mnist_files import write_small_mnist
 
 ROOT = Path(__file__).parent.parent
@@ -99,11 +100,8 @@ def test_the_script_runs(name, tmp_path):
     script = tmp_path / f"{name}.py"
     script.write_text(small(name))
     write_small_mnist(tmp_path / "mnist", train_size=200, test_size=100)
-    environment = os.environ | {
-        "MOEJAX_DATA_DIR": str(tmp_path / "mnist"),
-        "MPLBACKEND": "agg",
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # quick to compile; one device
-    }
+    own = {"MOEJAX_DATA_DIR": str(tmp_path / "mnist"), "MPLBACKEND": "agg"}
+    environment = os.environ | ONE_DEVICE | own
     command = [sys.executable, "-W", "error", script]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
