@@ -218,7 +218,7 @@ def train(
     count = len(initial.step)
 
     def pair(initial: TrainState, first: jax.Array) -> dict[str, Any]:
-        # The last state stands in for one beyond it. Taken apart outside, each takes a program.
+        # The last state fills up an odd pair. Indexing outside would compile programs of its own.
         both = jax.tree.map(
             lambda leaf: jnp.take(leaf, first + jnp.arange(2), axis=0, mode="clip"), initial
         )

@@ -1,5 +1,6 @@
 """Runs an experiment's script in this process, as `python experiments/NAME.py ARGUMENTS` would."""
 
+import gc
 import os
 import runpy
 import signal
@@ -20,12 +21,14 @@ ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
 
 
 @contextmanager
-def own_signals():
-    """A script takes the process's signals; here they are given back."""
+def process_given_back():
+    """A script sets the signals of its process, and its collector: here both are given back."""
+    thresholds = gc.get_threshold()
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         signal.set_wakeup_fd(-1)
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -35,7 +38,7 @@ def run(name, *arguments):
     script = str(EXPERIMENTS / f"{name}.py")
     path = [str(EXPERIMENTS), *sys.path]
     argv = mock.patch.object(sys, "argv", [script, *arguments])
-    with own_signals(), argv, mock.patch.object(sys, "path", path):
+    with process_given_back(), argv, mock.patch.object(sys, "path", path):
         return runpy.run_path(script, run_name="__main__")
 
 

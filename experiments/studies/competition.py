@@ -35,9 +35,8 @@ def trained_and_tested(
     """
     train_key, test_key, init_key = jax.random.split(key, 3)
     train, test = (sample(one, samples) for one in (train_key, test_key))
-    params = jax.tree.map(
-        lambda leaf: leaf[-1], toy.run(task, train, steps, toy.start(task, init_key))["frames"]
-    )
+    trained = toy.run(task, train, steps, toy.start(task, init_key))
+    params = jax.tree.map(lambda leaf: leaf[-1], trained["frames"])
     scores, logits = toy.scores_and_logits(params, test.x)
     by_itself = ((scores > 0) == (test.y > 0.5)).mean(axis=1)  # [E]
     return {

@@ -155,7 +155,7 @@ def _slots_and_blocks(
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:
-        blocks = (128, 8) if num_choices >= 128 else (8,)  # none that all choices could not fill
+        blocks = (128, 8) if num_choices >= 128 else (8,)  # fewer never fill a block of 128
         return (Group(num_experts, 0),), blocks
     if k >= num_experts:
         return (Group(num_experts, 0),), _large_and_small(mean)
