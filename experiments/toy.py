@@ -44,7 +44,7 @@ from parts.command_line import (
     say,
     start_devices,
 )
-from parts.compiling import QUICK_TO_COMPILE, compiled
+from parts.compiling import OWN_REDUCTIONS, QUICK_TO_COMPILE, compiled
 from parts.ending import EndedError, whole_file
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress, waiting
@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what draws is loaded when it draws
 
 LEARNING_RATE = 0.01
 FRAMES = 16  # of the animation
+GROUP = 17  # seeds that are trained side by side: 101 runs fill six groups
 
 
 class Task(NamedTuple):
@@ -216,24 +217,27 @@ def train(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """A run from each of stacked states, all by one program; and what they took."""
     count = len(initial.step)
+    size = min(count, GROUP)
 
-    def pair(initial: TrainState, first: jax.Array) -> dict[str, Any]:
-        # The last state fills up an odd pair. Indexing outside would compile programs of its own.
-        both = jax.tree.map(
-            lambda leaf: jnp.take(leaf, first + jnp.arange(2), axis=0, mode="clip"), initial
+    def group(initial: TrainState, first: jax.Array) -> dict[str, Any]:
+        # The last state fills up the last group. Indexing outside would compile more programs.
+        together = jax.tree.map(
+            lambda leaf: jnp.take(leaf, first + jnp.arange(size), axis=0, mode="clip"), initial
         )
-        return jax.vmap(partial(run, task, data, steps))(both)
+        return jax.vmap(partial(run, task, data, steps))(together)
 
     with waiting("compiling the training"):
-        program, compile_seconds = compiled(pair, initial, np.int32(0))
+        program, compile_seconds = compiled(
+            group, initial, np.int32(0), compiler_options=OWN_REDUCTIONS
+        )
     began = time.perf_counter()
-    what = f"training {count} seeds for {steps} steps, two at a time"
-    pairs = [
+    what = f"training {count} seeds for {steps} steps, {size} at a time"
+    groups = [
         jax.device_get(program(initial, np.int32(first)))
-        for first in progress(range(0, count, 2), what)
+        for first in progress(range(0, count, size), what)
     ]
     seconds = time.perf_counter() - began
-    runs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *pairs)
+    runs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *groups)
     check_finite(runs["loss"])
     speed = {"compile_seconds": compile_seconds, "steps_per_second": count * steps / seconds}
     return runs, speed

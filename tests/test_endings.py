@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", full)
     message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys, code=1)
     assert message == "toy.py: [Errno 28] No space left on device\n"
     assert not list(tmp_path.iterdir())

@@ -67,4 +67,4 @@ def save_text(text: str, path: Path) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a picture; what stood there before is replaced only once the new one is complete."""
     with whole_file(path) as other:
-        figure.savefig(other)
+        figure.canvas.print_png(other)  # `savefig` would draw it twice

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 
 def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int = 120) -> None:
@@ -29,20 +30,26 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_animation(figures, Path(folder, "two.gif"))
     """
-    from PIL import Image
-
     frames = [_pixels(figure) for figure in figures]
     if not frames:
         raise ValueError("An animation needs at least one figure, got none.")
-    # One palette for all frames, so that colours do not flicker; it covers thin lines, too.
-    sample = Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)]))
-    palette = sample.quantize(200, method=Image.Quantize.MAXCOVERAGE)
+    palette = _palette(Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)])))
     pictures = [Image.fromarray(frame) for frame in frames]
     first, *rest = (
         picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
     )
     durations = [milliseconds] * len(rest) + [20 * milliseconds]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _palette(sample: Image.Image) -> Image.Image:
+    # One palette for all frames, so that colours do not flicker. It covers thin lines, too; and no
+    # shade of grey is tinted, as the nearest of few colours would be.
+    greys = [grey for grey in (*range(0, 252, 4), 255) for _ in range(3)]
+    colours = sample.quantize(192, method=Image.Quantize.MAXCOVERAGE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(greys + colours[: 3 * 192])
+    return palette
 
 
 def _pixels(figure: Figure) -> np.ndarray:

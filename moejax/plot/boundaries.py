@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moejax.plot._plane import (
     Plane,
@@ -19,7 +21,7 @@ from moejax.plot._plane import (
     draw_probability,
     draw_truth,
 )
-from moejax.plot.style import new_figure
+from moejax.plot.style import keep_places, new_figure
 
 
 def grid(points: np.ndarray, *, size: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,6 +106,7 @@ def boundaries(
         draw_truth(ax, truth)
         ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
         ax.set_title(title, fontsize=10)
+        ax.label_outer()  # all panels show the same plane
     figure.colorbar(shades, ax=axes[1, 1], shrink=0.68, label="probability of label 1")
     add_key(figure, len(plane.experts), truth, model=True)
     return figure
@@ -168,21 +171,22 @@ def boundary_frames(
     """
     figure, axes = new_figure(width=5.4, height=3.8)
     ax, shades = axes[0, 0], None
-    moving: list[Any] = []
+    moving: list[Line2D] = []
     for number, (plane, title) in enumerate(planes):
+        ax.set_title(title, y=1)  # where it would be put after a search for what is in its way
         if shades is None:
             shades = draw_probability(ax, plane)
             draw_points(ax, points, labels)
             draw_truth(ax, truth)
-            ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]], title=title)
+            ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
             add_key(figure, len(plane.experts), truth, model=True)
+            keep_places(figure)
         for line in moving:
             line.remove()
         if number == 1:
             _freeze(figure)
         shades.set_data(plane.probability)
-        moving = [*draw_experts(ax, plane), *draw_boundary(ax, plane)]
-        ax.set_title(title)
+        moving = [*draw_experts(ax, plane), draw_boundary(ax, plane)]
         yield figure
 
 
@@ -190,9 +194,7 @@ def _freeze(figure: Figure) -> None:
     # Ticks, labels and the key take most of the time of a frame, and never change: a picture of
     # them takes their place.
     [ax] = figure.axes
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # everything keeps the place that it has now
-    inside = [*ax.images, *ax.lines, *ax.collections, ax.title]
+    inside = [*ax.images, *ax.lines, *ax.collections, *ax.spines.values(), ax.title]
     for artist in inside:
         artist.set_visible(False)
     canvas = FigureCanvasAgg(figure)
@@ -205,4 +207,18 @@ def _freeze(figure: Figure) -> None:
     ax.xaxis.set_visible(False)
     ax.yaxis.set_visible(False)
     ax.patch.set_visible(False)
-    figure.figimage(still, zorder=-1)
+    figure.add_artist(_Pixels(still))
+
+
+class _Pixels(Artist):
+    """A picture of the whole figure, below all else. `Figure.figimage` would resample it."""
+
+    zorder = -1
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        super().__init__()
+        self.pixels = pixels[::-1]
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Copies the pixels."""
+        renderer.draw_image(renderer.new_gc(), 0, 0, self.pixels)

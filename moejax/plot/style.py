@@ -65,3 +65,10 @@ def new_figure(
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def keep_places(figure: Figure) -> None:
+    """Lays a figure out now and for good: what is drawn in it later leaves every axes in place."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")

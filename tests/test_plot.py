@@ -1,0 +1,51 @@
+"""Pictures: what is drawn faster is the same picture, and shades keep their colour."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moejax.plot import Plane, boundary_frame, boundary_frames, grid, new_figure, save_animation
+
+POINTS = np.random.default_rng(0).normal(size=(40, 2))
+LABELS = POINTS[:, 0] > 0
+
+
+def plane(angle):
+    """Two experts whose lines turn, and a boundary between them."""
+    x, y, _ = grid(POINTS, size=20)
+    slope = np.cos(angle) * x + np.sin(angle) * y[:, None]
+    experts = np.stack([slope, slope.T])
+    return Plane(x, y, experts, np.full_like(experts, 0.5), 1 / (1 + np.exp(-slope)))
+
+
+def pixels(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def test_a_frame_that_keeps_what_is_still_is_the_frame_drawn_whole():
+    planes = [(plane(angle), f"at {angle}") for angle in (0.1, 0.7, 1.3)]
+    for (own, title), figure in zip(planes, boundary_frames(POINTS, LABELS, planes), strict=True):
+        whole = pixels(boundary_frame(POINTS, LABELS, own, title=title))
+        np.testing.assert_allclose(pixels(figure), whole, atol=1)
+
+
+def test_a_line_that_misses_the_plane_is_not_drawn():
+    away = plane(0.1)._replace(experts=np.ones((2, 20, 20)), probability=np.ones((20, 20)))
+    figure = boundary_frame(POINTS, LABELS, away, title="")
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("hue", [(255, 0, 0), (0, 114, 178)])
+def test_an_animation_does_not_tint_shades_of_grey(tmp_path, hue):
+    figure, axes = new_figure(width=2, height=1)
+    axes[0, 0].set_axis_off()
+    axes[0, 0].imshow(np.linspace(0, 1, 256)[None], cmap="gray", aspect="auto")
+    axes[0, 0].axvline(20, color=np.array(hue) / 255)
+    save_animation([figure], tmp_path / "shades.gif")
+    with Image.open(tmp_path / "shades.gif") as animation:
+        shown = np.asarray(animation.convert("RGB")).astype(int)
+    grey = np.ptp(pixels(figure), axis=-1) == 0
+    assert np.ptp(shown, axis=-1)[grey].max() == 0
+    np.testing.assert_allclose(shown[grey], pixels(figure)[grey], atol=3)
+    assert np.abs(shown - np.array(hue)).sum(axis=-1).min() < 12
