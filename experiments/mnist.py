@@ -19,9 +19,8 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,12 @@ from parts.command_line import (
     say,
     start_devices,
 )
-from parts.compiling import QUICK_TO_COMPILE, compile_in_background
+from parts.compiling import (
+    QUICK_TO_COMPILE,
+    compile_in_background,
+    compiled,
+    timed,
+)
 from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from parts.ending import EndedError, RefusedError
 from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, TAKE_TOP_K, Model, by_rule
@@ -141,15 +145,9 @@ def start(model: Model, optimizer: optax.GradientTransformation, seed: int) -> T
 
 
 def begin_compiling(
-    step: Step,
-    model: Model,
-    state: TrainState,
-    train: Masked,
-    test: Split,
-    batch_size: int,
-    mesh: Mesh | None,
+    step: Step, state: TrainState, train: Masked, batch_size: int, mesh: Mesh | None
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
-    """Compiles what takes the steps, what shuffles and what tests, from the state's shapes."""
+    """Compiles what takes the steps and what shuffles, from the state's shapes."""
     unseen = jax.eval_shape(partial(empty_metrics, step, batch_size=batch_size), state, train)
     shuffle = jax.jit(
         partial(epoch_order, num_examples=len(train.mask)),
@@ -160,17 +158,16 @@ def begin_compiling(
     advance = jax.jit(
         partial(train_until, step, batch_size=batch_size), out_shardings=places(state, mesh)
     )
-    run_test = jax.jit(
-        partial(evaluate, model),
-        out_shardings=everywhere(mesh),
-        compiler_options=QUICK_TO_COMPILE,
-    )
     unseen, order = shapes((unseen, order), mesh)
     return compile_in_background(
-        (advance, (state, unseen, train, order, np.int32(0))),
-        (shuffle, (state, np.int32(0))),
-        (run_test, (state.params, test)),
+        (advance, (state, unseen, train, order, np.int32(0))), (shuffle, (state, np.int32(0)))
     )
+
+
+def compile_test(model: Model, params: Any, test: Split, mesh: Mesh | None) -> jax.stages.Compiled:
+    """Compiles `evaluate` for these shapes."""
+    options = {"out_shardings": everywhere(mesh), "compiler_options": QUICK_TO_COMPILE}
+    return compiled(partial(evaluate, model), params, test, **options)[0]
 
 
 def train(
@@ -182,7 +179,7 @@ def train(
     initial = partial(start, model, optimizer, args.seed)
     coming = shapes(jax.eval_shape(initial), mesh)
     split = place(Masked(data.train, jnp.ones(len(data.train.labels), bool)), mesh)
-    compiled = begin_compiling(step, model, coming, split, data.test, args.batch_size, mesh)
+    programs = begin_compiling(step, coming, split, args.batch_size, mesh)
     state = place(jax.jit(initial, compiler_options=QUICK_TO_COMPILE)(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
     plan = resumable.plan(args, out, data, len(sizes))
@@ -195,16 +192,18 @@ def train(
         rows = epoch_order(state, 0, len(data.train.labels))[: args.batch_size]
         batch = jax.tree.map(lambda leaf: leaf[rows], data.train)
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
-    try_drawing()
     with waiting("compiling the training step"):
-        (advance, shuffle, run_test), compile_seconds = compiled()
+        (take_steps, shuffle), compile_seconds = programs()
+    # What the end of the first epoch needs gets ready while the device takes its steps.
+    test_program = cache(partial(compile_test, model, coming.params, data.test, mesh))
+    advance = timed(take_steps, try_drawing, test_program)
     test = None
     say("\n" + HEADER)
     log_path = own(out) / "metrics.jsonl"
     with pauses(plan) as pause, metrics_log(log_path, progress.history) as log:
         for number in range(len(progress.history) + 1, args.epochs + 1):
             progress = finish_epoch(plan, pause, advance, shuffle, split, progress)
-            test = jax.device_get(run_test(progress.state.params, data.test))
+            test = jax.device_get(test_program()(progress.state.params, data.test))
             record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -212,7 +211,7 @@ def train(
             progress = Progress(progress.state, unseen, [*progress.history, record], 0.0)
             pause(progress)
     if test is None:  # resumed when all was done
-        test = jax.device_get(run_test(progress.state.params, data.test))
+        test = jax.device_get(test_program()(progress.state.params, data.test))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Run(progress.history, test, parameters, compile_seconds)
 
@@ -220,7 +219,7 @@ def train(
 def finish_epoch(
     plan: resumable.Plan,
     pause: resumable.Pause,
-    advance: Callable[..., Any],
+    advance: Callable[..., tuple[Any, float]],
     shuffle: Callable[..., jax.Array],
     split: Masked,
     progress: Progress,
@@ -231,13 +230,10 @@ def finish_epoch(
     end = (len(progress.history) + 1) * steps
     while progress.step < end:
         stop = np.int32(resumable.next_stop(plan, progress.step, end))
-        began = time.perf_counter()
-        state, metrics = jax.block_until_ready(
-            advance(progress.state, progress.metrics, split, order, stop)
-        )
-        seconds = progress.seconds + time.perf_counter() - began
+        results, seconds = advance(progress.state, progress.metrics, split, order, stop)
+        state, metrics = results
         check_finite(metrics["loss"], end - steps)
-        progress = Progress(state, metrics, progress.history, seconds)
+        progress = Progress(state, metrics, progress.history, progress.seconds + seconds)
         if progress.step < end:
             pause(progress)
     return progress
@@ -253,7 +249,7 @@ def check_finite(losses: jax.Array, before: int) -> None:
 
 
 def try_drawing() -> None:
-    """Draws a picture while programs are compiled: what cannot be drawn fails before training."""
+    """Draws a picture in the first epoch: what cannot be drawn does not cost all of them."""
     from moejax import plot
 
     plot.new_figure(width=1, height=1)[0].canvas.draw()

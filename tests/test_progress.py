@@ -1,10 +1,13 @@
 """Progress: the items pass through untouched, and what is reported is true."""
 
 import io
+import time
 
+import numpy as np
 import pytest
 
 from parts import progress as module
+from parts.compiling import timed
 from parts.progress import progress
 
 
@@ -44,3 +47,25 @@ def test_plain_lines_on_a_terminal_without_tqdm(monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert list(progress("abc", "letters")) == ["a", "b", "c"]
     assert terminal.getvalue().startswith("letters: 3/3 in ")
+
+
+def test_what_is_done_while_a_program_first_runs_does_not_count():
+    done = []
+
+    def work():
+        time.sleep(0.3)
+        done.append("once")
+
+    program = timed(lambda x: x + 1, work)
+    (first, seconds), (second, _) = program(np.zeros(3)), program(np.ones(3))
+    assert (first.tolist(), second.tolist()) == ([1, 1, 1], [2, 2, 2])
+    assert done == ["once"]
+    assert seconds < 0.2
+
+
+def test_what_fails_while_a_program_runs_is_raised():
+    def work():
+        raise ValueError("cannot draw")
+
+    with pytest.raises(ValueError, match="cannot draw"):
+        timed(lambda x: x + 1, work)(np.zeros(3))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from parts.cache import sign_programs
 
+T = TypeVar("T")
+
 # For what runs for a moment, above all the drawing of first parameters: more time to compile would
 # save less. From JAX 0.11 on there is one way to fuse.
-QUICK_TO_COMPILE: dict[str, int | bool] = {"xla_backend_optimization_level": 1}
+QUICK_TO_COMPILE: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
@@ -57,3 +59,32 @@ def compile_in_background(
         return list(programs), max(ends) - began
 
     return wait
+
+
+def timed(program: Callable[..., T], *work: Callable[[], object]) -> Callable[..., tuple[T, float]]:
+    """A compiled program that waits for its results, and measures how long they take.
+
+    Args:
+        program: the program.
+        work: what its first call does in Python while the device computes; it does not count.
+
+    Returns:
+        A function of the program's arguments: its results, and seconds.
+    """
+    left = list(work)
+
+    def call(*args: Any) -> tuple[T, float]:
+        began = time.perf_counter()
+        results = program(*args)  # comes back at once
+
+        def wait() -> float:
+            jax.block_until_ready(results)
+            return time.perf_counter() - began
+
+        with ThreadPoolExecutor(1) as pool:
+            seconds = pool.submit(wait)
+            while left:
+                left.pop()()
+            return results, seconds.result()
+
+    return call
