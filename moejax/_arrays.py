@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from typing import Any
 
@@ -36,6 +37,15 @@ def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
 
     # Token by token, so that tokens spread over a mesh stay where they are.
     return jax.vmap(of_token)(experts, values)
+
+
+@jax.custom_jvp
+def normal_cdf(x: Array) -> Array:
+    """``P(N(0, 1) < x)``. The derivative of JAX 0.12's own fails in a checked `shard_map`."""
+    return jax.lax.erfc(-x * math.sqrt(0.5)) / 2
+
+
+normal_cdf.defjvps(lambda tangent, _, x: tangent * jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi))
 
 
 def vary_together(tree: Any) -> Any:

@@ -5,8 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.test_util import check_grads
 
-from moejax._arrays import separate_zeros
+from moejax._arrays import normal_cdf, separate_zeros
+from reference import close
 
 
 def test_zeros_are_zeros_in_the_dtypes_of_the_leaves():
@@ -30,3 +32,13 @@ def test_a_loop_that_writes_to_several_zeros_copies_none():
 
     assert copies(lambda count: separate_zeros(like, count)) == 0
     assert copies(lambda count: jax.tree.map(jnp.zeros_like, like)) > 0  # or it has no reason
+
+
+def test_the_normal_distribution_and_its_derivatives():
+    x = jnp.linspace(-6, 6, 25)
+    with jax.enable_x64(True):
+        wide = x.astype(float)
+        close(normal_cdf(wide), jax.scipy.stats.norm.cdf(wide), rtol=1e-12)
+        close(jax.vmap(jax.grad(normal_cdf))(wide), jax.scipy.stats.norm.pdf(wide), rtol=1e-12)
+        check_grads(normal_cdf, (wide,), order=2)
+    close(x * normal_cdf(x), jax.nn.gelu(x, approximate=False), rtol=1e-6)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 import moejax
 from cases import EXPERTS
+from moejax.interop.transformers.fields import ACTIVATIONS
 from moejax.schedules._mesh.exchange import ragged_exchange
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 from moejax.training import init_state, train_step
@@ -103,6 +104,12 @@ def test_devices_without_any_token_and_experts_without_any():
     mask = jnp.arange(T) < 5  # all on the first two of eight devices
     assert_same_on_mesh(make_mesh(), TOP_2, mask=mask)
     assert_same_on_mesh(make_mesh(), TOP_2, mask=jnp.zeros(T, bool))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "silu"])
+def test_the_activations_of_published_models(name):
+    expert = moejax.glu(D, 6, activation=ACTIVATIONS[name])
+    assert_same_on_mesh(make_mesh(), TOP_2, expert=expert)
 
 
 def test_a_users_expert_and_schedule():

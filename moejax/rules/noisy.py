@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import normal_cdf
 from moejax._checks import checked_logits, is_number, positive_like
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
@@ -90,17 +91,8 @@ def _chance_above(threshold: Array, mean: Array, scale: Array) -> Array:
     settled = jnp.isinf(mean) | jnp.isinf(threshold) | (scale < smallest)
     # Around the division and not after it: zero times an infinite derivative would be NaN.
     distance = jnp.where(settled, 0, mean - threshold)
-    chance = _normal_cdf(distance / jnp.where(scale < smallest, 1, scale))
+    chance = normal_cdf(distance / jnp.where(scale < smallest, 1, scale))
     return jnp.where(settled, (mean > threshold).astype(chance.dtype), chance)
-
-
-@jax.custom_jvp
-def _normal_cdf(x: Array) -> Array:
-    """``P(N(0, 1) < x)``. The derivative of JAX 0.12's own fails in a checked `shard_map`."""
-    return jax.lax.erfc(-x * math.sqrt(0.5)) / 2
-
-
-_normal_cdf.defjvps(lambda tangent, _, x: tangent * jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi))
 
 
 def gshard_top_2(

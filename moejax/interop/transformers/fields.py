@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moejax._arrays import normal_cdf
 from moejax._checks import is_integer
 from moejax._paths import local
 from moejax.base import Array
@@ -19,7 +20,7 @@ Config = Mapping[str, Any]
 # The names are those of `hidden_act` in published configurations.
 ACTIVATIONS = MappingProxyType(
     {
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu": lambda x: x * normal_cdf(x),
         "gelu_new": jax.nn.gelu,
         "gelu_pytorch_tanh": jax.nn.gelu,
         "relu": jax.nn.relu,
