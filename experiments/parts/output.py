@@ -66,5 +66,7 @@ def save_text(text: str, path: Path) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a picture; what stood there before is replaced only once the new one is complete."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with whole_file(path) as other:
-        figure.canvas.print_png(other)  # `savefig` would draw it twice
+        FigureCanvasAgg(figure).print_png(other)  # `savefig` would lay it out and draw it twice
