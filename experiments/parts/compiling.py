@@ -21,7 +21,9 @@ if jax.__version_info__ < (0, 11):
 
 # For programs of small sums on CPU: XLA's own code for them, instead of that of YNNPACK, to which
 # jaxlib 0.10.2 to 0.12 hands sums over the last axis: a softmax of 8,000 x 2 takes 34 us, not 206.
-OWN_REDUCTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+OWN_REDUCTIONS: dict[str, str] = {}
+if jax.__version_info__ < (0, 13):
+    OWN_REDUCTIONS["xla_cpu_experimental_ynn_fusion_type"] = ""
 
 
 def compiled(
