@@ -249,7 +249,7 @@ def check_finite(losses: jax.Array, before: int) -> None:
 
 
 def try_drawing() -> None:
-    """Draws a picture in the first epoch: what cannot be drawn does not cost all of them."""
+    """Draws a picture early: where drawing fails, one epoch is lost at most."""
     from moejax import plot
 
     plot.new_figure(width=1, height=1)[0].canvas.draw()
