@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
@@ -29,6 +29,7 @@ SUMS = {
     "sigmoid_top_2": 2.5,
     "by_score": 2.5,
 }
+BY_SCORES = {"sigmoid_top_2", "by_score"}  # where logits far apart are rounded to the same score
 OVER_ALL_TOKENS = {"sinkhorn", "sinkhorn_2"}
 
 seeds = st.integers(0, 2**31 - 1)
@@ -96,6 +97,8 @@ def test_relabelling_experts_relabels_the_decision(rule, seed, scale):
     order = np.random.default_rng(seed + 1).permutation(E)
     logits = some_logits(seed, scale)
     routing, gates = decide(rule)(logits, EVERY)
+    if rule in BY_SCORES:  # a tie goes to the first expert, whatever its label
+        assume(all(len(set(row)) == E for row in np.asarray(routing.scores).tolist()))
     relabelled, relabelled_gates = decide(rule)(logits[:, order], EVERY)
     np.testing.assert_allclose(relabelled_gates, gates[:, order], rtol=1e-6, atol=1e-7)
     for loss in (moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss):
