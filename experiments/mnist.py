@@ -64,12 +64,7 @@ from parts.command_line import (
     say,
     start_devices,
 )
-from parts.compiling import (
-    QUICK_TO_COMPILE,
-    compile_in_background,
-    compiled,
-    timed,
-)
+from parts.compiling import QUICK_TO_COMPILE, compile_in_background, compiled, timed
 from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from parts.ending import EndedError, RefusedError
 from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, TAKE_TOP_K, Model, by_rule
@@ -196,7 +191,7 @@ def train(
         (take_steps, shuffle), compile_seconds = programs()
     # What the end of the first epoch needs gets ready while the device takes its steps.
     test_program = cache(partial(compile_test, model, coming.params, data.test, mesh))
-    advance = timed(take_steps, try_drawing, test_program)
+    advance = timed(take_steps, test_program, try_drawing)
     test = None
     say("\n" + HEADER)
     log_path = own(out) / "metrics.jsonl"
@@ -230,8 +225,7 @@ def finish_epoch(
     end = (len(progress.history) + 1) * steps
     while progress.step < end:
         stop = np.int32(resumable.next_stop(plan, progress.step, end))
-        results, seconds = advance(progress.state, progress.metrics, split, order, stop)
-        state, metrics = results
+        (state, metrics), seconds = advance(progress.state, progress.metrics, split, order, stop)
         check_finite(metrics["loss"], end - steps)
         progress = Progress(state, metrics, progress.history, progress.seconds + seconds)
         if progress.step < end:

@@ -1,4 +1,4 @@
-"""Small conversions of arrays that several modules share."""
+"""Small functions of arrays that several modules share."""
 
 from __future__ import annotations
 

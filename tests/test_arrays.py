@@ -1,4 +1,4 @@
-"""Small conversions of arrays."""
+"""Small functions of arrays."""
 
 import re
 

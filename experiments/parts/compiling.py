@@ -86,7 +86,7 @@ def timed(program: Callable[..., T], *work: Callable[[], object]) -> Callable[..
         with ThreadPoolExecutor(1) as pool:
             seconds = pool.submit(wait)
             while left:
-                left.pop()()
+                left.pop(0)()
             return results, seconds.result()
 
     return call

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from moejax.plot.style import pixels
 
 
 def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int = 120) -> None:
@@ -30,7 +31,7 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_animation(figures, Path(folder, "two.gif"))
     """
-    frames = [_pixels(figure) for figure in figures]
+    frames = [pixels(figure)[..., :3].copy() for figure in figures]  # [H, W, 3]
     if not frames:
         raise ValueError("An animation needs at least one figure, got none.")
     palette = _palette(Image.fromarray(np.concatenate(frames[:: max(len(frames) // 4, 1)])))
@@ -50,9 +51,3 @@ def _palette(sample: Image.Image) -> Image.Image:
     palette = Image.new("P", (1, 1))
     palette.putpalette(greys + colours[: 3 * 192])
     return palette
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # [H, W, 3]

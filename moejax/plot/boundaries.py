@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.backend_bases import RendererBase
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -21,7 +20,7 @@ from moejax.plot._plane import (
     draw_probability,
     draw_truth,
 )
-from moejax.plot.style import keep_places, new_figure
+from moejax.plot.style import new_figure, pixels
 
 
 def grid(points: np.ndarray, *, size: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,7 +179,7 @@ def boundary_frames(
             draw_truth(ax, truth)
             ax.set(xlim=plane.x[[0, -1]], ylim=plane.y[[0, -1]])
             add_key(figure, len(plane.experts), truth, model=True)
-            keep_places(figure)
+            _keep_places(figure)
         for line in moving:
             line.remove()
         if number == 1:
@@ -190,6 +189,13 @@ def boundary_frames(
         yield figure
 
 
+def _keep_places(figure: Figure) -> None:
+    """Lays a figure out for good: what is drawn in it later leaves its axes where they are."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def _freeze(figure: Figure) -> None:
     # Ticks, labels and the key take most of the time of a frame, and never change: a picture of
     # them takes their place.
@@ -197,9 +203,7 @@ def _freeze(figure: Figure) -> None:
     inside = [*ax.images, *ax.lines, *ax.collections, *ax.spines.values(), ax.title]
     for artist in inside:
         artist.set_visible(False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    still = np.asarray(canvas.buffer_rgba()).copy()
+    still = pixels(figure)
     for artist in inside:
         artist.set_visible(True)
     for legend in list(figure.legends):

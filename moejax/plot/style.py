@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -67,8 +68,19 @@ def new_figure(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def keep_places(figure: Figure) -> None:
-    """Lays a figure out now and for good: what is drawn in it later leaves every axes in place."""
-    if engine := figure.get_layout_engine():
-        engine.execute(figure)
-        figure.set_layout_engine("none")
+def pixels(figure: Figure) -> np.ndarray:
+    """Draws a figure.
+
+    Args:
+        figure: of any canvas.
+
+    Returns:
+        Red, green, blue and opacity, from 0 to 255, shape [H, W, 4].
+
+    Example:
+        >>> pixels(new_figure(width=1, height=2)[0]).shape
+        (240, 120, 4)
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba()).copy()
