@@ -75,6 +75,13 @@ def test_padding_counts_as_choices_without_a_slot():
     assert rows_computed(padded, schedule) <= {*policy.blocks}
 
 
+@pytest.mark.parametrize(("num_tokens", "rows"), [(1, 1), (2, 2), (4, 4), (16, 4)])
+def test_few_tokens_go_through_blocks_of_few_rows(num_tokens, rows):
+    policy = policy_for_dropless(plain, num_tokens, 64, 2, platform="cpu")
+    assert policy.blocks == (rows,)
+    assert policy.num_slots == 0
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "loops"),
     [(16, 64, 1), (80, 256, 2), (128, 8, 1), (256, 64, 1), (4096, 8, 2), (4096, 64, 2)],

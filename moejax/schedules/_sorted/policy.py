@@ -155,7 +155,8 @@ def _slots_and_blocks(
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:
-        blocks = (128, 8) if num_choices >= 128 else (8,)  # fewer never fill a block of 128
+        few = min(4, num_tokens)  # most experts have fewer choices, and none more than tokens
+        blocks = (128, few) if num_choices >= 128 else (few,)  # fewer never fill a block of 128
         return (Group(num_experts, 0),), blocks
     if k >= num_experts:
         return (Group(num_experts, 0),), _large_and_small(mean)
