@@ -1,6 +1,7 @@
 """The same training in PyTorch and in moejax: the same numbers, the same distribution, how fast.
 
     python experiments/compare_pytorch.py --out runs/pytorch
+    python experiments/compare_pytorch.py --models language
 
 Both frameworks start from the same weights and take the same batches in the same order; whole
 processes, which are timed from their start, draw their own. What is done is written at once to
@@ -18,7 +19,7 @@ import argparse
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 try:
     import torch
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data import Dataset, Points, load, mnist_sample, toy
+from data import Dataset, Points, load, mnist_sample
 from moejax.interop import torch as conversion
 from moejax.training import init_state, train_step
 from parts.command_line import OneLineParser, add_data_dir, add_out, say, start_devices
@@ -38,56 +39,18 @@ from parts.output import output_of_one_run, save_figure, save_text
 from parts.progress import progress
 from parts.records import rounded, versions, write_json
 from pytorch import figures, races, twins
+from pytorch.contenders import contenders
 from pytorch.from_the_start import waits
+from pytorch.problems import FULL, QUICK, Size, digit_problem, text_problem, toy_problem
 from pytorch.recipes import STUDIES, Study
 from pytorch.table import table
 from pytorch.training import initial_state, run_torch, with_weights
 from pytorch.twins import Problem, Twin, differences, largest, objective, run_moejax
+from pytorch.ways import BATCH_SIZE, COMPILED, IMAGES, MOEJAX, compiler
 from toy import mixture
 
-BATCH_SIZE = 128
-LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9}  # in float64
-UNITS = {"toy": "500 steps", "dense": "epoch", "soft": "epoch", "sparse": "epoch"}
-
-
-class Size(NamedTuple):
-    """How much is computed.
-
-    Attributes:
-        toy_steps: steps of the toy, full batch.
-        steps: most steps of the others in the comparison of numbers; an epoch at most.
-        seeds: runs of the toy in the comparison of distributions.
-        rounds: of the comparison of speed, after the first.
-        images: most images of an epoch.
-        processes: rounds of whole processes.
-    """
-
-    toy_steps: int
-    steps: int
-    seeds: int
-    rounds: int
-    images: int
-    processes: int
-
-
-FULL = Size(toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000, processes=3)
-QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280, processes=0)
-
-
-def toy_problem(steps: int) -> Problem:
-    """A thousand points, all of them in every step."""
-    points = toy(jax.random.key(0), 1000)
-    x, y = (np.asarray(leaf, np.float64) for leaf in points)
-    return Problem(x, y, np.tile(np.arange(len(x)), (steps, 1)))
-
-
-def digit_problem(data: Dataset, size: Size) -> Problem:
-    """Flat images, and the shuffled rows of the first batches."""
-    images, labels = (leaf[: size.images] for leaf in data.train)
-    x = images.reshape(len(images), -1) / 255  # [N, 784]
-    steps = min(size.steps, len(x) // BATCH_SIZE)
-    order = np.random.default_rng(0).permutation(len(x))[: steps * BATCH_SIZE]
-    return Problem(x, labels.astype(np.int64), order.reshape(steps, BATCH_SIZE))
+# In float64; JAX's attention takes its softmax in float32.
+LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9, "language": 1e-7}
 
 
 def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[str, Any]:
@@ -97,13 +60,13 @@ def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[
     record: dict[str, Any] = {"steps": len(problem.order)}
     curves = {}
     for dtype in (np.float64, np.float32):
-        data = problem.astype(dtype)
-        theirs, ours = run_torch(study, start, data), run_moejax(twin, start, data)
+        theirs = run_torch(study, start, problem, dtype)
+        ours = run_moejax(twin, start, problem, dtype)
         precision = np.dtype(dtype).name
         record[precision] = differences(theirs, ours)
         curves[precision] = theirs.losses, ours.losses
         worst = ", ".join(f"{part} {value:.1e}" for part, value in record[precision].items())
-        say(f"  {name:<7}{precision}  {worst}")
+        say(f"  {name:<9}{precision}  {worst}")
     record["rounding"] = {  # of the losses: float32 against float64, within each framework
         "PyTorch": largest(curves["float32"][0], curves["float64"][0]),
         "moejax": largest(curves["float32"][1], curves["float64"][1]),
@@ -153,7 +116,7 @@ def whole(accuracies: Any, count: int) -> np.ndarray:
 
 def torch_accuracy(study: Study, start: dict[str, np.ndarray], data: Problem) -> float:
     """The accuracy after a run in PyTorch."""
-    trained = run_torch(study, start, data).parameters
+    trained = run_torch(study, start, data, np.float32).parameters
     model = with_weights(study, trained, torch.float32)
     with torch.no_grad():
         positive = model(torch.from_numpy(data.x))[:, 0].numpy() > 0
@@ -171,22 +134,15 @@ def accuracy_from(twin: Twin, points: Points, steps: int, params: Any) -> jax.Ar
 
 def compare_speed(name: str, twin: Twin, problem: Problem, size: Size) -> dict[str, Any]:
     """Steps of the toy, or an epoch: in turns, and where moejax spends its time."""
-    data = problem.astype(np.float32)
-    study = STUDIES[name]
-    start = initial_state(study, seed=0)
-    if name == "toy":
-        contenders = races.toy_contenders(study, twin, start, data)
-    else:
-        contenders = races.epoch_contenders(study, twin, start, data, BATCH_SIZE)
+    start = initial_state(STUDIES[name], seed=0)
+    running = contenders(name, twin, start, problem.astype(np.float32))
     if size == QUICK:
-        contenders.pop("PyTorch, torch.compile", None)  # it compiles longer than all else takes
-    record = races.race(contenders, size.rounds)
-    record = races.verdict(record)
-    if name == "toy":
-        steps = {key: len(data.order) / time for key, time in record["median"].items()}
-        record["steps_per_second"] = steps
-    record["profile"] = races.profile(contenders[races.MOEJAX])
-    say(f"  {name:<7}{record['speedup']:.2f} times {record['best_pytorch']}")
+        running.pop(COMPILED, None)  # it compiles longer than all else takes
+    record = races.verdict(races.race(running, size.rounds))
+    batch_size = BATCH_SIZE.get(name)
+    record["steps"] = -(-len(problem.x) // batch_size) if batch_size else len(problem.order)
+    record["profile"] = races.profile(running[MOEJAX])
+    say(f"  {name:<9}{record['speedup']:.2f} times {record['best_pytorch']}")
     return record
 
 
@@ -195,7 +151,7 @@ def machine() -> dict[str, str]:
     return {
         **versions(),
         "torch": metadata.version("torch"),
-        "compiler": races.compiler() or "none",
+        "compiler": compiler() or "none",
     }
 
 
@@ -205,6 +161,13 @@ def arguments() -> argparse.Namespace:
     add_out(parser, "runs/pytorch")
     add_data_dir(parser)
     parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=list(twins.TWINS),
+        default=list(twins.TWINS),
+        help="what to compare (default: all)",
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="few steps, seeds and images, no torch.compile, no whole processes, and the 5,000 "
@@ -213,11 +176,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def images(args: argparse.Namespace) -> Dataset:
-    """MNIST, or its sample for a quick look."""
+def command(args: argparse.Namespace) -> str:
+    """The command line that gives this record."""
+    models = [] if args.models == list(twins.TWINS) else ["--models", *args.models]
+    quick = ["--quick"] if args.quick else []
+    return " ".join(["python experiments/compare_pytorch.py", *models, *quick])
+
+
+def images(args: argparse.Namespace) -> Dataset | None:
+    """MNIST, or its sample for a quick look; None if no model takes images."""
+    if not IMAGES & set(args.models):
+        return None
     quick = args.quick and args.data_dir is None
     with ending.refusals():
         return mnist_sample() if quick else load(args.data_dir)
+
+
+def problems_of(models: list[str], size: Size, data: Dataset | None) -> dict[str, Problem]:
+    """The data of every model that is compared."""
+    found: dict[str, Problem] = {}
+    if "toy" in models:
+        found["toy"] = toy_problem(size.toy_steps)
+    if data is not None:
+        found |= dict.fromkeys(IMAGES & set(models), digit_problem(data, size))
+    if "language" in models:
+        found["language"] = text_problem(size)
+    return {name: found[name] for name in models}
 
 
 def main() -> None:
@@ -232,13 +216,12 @@ def work(args: argparse.Namespace) -> None:
     """The comparison."""
     size = QUICK if args.quick else FULL
     data = images(args)
-    models = {name: make() for name, make in twins.TWINS.items()}
-    digits = digit_problem(data, size)
-    problems = dict.fromkeys(models, digits) | {"toy": toy_problem(size.toy_steps)}
+    models = {name: twins.TWINS[name]() for name in args.models}
+    problems = problems_of(args.models, size, data)
     record: dict[str, Any] = {
-        "command": " ".join(["python experiments/compare_pytorch.py", *(["--quick"] * args.quick)]),
-        "dataset": data.name,
-        "images": len(digits.x),
+        "command": command(args),
+        "dataset": data.name if data else "",
+        "examples": {name: len(problem.x) for name, problem in problems.items()},
         "machine": machine(),
         "numbers": {},
         "speed": {},
@@ -256,22 +239,24 @@ def work(args: argparse.Namespace) -> None:
     for name, twin in models.items():
         record["numbers"][name] = compare_numbers(name, twin, problems[name], args.out)
         save()
-    record["seeds"] = compare_distributions(models["toy"], problems["toy"], size.seeds, args.out)
-    save()
+    if "toy" in models:
+        toy = models["toy"], problems["toy"]
+        record["seeds"] = compare_distributions(*toy, size.seeds, args.out)
+        save()
     record["threads"] = races.same_threads()
     say(f"\nspeed of moejax on {record['threads']} threads")
     with races.no_inductor_cache():
         for name, twin in models.items():
             record["speed"][name] = compare_speed(name, twin, problems[name], size)
             save()
-    save_figure(figures.speed(record["speed"], UNITS), args.out / "speed.png")
+    save_figure(figures.speed(record["speed"]), args.out / "speed.png")
     for name, problem in problems.items() if size.processes else ():
         failed = set(record["speed"][name]["failed"])
         record["waits"][name] = waits(name, problem.astype(np.float32), size.processes, failed)
         save()
     say("\n" + table(record))
     say(f"summary.json, table.md and the pictures are in {args.out}")
-    if data.notice:
+    if data and data.notice:
         say(f"\n{data.notice}")
 
 

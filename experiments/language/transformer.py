@@ -80,8 +80,8 @@ class Attention(nnx.Module):
 def rotated(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary positions: products of queries and keys depend on their distance alone."""
     half = x.shape[-1] // 2
-    rates = 1000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, None] * rates  # [S, W / 2]
+    rates = 1000.0 ** (-jnp.arange(half, dtype=x.dtype) / half)
+    angles = positions.astype(x.dtype)[:, None] * rates  # [S, W / 2]
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # [S, 1, W / 2]
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -126,6 +126,8 @@ class Transformer(nnx.Module):
             sizes.vocabulary,
             sizes.width,
             embedding_init=nnx.initializers.normal(sizes.width**-0.5),
+            # Else it casts to the precision that it was made in, which params may not have.
+            promote_dtype=lambda arrays, **_: arrays,
             rngs=rngs,
         )
         self.blocks = nnx.List([Block(feed_forward, sizes, rngs=rngs) for _ in range(sizes.layers)])
@@ -165,4 +167,4 @@ class Transformer(nnx.Module):
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         # The embedding is small, so that it can serve as the last layer too.
-        return self.embedding(tokens) * jnp.float32(self.sizes.width**0.5)
+        return self.embedding(tokens) * self.sizes.width**0.5

@@ -30,3 +30,6 @@ def indexed(inputs: Tensor, labels: Tensor, batch_size: int) -> Batches:
             yield inputs[rows], labels[rows]
 
     return shuffled
+
+
+BATCHES = {"repeated": repeated, "loaded": loaded, "indexed": indexed}  # (x, y, number) -> Batches

@@ -72,12 +72,11 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
     return figure
 
 
-def speed(races: dict[str, dict[str, Any]], units: dict[str, str]) -> Figure:
+def speed(races: dict[str, dict[str, Any]]) -> Figure:
     """A bar per contender, the median time, beside each other for every model.
 
     Args:
-        races: records of `races.race`, by model.
-        units: what a time is the time of, by model.
+        races: records of `races.race`, by model, with the number of steps that were timed.
     """
     figure, axes = plot.new_figure(1, len(races), width=3.4 * len(races), height=3.2)
     for axis, (model, record) in zip(axes[0], races.items(), strict=True):
@@ -89,6 +88,6 @@ def speed(races: dict[str, dict[str, Any]], units: dict[str, str]) -> Figure:
         axis.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names])
         axis.invert_yaxis()
         axis.margins(x=0.25)
-        axis.set(title=model, xlabel=f"seconds per {units[model]}")
+        axis.set(title=model, xlabel=f"seconds for {record['steps']:,} steps")
         axis.spines[["top", "right"]].set_visible(False)
     return figure

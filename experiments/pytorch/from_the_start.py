@@ -17,12 +17,12 @@ import torch
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
 from parts.ending import EndedError
 from parts.progress import progress
-from pytorch.races import MOEJAX, compiler
 from pytorch.twins import Problem
+from pytorch.ways import BATCH_SIZE, MOEJAX, ways
 
 EXPERIMENTS = Path(__file__).parent.parent
-COMPILED = "PyTorch, torch.compile"
 EPOCHS = 5
+STEPS = 100  # of an epoch of the toy
 
 
 def kept(name: str) -> str:
@@ -30,15 +30,18 @@ def kept(name: str) -> str:
     return f"{name}, programs kept"
 
 
-def scripts(name: str, without: set[str]) -> dict[str, list[str]]:
+def scripts(name: str, folder: str, without: set[str]) -> dict[str, list[str]]:
     """What takes part, in an order in which whoever keeps programs has compiled them."""
-    ways = ["loop"] if name == "toy" else ["DataLoader", "indexing"]
-    theirs = {f"PyTorch, {way}": ["pytorch.script_in_torch", name, way] for way in ways}
-    if compiler() and COMPILED not in without:
-        again = ["pytorch.script_in_torch", name, "torch.compile"]
-        theirs |= {COMPILED: again, kept(COMPILED): again}
-    ours = ["pytorch.script_in_moejax", name]
-    return theirs | {MOEJAX: ours, kept(MOEJAX): ours}
+    given = [folder, str(EPOCHS), str(BATCH_SIZE.get(name, STEPS)), name]
+    found: dict[str, list[str]] = {}
+    for label, way in ways(name).items():
+        if label not in without:
+            how = ["compiled" if way.compiled else "eager"]
+            found[label] = ["pytorch.script_in_torch", *given[:3], way.study, way.batches, *how]
+            if way.compiled:
+                found[kept(label)] = found[label]
+    ours = ["pytorch.script_in_moejax", *given]
+    return found | {MOEJAX: ours, kept(MOEJAX): ours}
 
 
 def waits(name: str, problem: Problem, rounds: int, without: set[str]) -> dict[str, Any]:
@@ -54,16 +57,16 @@ def waits(name: str, problem: Problem, rounds: int, without: set[str]) -> dict[s
         The medians of seconds to the ``first`` line and to the end of the ``whole`` process, by
         script; and how busy other processes were.
     """
-    commands = scripts(name, without)
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in commands}
     before = processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
+        commands = scripts(name, folder, without)
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in commands}
         np.save(Path(folder, "x.npy"), problem.x)
         np.save(Path(folder, "y.npy"), problem.y)
         for number in progress(range(rounds), f"processes of {name}"):
             for way, command in commands.items():
                 programs = Path(folder, "programs", str(number))  # of this round alone
-                seconds[way].append(wait([*command, folder, str(EPOCHS)], programs))
+                seconds[way].append(wait(command, programs))
     medians = {
         way: [statistics.median(part) for part in zip(*times, strict=True)]
         for way, times in seconds.items()

@@ -6,6 +6,7 @@ Models only; `compare_pytorch.py` trains them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -74,7 +75,9 @@ class HardMixture(nn.Module):
         return run_experts(self.experts, x, chosen, weights)
 
 
-def run_experts(experts: nn.ModuleList, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def run_experts(
+    experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
     """Loops over the experts and adds each one's rows, weighted: chosen, weights [T, K]."""
     outputs, tokens = [], []
     for e, expert in enumerate(experts):

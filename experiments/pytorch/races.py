@@ -4,107 +4,22 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
-from moejax.interop import torch as conversion
-from moejax.interop.torch import StateDict
-from moejax.training import Step, TrainState, init_state, train_epoch, train_step
 from parts.command_line import say
-from pytorch.batches import Batches, indexed, loaded, repeated
-from pytorch.recipes import Study
-from pytorch.training import with_weights
-from pytorch.twins import Problem, Twin, objective
-
-MOEJAX = "moejax"
-Contender = Callable[[], Any]  # one epoch, or one run of the toy
-
-
-def toy_contenders(
-    study: Study, twin: Twin, state_dict: StateDict, problem: Problem
-) -> dict[str, Contender]:
-    """Full-batch steps: a loop in PyTorch, as it is and compiled, against one scan."""
-    x, y, order = problem
-    repeat = repeated(torch.from_numpy(x), torch.from_numpy(y), len(order))
-    contenders = {"PyTorch": torch_contender(study, state_dict, repeat)}
-    if compiler():
-        contenders["PyTorch, torch.compile"] = torch_contender(
-            study, state_dict, repeat, torch.compile
-        )
-    on_device = jnp.asarray(x), jnp.asarray(y)
-
-    def scan(step: Step, state: TrainState) -> tuple[TrainState, Any]:
-        return jax.lax.scan(lambda state, _: step(state, on_device), state, length=len(order))
-
-    return contenders | {MOEJAX: moejax_contender(twin, state_dict, scan)}
-
-
-def epoch_contenders(
-    study: Study, twin: Twin, state_dict: StateDict, problem: Problem, batch_size: int
-) -> dict[str, Contender]:
-    """An epoch of shuffled batches: PyTorch three ways, and one scan."""
-    x, y, _ = problem
-    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
-    shuffled = indexed(inputs, labels, batch_size)
-    by_loader = loaded(inputs, labels, batch_size)
-    contenders = {
-        "PyTorch, DataLoader": torch_contender(study, state_dict, by_loader),
-        "PyTorch, indexing": torch_contender(study, state_dict, shuffled),
-    }
-    if compiler():
-        contenders["PyTorch, torch.compile"] = torch_contender(
-            study, state_dict, shuffled, torch.compile
-        )
-    run = partial(train_epoch, data=(jnp.asarray(x), jnp.asarray(y)), batch_size=batch_size)
-    return contenders | {MOEJAX: moejax_contender(twin, state_dict, run)}
-
-
-def torch_contender(
-    study: Study,
-    state_dict: StateDict,
-    batches: Batches,
-    transform: Callable[..., Any] = lambda model: model,
-) -> Contender:
-    """The usual loop; weights and optimizer go on from call to call."""
-    model = with_weights(study, state_dict, torch.float32)
-    optimizer = study.optimizer(model.parameters())
-    predict = transform(model)
-
-    def run() -> None:
-        for x, y in batches():
-            optimizer.zero_grad()
-            study.loss(predict(x), y).backward()
-            optimizer.step()
-
-    return run
-
-
-def moejax_contender(twin: Twin, state_dict: StateDict, advance: Callable[..., Any]) -> Contender:
-    """One jitted call; the state goes on from call to call."""
-    params = jax.tree.map(jnp.asarray, conversion.from_torch(twin.layout, state_dict))
-    step = train_step(partial(objective, twin), twin.optimizer)
-    program = jax.jit(partial(advance, step), donate_argnums=0)
-    state = init_state(params, twin.optimizer, jax.random.key(0))
-
-    def run() -> TrainState:
-        nonlocal state
-        state, _ = jax.block_until_ready(program(state))
-        return state
-
-    return run
+from pytorch.contenders import Contender
+from pytorch.ways import MOEJAX
 
 
 def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
@@ -166,12 +81,6 @@ def no_inductor_cache() -> Iterator[None]:
         mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
     ):
         yield
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, if there is one."""
-    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def profile(run: Contender, largest: int = 12) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The two studies as a PyTorch user writes them: module, loss and optimizer."""
+"""The studies as a PyTorch user writes them: module, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pytorch import modules
+from pytorch import language_model, modules
 
 
 class Study(NamedTuple):
@@ -39,4 +39,10 @@ STUDIES = {
     "soft": Study(modules.soft, F.cross_entropy, adam),
     "sparse": Study(modules.sparse, F.cross_entropy, adam),
     "hard": Study(modules.hard, F.cross_entropy, adam),
+    "language": Study(language_model.sparse, language_model.cross_entropy, adam),
+    "language_grouped": Study(
+        partial(language_model.sparse, run=language_model.grouped),
+        language_model.cross_entropy,
+        adam,
+    ),
 }

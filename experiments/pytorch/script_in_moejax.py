@@ -1,6 +1,6 @@
 """The same training in moejax, in a process of its own: a line for each result.
 
-    python -m pytorch.script_in_moejax toy FOLDER EPOCHS
+    python -m pytorch.script_in_moejax FOLDER EPOCHS NUMBER toy
 
 Compiled programs are kept where MOEJAX_CACHE_DIR says, as every experiment keeps them.
 """
@@ -19,18 +19,21 @@ from moejax.training import Masked, Step, TrainState, init_state, train_epoch, t
 from parts.cache import keep_programs
 from parts.compiling import QUICK_TO_COMPILE, compile_in_background
 from pytorch.twins import TWINS, Twin
+from pytorch.ways import BATCH_SIZE
 
-BATCH_SIZE, STEPS = 128, 100
 
-
-def main(name: str, folder: str, epochs: str) -> None:
+def main(folder: str, epochs: str, number: str, name: str) -> None:
     """Trains, and says the mean loss of every epoch."""
     keep_programs(True)
     x, y = (jnp.asarray(np.load(f"{folder}/{leaf}.npy")) for leaf in "xy")
     data = Masked((x, y), jnp.ones(len(x), bool))
     twin = TWINS[name]()
     step = train_step(partial(masked_objective, twin), twin.optimizer)
-    advance = full_batches if name == "toy" else partial(train_epoch, batch_size=BATCH_SIZE)
+    advance = (
+        partial(train_epoch, batch_size=int(number))
+        if name in BATCH_SIZE
+        else partial(full_batches, steps=int(number))
+    )
     key, initial = jax.random.key(0), partial(start, twin)
     (begin, run), _ = compile_in_background(
         (jax.jit(initial, compiler_options=QUICK_TO_COMPILE), (key,)),
@@ -57,9 +60,9 @@ def masked_objective(
     return jnp.mean(losses, where=batch.mask), {}
 
 
-def full_batches(step: Step, state: TrainState, data: Any) -> tuple[TrainState, Any]:
+def full_batches(step: Step, state: TrainState, data: Any, steps: int) -> tuple[TrainState, Any]:
     """An epoch of the toy: all points in every step."""
-    return jax.lax.scan(lambda state, _: step(state, data), state, length=STEPS)
+    return jax.lax.scan(lambda state, _: step(state, data), state, length=steps)
 
 
 if __name__ == "__main__":

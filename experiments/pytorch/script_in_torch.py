@@ -1,8 +1,9 @@
 """A training as a PyTorch user's script, in a process of its own: a line for each result.
 
-    python -m pytorch.script_in_torch soft indexing FOLDER EPOCHS
+    python -m pytorch.script_in_torch FOLDER EPOCHS NUMBER soft indexed eager
 
-FOLDER has the inputs and labels, x.npy and y.npy. An epoch of the toy is a hundred steps.
+FOLDER has the inputs and labels, x.npy and y.npy. NUMBER is the examples of a batch; of the toy it
+is the steps of an epoch. The last three are a `Way`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,20 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pytorch.batches import Batches, indexed, loaded, repeated
+from pytorch.batches import BATCHES
 from pytorch.recipes import STUDIES
 
-BATCH_SIZE, STEPS = 128, 100
 
-
-def main(name: str, way: str, folder: str, epochs: str) -> None:
+def main(folder: str, epochs: str, number: str, name: str, way: str, eager: str) -> None:
     """Trains, and says the loss of the last batch after every epoch."""
     inputs, labels = (torch.from_numpy(np.load(f"{folder}/{leaf}.npy")) for leaf in "xy")
     study = STUDIES[name]
     torch.manual_seed(0)
     model = study.model().eval()  # without noise
     optimizer = study.optimizer(model.parameters())
-    predict = torch.compile(model) if way == "torch.compile" else model
-    batches = batches_of(name, way, inputs, labels)
+    predict = model if eager == "eager" else torch.compile(model)
+    batches = BATCHES[way](inputs, labels, int(number))
     for epoch in range(int(epochs)):
         for x, y in batches():
             optimizer.zero_grad()
@@ -35,13 +33,6 @@ def main(name: str, way: str, folder: str, epochs: str) -> None:
             loss.backward()
             optimizer.step()
         print(epoch + 1, loss.item(), flush=True)
-
-
-def batches_of(name: str, way: str, inputs: Tensor, labels: Tensor) -> Batches:
-    """How this way goes through the data."""
-    if name == "toy":
-        return repeated(inputs, labels, STEPS)
-    return (loaded if way == "DataLoader" else indexed)(inputs, labels, BATCH_SIZE)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pytorch.ways import COMPILED, IMAGES, MOEJAX
+
 DESCRIPTIONS = {
     "toy": "toy, 2 linear experts, Adam",
     "dense": "784-50-10, SGD",
     "soft": "soft mixture of 8, Adam",
     "sparse": "top-2 of 8, Adam",
+    "language": "language model, top-2 of 8, Adam",
 }
 UNTIL = {"first": "first result", "whole": "end"}
 PARTS = ["outputs", "gradients", "losses", "parameters"]
@@ -39,11 +42,14 @@ def numbers(runs: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     missed = [name for name, run in runs.items() if not run["met"]]
     text = "Largest absolute differences between PyTorch and moejax, from the same weights. "
+    bounds = ", ".join(f"{run['tolerance']:.0e} ({name})" for name, run in runs.items())
     text += (
         f"The loss curves in float64 miss their tolerance: {', '.join(missed)}."
         if missed
-        else "The loss curves in float64 keep within 1e-12 (toy) and 1e-9 (the others)."
+        else f"The loss curves in float64 keep within {bounds}."
     )
+    if "language" in runs:
+        text += " JAX's attention takes its softmax in float32, whatever the precision."
     rounding = "; ".join(
         f"{run['rounding']['PyTorch']:.0e} and {run['rounding']['moejax']:.0e} ({name})"
         for name, run in runs.items()
@@ -65,24 +71,24 @@ def seeds(record: dict[str, Any]) -> str:
 
 
 def speed(races: dict[str, Any]) -> str:
-    """Medians, and how much faster moejax is."""
+    """Milliseconds of a training step in every way, and how much faster moejax is."""
     lines = [
-        "| speed | DataLoader | indexing | torch.compile | moejax | times the best PyTorch | "
+        "| ms of a training step | PyTorch | torch.compile | moejax | times the best PyTorch | "
         "with compilation |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for name, race in races.items():
-        toy = name == "toy"
-        ways = ["-", "PyTorch"] if toy else ["PyTorch, DataLoader", "PyTorch, indexing"]
-        shown = race["steps_per_second"] if toy else race["median"]
-        unit = "{:,.0f} steps/s" if toy else "{:.2f} s/epoch"
-        cells = [
-            unit.format(shown[way]) if way in shown else "-"
-            for way in [*ways, "PyTorch, torch.compile", "moejax"]
+        steps = {way: 1e3 * time / race["steps"] for way, time in race["median"].items()}
+        eager = [
+            f"{step:.3g} ({way.removeprefix('PyTorch, ')})"
+            for way, step in steps.items()
+            if way not in (COMPILED, MOEJAX)
         ]
+        rest = [f"{steps[way]:.3g}" if way in steps else "-" for way in (COMPILED, MOEJAX)]
         speedup = f"{race['speedup']:.1f}"
         total = f"{race['speedup_with_compilation']:.1f} in {race['rounds'] + 1} rounds"
-        lines.append("| " + " | ".join([DESCRIPTIONS[name], *cells, speedup, total]) + " |")
+        cells = [DESCRIPTIONS[name], ", ".join(eager), *rest, speedup, total]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *disturbed(races), ""])
 
 
@@ -134,11 +140,16 @@ def disturbed(races: dict[str, Any]) -> list[str]:
 
 
 def origin(record: dict[str, Any]) -> str:
-    """The command and the machine."""
+    """The command, the machine and the data."""
     machine = record["machine"]
     threads = f", {record['threads']} threads each" if "threads" in record else ""
+    examples = record["examples"]
+    images = next((count for name, count in examples.items() if name in IMAGES), 0)
+    data = [f"{images:,} images of {record['dataset']}, batches of 128"] * bool(images)
+    if "language" in examples:
+        data += [f"{examples['language']:,} windows of 64 characters, batches of 16"]
     return (
         f"`{record['command']}` on {machine['cores']} cores of {machine['processor']}{threads}; "
-        f"Python {machine['python']}, jax {machine['jax']}, torch {machine['torch']}; "
-        f"{record['images']:,} images of {record['dataset']}, batches of 128.\n"
+        f"{'; '.join(data)}; "
+        f"Python {machine['python']}, jax {machine['jax']}, torch {machine['torch']}.\n"
     )

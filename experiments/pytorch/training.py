@@ -16,10 +16,12 @@ def initial_state(study: Study, seed: int) -> dict[str, np.ndarray]:
     return to_numpy(study.model().state_dict())
 
 
-def run_torch(study: Study, state_dict: dict[str, np.ndarray], problem: Problem) -> Trace:
-    """A run in PyTorch, in the precision of the problem."""
-    inputs, labels, order = map(torch.from_numpy, problem)
-    model = with_weights(study, state_dict, inputs.dtype)
+def run_torch(
+    study: Study, state_dict: dict[str, np.ndarray], problem: Problem, dtype: type
+) -> Trace:
+    """A run in PyTorch, in this precision."""
+    inputs, labels, order = map(torch.from_numpy, problem.astype(dtype))
+    model = with_weights(study, state_dict, torch.from_numpy(np.zeros(0, dtype)).dtype)
     optimizer = study.optimizer(model.parameters())
     losses: list[float] = []
     for rows in order:

@@ -46,8 +46,8 @@ class Problem(NamedTuple):
     """Data as both frameworks take it.
 
     Attributes:
-        x: inputs, shape [N, D].
-        y: labels, shape [N]: probabilities in the dtype of x, or classes.
+        x: inputs, shape [N, D]: numbers, or characters as integers.
+        y: labels, shape [N]: probabilities, or classes; of characters [N, D].
         order: the rows of each step's batch, shape [S, B].
     """
 
@@ -56,10 +56,9 @@ class Problem(NamedTuple):
     order: np.ndarray
 
     def astype(self, dtype: type) -> Problem:
-        """The same problem in another precision."""
-        classes = self.y.dtype.kind == "i"
-        y = self.y if classes else self.y.astype(dtype)
-        return Problem(self.x.astype(dtype), y, self.order)
+        """The same problem in another precision; integers stay what they are."""
+        x, y = (leaf if leaf.dtype.kind == "i" else leaf.astype(dtype) for leaf in self[:2])
+        return Problem(x, y, self.order)
 
 
 class Trace(NamedTuple):
@@ -151,15 +150,30 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-TWINS = {"toy": toy_mixture, "dense": dense, "soft": soft, "sparse": sparse}
+def language() -> Twin:
+    """The sparse language model; Adam."""
+    from pytorch import language_twin  # loads flax, for which no other twin should wait
+
+    return language_twin.language()
 
 
-def run_moejax(twin: Twin, state_dict: dict[str, np.ndarray], problem: Problem) -> Trace:
-    """A run in moejax from PyTorch's weights, in the precision of the problem."""
-    x, y, order = problem
-    with jax.enable_x64(x.dtype == np.float64):
+TWINS = {
+    "toy": toy_mixture,
+    "dense": dense,
+    "soft": soft,
+    "sparse": sparse,
+    "language": language,
+}
+
+
+def run_moejax(
+    twin: Twin, state_dict: dict[str, np.ndarray], problem: Problem, dtype: type
+) -> Trace:
+    """A run in moejax from PyTorch's weights, in this precision."""
+    x, y, order = problem.astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
         params = conversion.from_torch(twin.layout, state_dict)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(x.dtype)), params)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(dtype)), params)
         data = jnp.asarray(x), jnp.asarray(y)
         result = jax.jit(partial(trace, twin))(params, data, jnp.asarray(order))
         outputs, gradients, losses, parameters = jax.device_get(result)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pytorch import modules
+from pytorch import language_model, modules
 from pytorch.recipes import STUDIES
 from pytorch.training import initial_state, run_torch
-from pytorch_cases import WIDTHS, problem
+from pytorch_cases import MIXTURE, SIZES, WIDTHS, problem
 
 PATH = Path(__file__).parent / "pytorch.json"
 SMALL = {
@@ -24,13 +24,16 @@ SMALL = {
     "soft": STUDIES["soft"]._replace(model=partial(modules.soft, 4, WIDTHS)),
     "sparse": STUDIES["sparse"]._replace(model=partial(modules.sparse, 4, WIDTHS)),
     "hard": STUDIES["hard"]._replace(model=partial(modules.hard, 4, WIDTHS)),
+    "language": STUDIES["language"]._replace(
+        model=partial(language_model.sparse, language_model.Sizes(*SIZES[:4], *MIXTURE))
+    ),
 }
 
 
 def reference(name):
     """The weights that the run starts from, and what it leaves."""
     start = {key: value.astype(np.float64) for key, value in initial_state(SMALL[name], 0).items()}
-    return start, run_torch(SMALL[name], start, problem(name))
+    return start, run_torch(SMALL[name], start, problem(name), np.float64)
 
 
 def main():

@@ -1,0 +1,73 @@
+"""The data on which the frameworks are compared, and how much of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from data import Dataset, toy
+from data.text import standard_library
+from pytorch.twins import Problem
+from pytorch.ways import BATCH_SIZE
+
+CONTEXT = 64  # characters that a prediction can see
+
+
+class Size(NamedTuple):
+    """How much is computed.
+
+    Attributes:
+        toy_steps: steps of the toy, full batch.
+        steps: most steps of the others in the comparison of numbers; an epoch at most.
+        seeds: runs of the toy in the comparison of distributions.
+        rounds: of the comparison of speed, after the first.
+        images: most images of an epoch.
+        windows: of text in an epoch of the language model.
+        processes: rounds of whole processes.
+    """
+
+    toy_steps: int
+    steps: int
+    seeds: int
+    rounds: int
+    images: int
+    windows: int
+    processes: int
+
+
+FULL = Size(
+    toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000, windows=1_600, processes=3
+)
+QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280, windows=160, processes=0)
+
+
+def toy_problem(steps: int) -> Problem:
+    """A thousand points, all of them in every step."""
+    points = toy(jax.random.key(0), 1000)
+    x, y = (np.asarray(leaf, np.float64) for leaf in points)
+    return Problem(x, y, np.tile(np.arange(len(x)), (steps, 1)))
+
+
+def digit_problem(data: Dataset, size: Size) -> Problem:
+    """Flat images, and the shuffled rows of the first batches."""
+    images, labels = (leaf[: size.images] for leaf in data.train)
+    x = images.reshape(len(images), -1) / 255  # [N, 784]
+    return Problem(x, labels.astype(np.int64), batches(len(x), BATCH_SIZE["dense"], size.steps))
+
+
+def text_problem(size: Size) -> Problem:
+    """Windows of Python's standard library, each with the next character of every character."""
+    text = standard_library().train.astype(np.int64)
+    starts = np.random.default_rng(0).integers(len(text) - CONTEXT, size=(size.windows, 1))
+    places = starts + np.arange(CONTEXT)
+    order = batches(size.windows, BATCH_SIZE["language"], size.steps)
+    return Problem(text[places], text[places + 1], order)
+
+
+def batches(examples: int, batch_size: int, most: int) -> np.ndarray:
+    """The shuffled rows of the first batches of an epoch, all of one size."""
+    steps = min(most, examples // batch_size)
+    order = np.random.default_rng(0).permutation(examples)[: steps * batch_size]
+    return order.reshape(steps, batch_size)
