@@ -12,11 +12,11 @@ import torch
 
 from moejax.interop import torch as conversion
 from moejax.interop.torch import StateDict
-from moejax.training import Step, TrainState, init_state, train_epoch, train_step
+from moejax.training import TrainState, init_state, train_epoch, train_step
 from pytorch.batches import BATCHES
 from pytorch.recipes import STUDIES
 from pytorch.training import with_weights
-from pytorch.twins import Problem, Twin, objective
+from pytorch.twins import Problem, Twin, full_batches, objective
 from pytorch.ways import BATCH_SIZE, MOEJAX, Way, ways
 
 Contender = Callable[[], Any]  # one epoch, or one run of the toy
@@ -79,8 +79,3 @@ def moejax_contender(twin: Twin, start: StateDict, advance: Callable[..., Any]) 
         return state
 
     return run
-
-
-def full_batches(step: Step, state: TrainState, data: Any, steps: int) -> tuple[TrainState, Any]:
-    """Steps of the toy: all points in each."""
-    return jax.lax.scan(lambda state, _: step(state, data), state, length=steps)

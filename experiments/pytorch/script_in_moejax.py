@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.training import Masked, Step, TrainState, init_state, train_epoch, train_step
+from moejax.training import Masked, TrainState, init_state, train_epoch, train_step
 from parts.cache import keep_programs
 from parts.compiling import QUICK_TO_COMPILE, compile_in_background
-from pytorch.twins import TWINS, Twin
+from pytorch.twins import TWINS, Twin, full_batches
 from pytorch.ways import BATCH_SIZE
 
 
@@ -58,11 +58,6 @@ def masked_objective(
     x, y = batch.data
     losses = jax.vmap(twin.loss)(twin.apply(params, x)[:, None], y[:, None])
     return jnp.mean(losses, where=batch.mask), {}
-
-
-def full_batches(step: Step, state: TrainState, data: Any, steps: int) -> tuple[TrainState, Any]:
-    """An epoch of the toy: all points in every step."""
-    return jax.lax.scan(lambda state, _: step(state, data), state, length=steps)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import optax
 import moejax
 import toy
 from moejax.interop import torch as conversion
-from moejax.training import init_state, scan_batches, train_step
+from moejax.training import Step, TrainState, init_state, scan_batches, train_step
 
 Widths = tuple[int, int, int]  # of a network: inputs, hidden, classes
 DIGITS = (784, 128, 10)
@@ -191,6 +191,11 @@ def trace(
     step = train_step(partial(objective, twin), twin.optimizer)
     state, metrics = scan_batches(step, state, data, order)
     return twin.apply(params, x), gradients, metrics["loss"], state.params
+
+
+def full_batches(step: Step, state: TrainState, data: Any, steps: int) -> tuple[TrainState, Any]:
+    """Steps of the toy: all points in each."""
+    return jax.lax.scan(lambda state, _: step(state, data), state, length=steps)
 
 
 def objective(
