@@ -41,7 +41,7 @@ from parts.records import rounded, versions, write_json
 from pytorch import figures, races, twins
 from pytorch.contenders import contenders
 from pytorch.from_the_start import waits
-from pytorch.problems import FULL, QUICK, Size, digit_problem, text_problem, toy_problem
+from pytorch.problems import FULL, QUICK, Size, problems_of
 from pytorch.recipes import STUDIES, Study
 from pytorch.table import table
 from pytorch.training import initial_state, run_torch, with_weights
@@ -190,18 +190,6 @@ def images(args: argparse.Namespace) -> Dataset | None:
     quick = args.quick and args.data_dir is None
     with ending.refusals():
         return mnist_sample() if quick else load(args.data_dir)
-
-
-def problems_of(models: list[str], size: Size, data: Dataset | None) -> dict[str, Problem]:
-    """The data of every model that is compared."""
-    found: dict[str, Problem] = {}
-    if "toy" in models:
-        found["toy"] = toy_problem(size.toy_steps)
-    if data is not None:
-        found |= dict.fromkeys(IMAGES & set(models), digit_problem(data, size))
-    if "language" in models:
-        found["language"] = text_problem(size)
-    return {name: found[name] for name in models}
 
 
 def main() -> None:

@@ -32,15 +32,15 @@ def kept(name: str) -> str:
 
 def scripts(name: str, folder: str, without: set[str]) -> dict[str, list[str]]:
     """What takes part, in an order in which whoever keeps programs has compiled them."""
-    given = [folder, str(EPOCHS), str(BATCH_SIZE.get(name, STEPS)), name]
+    given = [folder, str(EPOCHS), str(BATCH_SIZE.get(name, STEPS))]
     found: dict[str, list[str]] = {}
     for label, way in ways(name).items():
         if label not in without:
-            how = ["compiled" if way.compiled else "eager"]
-            found[label] = ["pytorch.script_in_torch", *given[:3], way.study, way.batches, *how]
+            how = "compiled" if way.compiled else "eager"
+            found[label] = ["pytorch.script_in_torch", *given, way.study, way.batches, how]
             if way.compiled:
                 found[kept(label)] = found[label]
-    ours = ["pytorch.script_in_moejax", *given]
+    ours = ["pytorch.script_in_moejax", *given, name]
     return found | {MOEJAX: ours, kept(MOEJAX): ours}
 
 

@@ -18,6 +18,7 @@ from pytorch.modules import run_experts
 
 # (tokens [T, D], their experts [T, K], weights [T, K], kernels of gate, up and down) -> [T, D]
 Run = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+Turns = tuple[Tensor, Tensor]  # each [S, W / 2]
 
 
 class Sizes(NamedTuple):
@@ -83,26 +84,27 @@ class Attention(nn.Module):
         self.inward = nn.Linear(sizes.width, 3 * sizes.width, bias=False)
         self.outward = nn.Linear(sizes.width, sizes.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """A whole text at once, x [B, S, D], angles [S, W / 2]."""
+    def forward(self, x: Tensor, turns: Turns) -> Tensor:
+        """A whole text at once, x [B, S, D]."""
         heads = self.inward(x).unflatten(-1, (3, self.heads, -1))  # [B, S, 3, H, W]
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # [B, H, S, W]
         y = F.scaled_dot_product_attention(
-            rotated(queries, angles), rotated(keys, angles), values, is_causal=True
+            rotated(queries, turns), rotated(keys, turns), values, is_causal=True
         )
         return self.outward(y.transpose(1, 2).flatten(2))
 
 
-def angles_of(tokens: int, width: int, like: Tensor) -> Tensor:
-    """How far the positions turn each pair of features, [S, W / 2]."""
+def turns_of(tokens: int, width: int, dtype: torch.dtype) -> Turns:
+    """Cosine and sine of how far the positions turn each pair of features."""
     half = width // 2
-    rates = 1000.0 ** (-torch.arange(half, dtype=like.dtype) / half)
-    return torch.arange(tokens, dtype=like.dtype)[:, None] * rates
+    rates = 1000.0 ** (-torch.arange(half, dtype=dtype) / half)
+    angles = torch.arange(tokens, dtype=dtype)[:, None] * rates
+    return angles.cos(), angles.sin()
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
+def rotated(x: Tensor, turns: Turns) -> Tensor:
     """Rotary positions, x [B, H, S, W]."""
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = turns
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
@@ -116,9 +118,9 @@ class Block(nn.Module):
         self.attention = Attention(sizes)
         self.mixture = Mixture(sizes, run)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns) -> Tensor:
         """A whole text at once."""
-        x = x + self.attention(self.norms[0](x), angles)
+        x = x + self.attention(self.norms[0](x), turns)
         return x + self.mixture(self.norms[1](x).flatten(0, 1)).view_as(x)
 
 
@@ -136,9 +138,9 @@ class Transformer(nn.Module):
     def forward(self, characters: Tensor) -> Tensor:
         """Logits [B, S, V] for characters [B, S]."""
         x = self.embedding(characters) * self.sizes.width**0.5
-        angles = angles_of(x.shape[1], self.sizes.width // self.sizes.heads, x)
+        turns = turns_of(x.shape[1], self.sizes.width // self.sizes.heads, x.dtype)
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, turns)
         return self.norm(x) @ self.embedding.weight.T
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from data.text import VOCABULARY
@@ -22,7 +21,7 @@ def language(sizes: Sizes = SIZES, mixture: Mixture = MIXTURE) -> Twin:
     network = sparse(sizes, mixture, None)
     return Twin(
         network.init,
-        lambda params, x: network.apply(params, x.astype(jnp.int32))[0],
+        lambda params, x: network.apply(params, x)[0],
         cross_entropy,
         optax.adam(1e-3),
         layout(sizes, mixture),

@@ -10,7 +10,7 @@ import numpy as np
 from data import Dataset, toy
 from data.text import standard_library
 from pytorch.twins import Problem
-from pytorch.ways import BATCH_SIZE
+from pytorch.ways import BATCH_SIZE, IMAGES
 
 CONTEXT = 64  # characters that a prediction can see
 
@@ -41,6 +41,18 @@ FULL = Size(
     toy_steps=500, steps=400, seeds=100, rounds=5, images=60_000, windows=1_600, processes=3
 )
 QUICK = Size(toy_steps=100, steps=10, seeds=4, rounds=1, images=1_280, windows=160, processes=0)
+
+
+def problems_of(models: list[str], size: Size, data: Dataset | None) -> dict[str, Problem]:
+    """The data of every model that is compared."""
+    found: dict[str, Problem] = {}
+    if "toy" in models:
+        found["toy"] = toy_problem(size.toy_steps)
+    if data is not None:
+        found |= dict.fromkeys(IMAGES & set(models), digit_problem(data, size))
+    if "language" in models:
+        found["language"] = text_problem(size)
+    return {name: found[name] for name in models}
 
 
 def toy_problem(steps: int) -> Problem:

@@ -21,7 +21,7 @@ def run_torch(
 ) -> Trace:
     """A run in PyTorch, in this precision."""
     inputs, labels, order = map(torch.from_numpy, problem.astype(dtype))
-    model = with_weights(study, state_dict, torch.from_numpy(np.zeros(0, dtype)).dtype)
+    model = with_weights(study, state_dict, getattr(torch, np.dtype(dtype).name))
     optimizer = study.optimizer(model.parameters())
     losses: list[float] = []
     for rows in order:

@@ -25,24 +25,26 @@ class Way(NamedTuple):
     compiled: bool = False
 
 
+# By model and by what a way is called; torch.compile takes the last, in float32 no grouped product.
+EAGER = {
+    name: {"PyTorch, DataLoader": Way(name, "loaded"), "PyTorch, indexing": Way(name, "indexed")}
+    for name in IMAGES
+} | {
+    "toy": {"PyTorch, loop": Way("toy", "repeated")},
+    "language": {
+        "PyTorch, grouped_mm": Way("language_grouped", "indexed"),
+        "PyTorch, loop over experts": Way("language", "indexed"),
+    },
+}
+
+
 def ways(model: str) -> dict[str, Way]:
     """The ways to train this model, by what they are called."""
-    if model == "toy":
-        found = {"PyTorch, loop": Way("toy", "repeated")}
-    elif model == "language":
-        found = {  # torch.compile takes no grouped product in float32
-            "PyTorch, grouped_mm": Way("language_grouped", "indexed"),
-            "PyTorch, loop over experts": Way("language", "indexed"),
-        }
-    else:
-        found = {
-            "PyTorch, DataLoader": Way(model, "loaded"),
-            "PyTorch, indexing": Way(model, "indexed"),
-        }
+    eager = EAGER[model]
     if not compiler():
-        return found
-    last = list(found.values())[-1]
-    return found | {COMPILED: last._replace(compiled=True)}
+        return eager
+    *_, last = eager.values()
+    return eager | {COMPILED: last._replace(compiled=True)}
 
 
 def compiler() -> str | None:
