@@ -1,7 +1,7 @@
 """Chen et al. 2022: a router finds the clusters where experts are nonlinear, and there alone.
 
     python experiments/clusters.py
-    python experiments/clusters.py --seeds 10 --resume
+    python experiments/clusters.py --seeds 10 --single-seeds 10 --resume
     python experiments/clusters.py --seeds 3 --settings 1 --out runs/clusters_small
 
 Four settings of synthetic data with four clusters; in each, mixtures of eight cubic and eight
