@@ -63,7 +63,7 @@ CASES = {
     "one token": (np.array([[3, 1]]), 8),
     "fewer tokens than experts": (random_choices(3, 2, 8), 8),
     "every expert": (random_choices(12, 4, 4), 4),
-    "several chunks": (random_choices(1500, 2, 6), 6),
+    "one expert at a time": (random_choices(1500, 2, 6), 6),
     "collapsed onto large blocks": (np.tile([[2, 0]], (1500, 1)), 6),
     "by load": (random_choices(750, 2, 16, nowhere=20), 16),
     "by uneven load": (uneven_choices(750, 16), 16),

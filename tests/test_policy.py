@@ -124,13 +124,13 @@ def test_many_experts_have_slots_by_load_on_cpu_alone():
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "capacity"), [(64, 150), (64, 10), (6, 100), (1, 9), (7, 1)]
+    ("num_experts", "capacity", "together"),
+    [(64, 10, 4), (64, 150, 4), (64, 300, 2), (6, 100, 3), (8, 1056, 1), (1, 9, 1), (7, 60, 1)],
 )
-def test_chunks_divide_the_experts(num_experts, capacity):
-    chunk = experts_per_chunk(num_experts, capacity)
-    assert num_experts % chunk == 0
-    assert (chunk > 1) == (num_experts > 1), "a batch of one product takes twice as long"
-    assert chunk <= 4 or chunk * capacity <= CACHED_ROWS or num_experts == chunk
+def test_a_chunk_has_few_experts_and_one_where_its_rows_are_many(num_experts, capacity, together):
+    assert experts_per_chunk(num_experts, capacity) == together
+    assert num_experts % together == 0
+    assert together == 1 or together * capacity <= CACHED_ROWS
 
 
 def test_where_tokens_may_choose_every_expert_only_loops_run():

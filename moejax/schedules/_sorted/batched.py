@@ -154,7 +154,7 @@ def _by_chunks(
     def step(total: Tree, chunk: tuple[Array, ...]) -> tuple[Tree, Tree]:
         experts, *rows = chunk
         some = jax.tree.map(lambda a: a.at[experts].get(mode="promise_in_bounds"), params)
-        results = jax.vmap(one)(some, *rows)
+        results = _several(one, some, *rows)
 
         def put(a: Array, new: Array) -> Array:
             return a.at[experts].set(new, mode="promise_in_bounds", unique_indices=True)
@@ -167,6 +167,17 @@ def _by_chunks(
         total, some_rows = jax.lax.scan(step, total, chunks)
         rows.append(jax.tree.map(lambda a: _flat(_flat(a)), some_rows))
     return PerExpert(total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows))
+
+
+def _several(one: Callable[..., PerExpert], *stacked: Any) -> PerExpert:
+    """``one`` for a few experts, [n, ...] -> [n, ...].
+
+    One expert gets no batch of its own: XLA computes a batch of one product half as fast.
+    """
+    if len(jax.tree.leaves(stacked)[0]) > 1:
+        return jax.vmap(one)(*stacked)
+    first = jax.tree.map(lambda a: a[0], stacked)
+    return jax.tree.map(lambda a: a[None], one(*first))
 
 
 def _zeros_by_expert(

@@ -116,15 +116,14 @@ def always_batched(policy: Policy) -> bool:
 
 
 def experts_per_chunk(num_experts: int, capacity: int) -> int:
-    """How many of E experts with C slots each a chunk computes: a number that divides E.
+    """How many of E experts with C slots each a chunk computes: one, or what divides E up to four.
 
-    Not one: XLA computes a batch of one product another way, half as fast. At most four, since a
-    chunk copies its experts' parameters. A last chunk of another size would make XLA copy every
-    result.
+    As many as have the rows that are worth a trip of a loop: one where an expert has them by
+    itself. At most four, since a chunk copies its experts' parameters. A last chunk of another size
+    would make XLA copy every result.
     """
-    sizes = [n for n in range(2, num_experts + 1) if num_experts % n == 0]
-    fitting = [n for n in sizes if n <= 4 and 2 * n * capacity <= CACHED_ROWS]
-    return max(fitting, default=min(sizes, default=1))
+    fitting = [n for n in (2, 3, 4) if num_experts % n == 0 and 2 * n * capacity <= CACHED_ROWS]
+    return max(fitting, default=1)
 
 
 def on_cpu(platform: str | None = None) -> bool:
