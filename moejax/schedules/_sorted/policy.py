@@ -109,8 +109,8 @@ def worth_batching(filled: Array, num_choices: int) -> Array:
 def always_batched(policy: Policy) -> bool:
     """Whether the batched pass runs in any case: alone, or too short for a choice to pay.
 
-    XLA drops what nobody asks for, such as the gradient of a network's input, but not out of one
-    branch of a condition.
+    Without a condition between them XLA merges what the backward pass computes again with the
+    forward pass.
     """
     return not policy.blocks or policy.num_slots <= CACHED_ROWS
 
