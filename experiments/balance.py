@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=at_least(POINTS),
         default=2000,
-        help=f"of Adam, cut to a multiple of {POINTS} (default: %(default)s)",
+        help=f"steps of Adam, cut to a multiple of {POINTS} (default: %(default)s)",
     )
 
 

@@ -33,7 +33,7 @@ from studies.trunk_training import Training, adamw, curves
 
 
 def evenly(routing: moejax.Routing) -> jax.Array:
-    """Ten times the weight of Switch Transformers, to be even within a few epochs."""
+    """Load balancing at ten times the weight of Switch Transformers: even within a few epochs."""
     return 0.1 * moejax.load_balancing_loss(routing)
 
 
@@ -45,7 +45,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seeds_option(parser, 3)
     add_data_dir(parser)
     add = parser.add_argument
-    add("--heads", choices=list(HEADS), nargs="+", default=list(HEADS), help="(default: all)")
+    add(
+        "--heads",
+        choices=list(HEADS),
+        nargs="+",
+        default=list(HEADS),
+        help="which to train (default: all)",
+    )
     add("--epochs", type=at_least(1), default=12, help="of training (default: %(default)s)")
     add(
         "--batch-size",

@@ -40,11 +40,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
     seeds_option(parser, 30, " of trees")
     add = parser.add_argument
-    add("--toy-seeds", type=at_least(1), default=100, help="of the toy (default: %(default)s)")
-    add("--toy-steps", type=at_least(1), default=500, help="of Adam (default: %(default)s)")
+    add("--toy-seeds", type=at_least(1), default=100, help="runs of the toy (default: %(default)s)")
+    add(
+        "--toy-steps",
+        type=at_least(1),
+        default=500,
+        help="steps of Adam on the toy (default: %(default)s)",
+    )
     add("--samples", type=at_least(8), default=400, help="examples of a tree, to train and to test")
-    add("--iterations", type=at_least(1), default=100, help="of EM (default: %(default)s)")
-    add("--steps", type=at_least(1), default=3000, help="of Adam on trees (default: %(default)s)")
+    add(
+        "--iterations",
+        type=at_least(1),
+        default=100,
+        help="iterations of EM (default: %(default)s)",
+    )
+    add(
+        "--steps",
+        type=at_least(1),
+        default=3000,
+        help="steps of Adam on trees (default: %(default)s)",
+    )
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:

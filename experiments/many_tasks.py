@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="cosines of the tasks' weights (default: 0, 0.5, 0.9 and 1)",
     )
-    add("--steps", type=at_least(50), default=2000, help="of Adam (default: %(default)s)")
+    add("--steps", type=at_least(50), default=2000, help="steps of Adam (default: %(default)s)")
     add("--batch-size", type=at_least(1), default=128, help="fresh examples of a step")
     add("--learning-rate", type=positive_float, default=3e-3)
 

@@ -37,19 +37,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seeds_option(parser, 3)
     add_data_dir(parser)
     add = parser.add_argument
-    add("--heads", choices=list(MODELS), nargs="+", default=list(MODELS), help="(default: all)")
+    add(
+        "--heads",
+        choices=list(MODELS),
+        nargs="+",
+        default=list(MODELS),
+        help="which to train (default: all)",
+    )
     counts = {
         "--examples": (1, 30000, "training images, or all if there are fewer"),
-        "--epochs": (1, 10, "of training"),
+        "--epochs": (1, 10, "passes over the training images"),
         "--batch-size": (1, 100, "training images per step"),
-        "--images": (1, 1000, "of either kind at which the Hessian is taken"),
+        "--images": (1, 1000, "how many training and how many test images the Hessian is taken at"),
         "--starts": (1, 2, "random vectors from which Lanczos starts"),
-        "--steps": (2, 20, "of Lanczos from each"),
+        "--steps": (2, 20, "steps of Lanczos from each start"),
         "--probes": (2, 30, "random vectors for the trace"),
     }
     for name, (least, default, text) in counts.items():
         add(name, type=at_least(least), default=default, help=f"{text} (default: %(default)s)")
-    add("--learning-rate", type=positive_float, default=2e-3, help="of Adam (default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=2e-3,
+        help="the step size of Adam (default: %(default)s)",
+    )
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:

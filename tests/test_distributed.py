@@ -125,7 +125,7 @@ def wait_for(condition, seconds=300):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mesh", "data=2"], "must be like data=2,expert=4, got data=2"),
+        (["--mesh", "data=2"], "must have an axis expert, as data=2,expert=1 has"),
         (["--mesh", "data=2,expert=x"], "must be like data=2,expert=4"),
         (["--mesh", "data=2,expert=2"], "takes 4 devices and there are 8"),
         (["--mesh", "expert=1", "--processes", "2"], "needs --mesh and --coordinator"),

@@ -137,8 +137,8 @@ def test_an_incomplete_final_batch_and_plain_sgd(tmp_path):
     ("arguments", "message"),
     [
         (["--epochs", "0"], "--epochs: must be a whole number of at least 1, got 0"),
-        (["--learning-rate", "-1"], "--learning-rate: must be a number above zero, got -1"),
-        (["--learning-rate", "nan"], "must be a number above zero, got nan"),
+        (["--learning-rate", "-1"], "--learning-rate: must be a finite number above zero, got -1"),
+        (["--learning-rate", "nan"], "must be a finite number above zero, got nan"),
         (["--model", "huge"], "invalid choice: 'huge'"),
         (["--model", "sparse", "--top-k", "9"], "`k` must be an integer between 1 and"),
         (["--model", "sparse", "--top-k", "1"], "exactly zero gradient"),

@@ -306,6 +306,11 @@ def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_offered(finished, tm
     assert leaves(out) == leaves(finished)
 
 
+def test_a_step_to_resume_must_be_there(tmp_path, capsys):
+    message = refusal("mnist", "--out", str(tmp_path), *DIGITS, "--resume", "7", capsys=capsys)
+    assert "--resume 7: there is no checkpoint in" in message
+
+
 def test_nothing_to_resume_starts_from_the_beginning(finished, tmp_path, capsys):
     run("mnist", "--out", str(tmp_path), *DIGITS, "--resume")
     assert "starting from the beginning" in capsys.readouterr().out

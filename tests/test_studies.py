@@ -26,7 +26,7 @@ from studies import (
 )
 from studies.blocks import Cell, collect
 from studies.intervals import interval, shown
-from studies.page import pattern, publish, replaced, table
+from studies.page import check_page, pattern, publish, table
 
 ROOT = Path(__file__).parent.parent
 RENDERED = {
@@ -171,8 +171,9 @@ def test_a_study_writes_its_section(tmp_path):
     assert section(text, "x") == "mean 2.0\n"
     assert stored(tmp_path, "x") == {"mean": 2.0}
     assert (tmp_path / "studies" / "x.png").exists()
+    check_page(tmp_path, "x")
     with pytest.raises(RefusedError, match="must have the lines <!-- y -->"):
-        replaced(text, "y", "", Path("page"))
+        check_page(tmp_path, "y")
 
 
 def test_a_table():

@@ -19,29 +19,62 @@ from parts.devices import mesh_axes
 def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
     parser = OneLineParser(description=description)
-    add = parser.add_argument
+    add, shown = parser.add_argument, "(default: %(default)s)"
     add_out(parser, "runs/language_model")
     add_no_cache(parser)
-    add("--text", type=Path, nargs="+", metavar="FILE", help="text of one's own")
-    add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)}")
-    add("--seeds", type=at_least(1), default=3, help="runs of each model")
-    add("--steps", type=at_least(1), default=1500)
-    add("--evaluate-every", type=at_least(1), default=100, metavar="STEPS")
-    add("--windows", type=at_least(64), default=512, help="of the validation text")
-    add("--width", type=at_least(8), default=64)
-    add("--layers", type=at_least(1), default=2)
-    add("--heads", type=at_least(1), default=4)
-    add("--context", type=at_least(2), default=64, help="characters that a prediction can see")
-    add("--experts", type=at_least(1), default=8)
-    add("--top-k", type=at_least(1), default=2, help="experts per character")
-    add("--hidden", type=at_least(1), default=64, help="hidden width of one expert")
-    add("--batch-size", type=at_least(1), default=16)
-    add("--learning-rate", type=positive_float, default=1e-2)
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="your own text (default: Python's library)",
+    )
+    add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
+    add("--seeds", type=at_least(1), default=3, help=f"runs of each model {shown}")
+    add("--steps", type=at_least(1), default=1500, help=f"of training {shown}")
+    add(
+        "--evaluate-every",
+        type=at_least(1),
+        default=100,
+        metavar="STEPS",
+        help=f"steps between two looks at the validation text, and between checkpoints {shown}",
+    )
+    add("--windows", type=at_least(64), default=512, help=f"of the validation text {shown}")
+    add("--width", type=at_least(8), default=64, help=f"features of a character {shown}")
+    add("--layers", type=at_least(1), default=2, help=f"transformer blocks {shown}")
+    add("--heads", type=at_least(1), default=4, help=f"attention heads {shown}")
+    add(
+        "--context",
+        type=at_least(2),
+        default=64,
+        help=f"characters that a prediction can see {shown}",
+    )
+    add("--experts", type=at_least(1), default=8, help=f"how many experts {shown}")
+    add("--top-k", type=at_least(1), default=2, help=f"experts per character {shown}")
+    add("--hidden", type=at_least(1), default=64, help=f"hidden width of one expert {shown}")
+    add("--batch-size", type=at_least(1), default=16, help=f"windows per step {shown}")
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=1e-2,
+        help=f"the highest, of AdamW {shown}",
+    )
     add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
     add("--resume", action="store_true", help="go on with the runs in --out")
     add("--sample", metavar="PROMPT", help="write on from this, by the models trained in --out")
-    add("--sample-length", type=at_least(1), default=500, metavar="CHARACTERS")
-    add("--temperature", type=positive_float, default=0.7)
+    add(
+        "--sample-length",
+        type=at_least(1),
+        default=500,
+        metavar="CHARACTERS",
+        help=f"how much --sample writes {shown}",
+    )
+    add(
+        "--temperature",
+        type=positive_float,
+        default=0.7,
+        help=f"of --sample; lower is more predictable {shown}",
+    )
     return parser, parser.parse_args()
 
 
@@ -69,6 +102,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Text:
     """The text, in windows of --context characters."""
+    for path in args.text or ():
+        if not path.is_file():
+            parser.error(f"--text must name files, got nothing called {path}")
     try:
         text = (
             from_files(args.text, ", ".join(map(str, args.text)))

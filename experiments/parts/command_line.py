@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -20,7 +20,13 @@ LARGEST_SEED = 2**32 - 1  # a larger one would be cut, and be the seed of anothe
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that answers bad arguments with one line and exit code 2."""
+    """An argument parser that answers bad arguments with one line and exit code 2.
+
+    An option cut short is a bad argument: ``--seed`` must not become ``--seeds``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Prints the message without the usage."""
@@ -57,7 +63,7 @@ def positive_float(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above zero, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a finite number above zero, got {text}")
     return value
 
 
@@ -90,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "--seed",
         type=at_least(0, LARGEST_SEED),
         default=0,
-        help="another seed gives another run, the same seed the same (default: %(default)s)",
+        help="of all random numbers; the same seed repeats the run (default: %(default)s)",
     )
     add_no_cache(parser)
 

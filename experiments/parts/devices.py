@@ -26,8 +26,10 @@ def mesh_axes(text: str) -> dict[str, int]:
         for name, _, size in pairs
         if size and not size.strip(digits) and len(size) < 9 and int(size) > 0
     }
-    if len(axes) != len(pairs) or "expert" not in axes:
+    if len(axes) != len(pairs):
         raise argparse.ArgumentTypeError(f"must be like data=2,expert=4, got {text}")
+    if "expert" not in axes:
+        raise argparse.ArgumentTypeError(f"must have an axis expert, as {text},expert=1 has")
     return axes
 
 

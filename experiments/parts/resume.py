@@ -122,7 +122,8 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
     """Where the run starts: afresh, or from a checkpoint.
 
     Raises:
-        RefusedError: if there are checkpoints of another run, or a damaged one.
+        RefusedError: if there are checkpoints of another run, or a damaged one, or none of the
+            step that is asked for.
         OSError: if there is no room for those to come.
     """
     newest = checkpoint.latest(plan.folder)
@@ -136,6 +137,8 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
     check_room(plan, fresh)
     if resume is not None and newest is not None:
         return restored(plan, None if resume == NEWEST else resume, fresh)
+    if resume not in (None, NEWEST):
+        raise RefusedError(f"--resume {resume}: there is no checkpoint in {plan.folder}")
     if resume is not None:
         say(f"nothing to resume in {plan.folder}: starting from the beginning")
     # Shows that checkpoints can be written, before anything is lost if not.

@@ -148,8 +148,6 @@ def origin(record: dict[str, Any]) -> str:
     data = [f"{images:,} images of {record['dataset']}, batches of 128"] * bool(images)
     if "language" in examples:
         data += [f"{examples['language']:,} windows of 64 characters, batches of 16"]
-    return (
-        f"`{record['command']}` on {machine['cores']} cores of {machine['processor']}{threads}; "
-        f"{'; '.join(data)}; "
-        f"Python {machine['python']}, jax {machine['jax']}, torch {machine['torch']}.\n"
-    )
+    versions = f"Python {machine['python']}, jax {machine['jax']}, torch {machine['torch']}"
+    where = f"`{record['command']}` on {machine['cores']} cores of {machine['processor']}{threads}"
+    return f"{'; '.join([where, *data, versions])}.\n"

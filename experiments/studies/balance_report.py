@@ -35,7 +35,7 @@ def cell_name(method: str) -> str:
 
 
 def summarize(measured: dict[str, Measured]) -> Summary:
-    """Every measure with its interval, and errors less that without any method, seed by seed."""
+    """Every measure with its interval, and errors minus that without any method, seed by seed."""
     base = measured[cell_name(REFERENCE)]["error"]
     return {
         "cells": intervals_of(measured),
@@ -47,7 +47,7 @@ def summarize(measured: dict[str, Measured]) -> Summary:
 def render(summary: Summary) -> str:
     """The table of ours, and the published one."""
     ours = table(
-        ["method", "seeds", *COLUMNS, "error less that of nothing"],
+        ["method", "seeds", *COLUMNS, "error minus that of nothing"],
         [row(summary, name) for name in METHODS],
     )
     published = table(

@@ -109,7 +109,8 @@ def measured(cell: Cell, keys: jax.Array, rows: slice) -> dict[str, Any]:
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise EndedError(f"{name} of {cell.name} is not finite: try another --seed")
-    say(f"{cell.name:<32} seeds {rows.start:>3} to {rows.stop - 1:<3} {seconds:>8.1f} s")
+    last = f" to {rows.stop - 1}" if rows.stop - rows.start > 1 else ""
+    say(f"{cell.name:<32} seed {f'{rows.start}{last}':<10} {seconds:>8.1f} s")
     # Every digit: what is read back is what was measured.
     return {name: np.asarray(value, np.float64).tolist() for name, value in values.items()} | {
         "seconds": [seconds / len(keys)] * len(keys)

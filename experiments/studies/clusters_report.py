@@ -188,7 +188,15 @@ def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) 
     one, theirs = summary["cells"][name]["accuracy"], summary["published"][name]["accuracy"]
     first = place == 0
     values = one["values"]
-    ax.scatter(place - 0.3 + 0 * np.array(values), values, s=6, color=shade, alpha=0.4, linewidth=0)
+    ax.scatter(
+        place - 0.3 + 0 * np.array(values),
+        values,
+        s=6,
+        color=shade,
+        alpha=0.4,
+        linewidth=0,
+        label="one seed" if first else None,
+    )
     ax.errorbar(
         place,
         one["mean"],
@@ -196,7 +204,7 @@ def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) 
         fmt="o",
         ms=4,
         color=shade,
-        label="mean, 95%" if first else None,
+        label="mean, 95% interval" if first else None,
     )
     ax.errorbar(
         place + 0.3,

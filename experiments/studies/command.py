@@ -20,7 +20,7 @@ from parts.command_line import (
 from parts.output import output_of_one_run, save_figure
 from parts.records import rounded, versions, write_json
 from studies.blocks import Cell, Measured, collect
-from studies.page import Summary, publish
+from studies.page import Summary, check_page, publish
 
 # What a run may be resumed with: its place, that of its data, which cells and seeds, and what is
 # done afterwards.
@@ -80,6 +80,8 @@ def main(study: Study, description: str) -> None:
     args = parser.parse_args()
     with ending.one_line_errors():
         keep_programs(not args.no_cache)
+        if args.docs is not None:
+            check_page(args.docs, study.name)
         with output_of_one_run(args.out):
             start_devices()
             work(study, args)

@@ -59,7 +59,7 @@ def render(summary: Summary) -> str:
 def accuracies(summary: Summary) -> str:
     """Of every head, beside the published."""
     rows = table(
-        ["head", "seeds", "published", "ours, best epoch", "ours, last epoch", "less dense"],
+        ["head", "seeds", "published", "ours, best epoch", "ours, last epoch", "minus dense"],
         [
             [
                 name,

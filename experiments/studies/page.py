@@ -28,11 +28,23 @@ def publish(
         RefusedError: if the page has no place for it.
     """
     page = docs / PAGE
-    text = replaced(page.read_text() if page.exists() else "", name, render(summary), page)
+    text = replaced(page.read_text(), name, render(summary), page)
     (docs / "studies").mkdir(exist_ok=True)
     write_json(docs / "studies" / f"{name}.json", summary)
     save_figure(figure, docs / "studies" / f"{name}.png")
     save_text(text, page)
+
+
+def check_page(docs: Path, name: str) -> None:
+    """Checks that there is a place for a study, before it begins.
+
+    Raises:
+        RefusedError: if there is none.
+    """
+    page = docs / PAGE
+    if not page.exists():
+        raise RefusedError(f"--docs must be a folder that has {PAGE}, got {docs}")
+    replaced(page.read_text(), name, "", page)
 
 
 def replaced(text: str, name: str, content: str, page: Path) -> str:
@@ -55,8 +67,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def duration(summary: Summary) -> str:
     """How long a study took, and on what."""
-    minutes, machine = max(1, round(summary["seconds"] / 60)), summary["versions"]
-    time = "a minute" if minutes == 1 else f"{minutes} minutes"
+    seconds, machine = summary["seconds"], summary["versions"]
+    time = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     return (
         f"All this took {time}, compilation included, on {machine['cores']} cores "
         f"of {machine['processor']}.\n"
