@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -24,11 +24,12 @@ SCHEDULES = MappingProxyType(
 
 
 DECISIONS = tuple(SCHEDULES)
+AXES = MappingProxyType({Routing: "[T, E]", ExpertChoice: "[T, E]", SoftSlots: "[T, E, C]"})
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes(*kinds: type) -> Callable[[Function], Function]:
-    """Refuses decisions of other kinds by name, before a missing attribute or wrong numbers do.
+    """Refuses decisions of other kinds, and stacks of decisions, before wrong numbers come out.
 
     A decision of the caller's own type is let through: it may have what the function reads.
     """
@@ -41,8 +42,10 @@ def takes(*kinds: type) -> Callable[[Function], Function]:
                 if isinstance(value, DECISIONS) and not isinstance(value, kinds):
                     raise ValueError(
                         f"`{function.__name__}` takes a decision of type {expected}, got "
-                        f"{type(value).__name__}, which goes with {_schedules_of(value)}."
+                        f"{type(value).__name__}, which goes with {_of(value, SCHEDULES)}."
                     )
+                if isinstance(value, DECISIONS):
+                    _check_axes(function.__name__, value)
             return function(*args, **kwargs)
 
         return cast(Function, checked)
@@ -50,8 +53,18 @@ def takes(*kinds: type) -> Callable[[Function], Function]:
     return decorate
 
 
-def _schedules_of(decision: Any) -> str:
-    return next(names for kind, names in SCHEDULES.items() if isinstance(decision, kind))
+def _check_axes(function: str, decision: Any) -> None:
+    """Refuses a stack of decisions, over which a mean would pool what a loss must keep apart."""
+    axes, shape = _of(decision, AXES), jnp.shape(decision.logits)
+    if len(shape) != axes.count(",") + 1:
+        raise ValueError(
+            f"`{function}` takes one decision, whose logits are {axes}, got logits of shape "
+            f"{list(shape)}: for a stack of decisions use jax.vmap({function})."
+        )
+
+
+def _of(decision: Any, table: Mapping[type, str]) -> str:
+    return next(text for kind, text in table.items() if isinstance(decision, kind))
 
 
 def is_integer(value: Any) -> bool:

@@ -113,6 +113,7 @@ def load_loss(routing: Routing) -> Array:
     return _squared_variation(jnp.where(routing.present[:, None], routing.chances, 0).sum(axis=0))
 
 
+@takes(Routing, ExpertChoice, SoftSlots)
 @compiled()
 def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
     r"""How large the logits are.

@@ -187,3 +187,24 @@ def test_balance_loss_of_relu_weights_gates_by_load():
     np.testing.assert_allclose(
         moejax.load_balancing_loss(moejax.relu(logits)), 4 * np.mean(gates @ load), rtol=1e-6
     )
+
+
+STACKED = {
+    "routing": (jax.vmap(partial(moejax.top_k, k=2)), (3, 5, 4), moejax.load_balancing_loss),
+    "diagnosed": (jax.vmap(moejax.switch), (3, 5, 4), moejax.dead_experts),
+    "expert choice": (
+        jax.vmap(partial(moejax.expert_choice, capacity=2)),
+        (3, 5, 4),
+        moejax.router_z_loss,
+    ),
+    "soft slots": (jax.vmap(moejax.soft_slots), (3, 5, 4, 1), moejax.router_z_loss),
+}
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_a_stack_of_decisions_is_refused_and_vmap_takes_it(case, key):
+    rule, shape, loss = STACKED[case]
+    stack = rule(jax.random.normal(key, shape))
+    with pytest.raises(ValueError, match=rf"use jax.vmap\({loss.__name__}\)"):
+        loss(stack)
+    assert jax.vmap(loss)(stack).shape == (3,)
