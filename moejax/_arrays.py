@@ -49,23 +49,24 @@ normal_cdf.defjvps(lambda tangent, _, x: tangent * jnp.exp(-(x**2) / 2) / math.s
 
 
 def vary_together(tree: Any) -> Any:
-    """Inside a `jax.shard_map`, marks all arrays as varying over every axis that one varies over.
+    """Inside a `jax.shard_map`, marks all arrays as varying wherever any of them does.
 
     A loop's carry must vary over the same axes before and after a step, so what starts as zeros
     made from one operand must vary with all of them.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    never = [jnp.zeros_like(leaf, bool, shape=()) for leaf in jax.tree.leaves(tree)]
-    mark = reduce(jnp.logical_or, never, jnp.zeros((), bool))
+    falses = [jnp.zeros_like(leaf, bool, shape=()) for leaf in jax.tree.leaves(tree)]
+    mark = reduce(jnp.logical_or, falses, jnp.zeros((), bool))
     return jax.tree.map(lambda leaf: jnp.where(mark, jnp.zeros_like(leaf), leaf), tree)
 
 
 def separate_zeros(like: Any, number: Array) -> Any:
-    """Zeros for each leaf, from any number that is never negative and that only the data knows.
+    """Zeros like each leaf, ``min(number + i, 0)`` for a number that is never negative.
 
-    XLA would make equal constants once, and copy them for every loop that writes to one of them.
-    Zeros that it cannot tell to be equal are written where the loops need them.
+    The number is known at run time alone. XLA would make equal constants once, and copy them for
+    every loop that writes to one of them. Zeros that it cannot tell to be equal are written where
+    the loops need them.
     """
     leaves, structure = jax.tree.flatten(like)
     zeros = [
@@ -103,3 +104,23 @@ def at_least_float32(x: Array) -> Array:
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
     """The dtype of a mixture: the dtype of x, or of the outputs if x holds integers."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype
+
+
+def padded_by_example(tokens: Array, mask: Array) -> Array:
+    """The tokens [T, ...], with a copy of the first real one in the place of every masked one.
+
+    Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
+    computed anyway brings no new value and no new gradient.
+    """
+    if tokens.shape[0] == 0:
+        return tokens
+    first = mask & (jnp.arange(tokens.shape[0]) == jnp.argmax(mask))
+    # A sum and no index, which a token that is spread over a mesh does not take.
+    example = jnp.where(along(first, tokens.ndim), tokens, 0).sum(axis=0, keepdims=True)
+    example = jax.lax.stop_gradient(example.astype(tokens.dtype))  # [1, ...]
+    return jnp.where(along(mask, tokens.ndim), tokens, example)
+
+
+def where_kept(mask: Array, values: Array) -> Array:
+    """The values [..., ...] of tokens that are no padding [...], and zeros for the others."""
+    return jnp.where(along(mask, values.ndim), values, 0)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import padded_by_example, where_kept
 from moejax._calling import accepts
 from moejax._checks import check_count, check_gate, check_input, check_widths
 from moejax._comparing import comparable
@@ -279,7 +280,8 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
     Args:
         before: B, ``x [T, D] -> [T, D']``.
         model: M, a mixture or any layer of width D'. What it returns beside its output, such as
-            the decision of `moe`, is returned, and ``key`` and ``mask`` are passed to it.
+            the decision of `moe`, is returned, and ``key`` and ``mask`` are passed to it. Tokens
+            that are masked are not read, and their outputs are zero.
         after: A, from the width of M's output to that of y.
 
     Returns:
@@ -303,11 +305,16 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
         return {name: one.init(k) for (name, one), k in zip(layers.items(), keys, strict=True)}
 
     def apply(params: Params, x: Array, **options: Any) -> Any:
+        mask = options.get("mask")
+        if mask is not None:
+            x, mask = jnp.asarray(x), jnp.asarray(mask)
+            tokens = x.reshape(-1, *x.shape[mask.ndim :])
+            x = padded_by_example(tokens, mask.reshape(-1)).reshape(x.shape)
         output = model.apply(params["model"], before.apply(params["before"], x), **options)
-        if isinstance(output, tuple):
-            y, *evidence = output
-            return after.apply(params["after"], y), *evidence
-        return after.apply(params["after"], output)
+        y, *evidence = output if isinstance(output, tuple) else (output,)
+        y = after.apply(params["after"], y)
+        y = y if mask is None else where_kept(mask, y)
+        return (y, *evidence) if isinstance(output, tuple) else y
 
     return Layer(init, apply)
 

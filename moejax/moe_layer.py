@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax._arrays import along, at_least_float32
+from moejax._arrays import at_least_float32, padded_by_example, where_kept
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
 from moejax._checks import (
     check_expert_params,
@@ -148,21 +148,6 @@ def routed(
     return Layer(init, apply)
 
 
-def padded_by_example(tokens: Array, mask: Array) -> Array:
-    """The tokens [T, ...], with a copy of the first real one in the place of every masked one.
-
-    Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
-    computed anyway brings no new value and no new gradient.
-    """
-    if tokens.shape[0] == 0:
-        return tokens
-    first = mask & (jnp.arange(tokens.shape[0]) == jnp.argmax(mask))
-    # A sum and no index, which a token that is spread over a mesh does not take.
-    example = jnp.where(along(first, tokens.ndim), tokens, 0).sum(axis=0, keepdims=True)
-    example = jax.lax.stop_gradient(example.astype(tokens.dtype))  # [1, ...]
-    return jnp.where(along(mask, tokens.ndim), tokens, example)
-
-
 def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]:
     """Tokens on one axis, ``[..., D] -> [T, D]``, and the shape they had."""
     if x.ndim <= feature_ndim:
@@ -288,8 +273,9 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
         y, decision = model.apply(params["routed"], x, key=key, mask=mask)
-        tokens, leading = flatten_tokens(x, feature_ndim)
+        tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
         if mask is not None:
+            mask = jnp.asarray(mask)
             tokens = padded_by_example(tokens, mask.reshape(-1))
         always = shared.apply(params["shared"], tokens)
         always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
@@ -301,8 +287,3 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         return y + (always if mask is None else where_kept(mask, always)), decision
 
     return Layer(init, apply)
-
-
-def where_kept(mask: Array, values: Array) -> Array:
-    """The values [..., ...] of tokens that are no padding [...], and zeros for the others."""
-    return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim)), values, 0)

@@ -147,6 +147,20 @@ def test_between(key):
     assert routing.experts.shape == (8, 3)
 
 
+def test_between_reads_no_padding(key):
+    narrow = moejax.moe(moejax.glu(2, 4), moejax.linear(2, 3), num_experts=3)
+    layer = moejax.between(moejax.linear(5, 2), narrow, moejax.linear(2, 5))
+    mask = jnp.array([[True, True, False], [False, True, False]])
+    x = jnp.where(mask[..., None], jax.random.normal(key, (2, 3, 5)), jnp.nan)
+    params = layer.init(key)
+    params["after"]["bias"] += 1
+    y, _ = layer.apply(params, x, mask=mask)
+    np.testing.assert_array_equal(y[~mask], 0)
+    np.testing.assert_allclose(y[mask], layer.apply(params, x[mask])[0], rtol=1e-5)
+    gradient = jax.grad(lambda params: layer.apply(params, x, mask=mask)[0].sum())(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
 @pytest.mark.parametrize("make", [partial(moejax.mlp, 3, 4, 2), partial(moejax.glu, 3, 4)])
 def test_parameters_may_start_in_another_dtype(make, key):
     layer = make(layer=partial(moejax.linear, param_dtype=jnp.bfloat16))
