@@ -96,6 +96,7 @@ def tokenwise(route: Rule, mesh: Mesh) -> Rule:
 
     Args:
         route: a rule, ``(logits [T, E], ...) -> decision`` with a leading axis T on every leaf.
+            What else the router returns has an entry per token, or is one number per expert, [E].
         mesh: the devices; their number must divide T.
 
     Returns:
@@ -121,12 +122,16 @@ def tokenwise(route: Rule, mesh: Mesh) -> Rule:
             return route(*outputs, **extras)
 
         check_tokens(mesh, len(outputs[0]))
+        # One number per expert, such as the bias of `biased`, is whole on every device.
+        by_expert = outputs[0].shape[1:2]
+        specs = tuple(jax.P() if one.shape == by_expert else jax.P(axes) for one in outputs)
         decide = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(jax.P(axes), jax.P(axes), jax.P()),
+            in_specs=(specs, jax.P(axes), jax.P()),
             out_specs=jax.P(axes),
         )
-        return decide(placed(outputs, mesh, jax.P(axes)), placed(extras, mesh, jax.P(axes)), key)
+        split = tuple(placed(one, mesh, spec) for one, spec in zip(outputs, specs, strict=True))
+        return decide(split, placed(extras, mesh, jax.P(axes)), key)
 
     return on_mesh

@@ -88,6 +88,24 @@ def test_rules_on_each_device_on_every_shape_of_mesh(shape, kind):
     assert_same_on_mesh(mesh, TOP_2, mesh_route=tokenwise(TOP_2, mesh), mask=inputs()[1])
 
 
+def test_a_bias_per_expert_is_whole_on_each_device(key):
+    mesh, route = make_mesh(), partial(moejax.sigmoid_top_k, k=2)
+    x = jax.random.normal(key, (T, D))
+
+    def model(**options):
+        router = moejax.biased(moejax.linear(D, E), E)
+        return moejax.moe(moejax.glu(D, 2 * D), router, num_experts=E, **options)
+
+    params = model(route=route).init(key)
+    params["router"]["balance_bias"] += jnp.arange(E) / E
+    expected, _ = model(route=route).apply(params, x)
+    spread = model(route=tokenwise(route, mesh), execute=expert_parallel(mesh))
+    got, _ = jax.jit(spread.apply)(
+        jax.device_put(params, shardings(params, mesh)), jax.device_put(x, token_sharding(mesh))
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def collapsed(logits):
     """Every token's first choice is expert 5, whose device then needs several rounds."""
     return moejax.top_k(logits.at[:, 5].add(100), k=2)
