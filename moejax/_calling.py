@@ -1,4 +1,4 @@
-"""Who is given a key, a mask or a product: what a function's signature asks for."""
+"""Who is given a key, a mask or a matrix product: what a function's signature asks for."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def check_rule(route: Rule, outputs: tuple[Array, ...], given: dict[str, Any]) -
 
 
 def keeps_own(route: Rule, name: str, value: Array | None) -> bool:
-    """Whether a rule has its own value for a missing one: a default, or bound by `partial`."""
+    """Whether no value is given and the rule has its own: a default, or one bound by `partial`."""
     default = inspect.signature(route).parameters[name].default
     return value is None and default is not inspect.Parameter.empty

@@ -91,4 +91,4 @@ def _key(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return _Itself(value)
-    return (type(value), value)  # 1 and True are equal, but no arguments of one meaning
+    return (type(value), value)  # 1 == True, but as arguments they differ

@@ -20,8 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(*static: str) -> Callable[[Function], Function]:
     """Compiles a function once for each shape of its arrays and each value of its ``static``.
 
-    What cannot be a key of compiled programs, such as an array for a number, is for the function
-    itself to refuse, in its own words.
+    A static argument that cannot be hashed, such as an array where a number is due, goes to the
+    function uncompiled, which refuses it in its own words.
     """
 
     def decorate(function: Function) -> Function:

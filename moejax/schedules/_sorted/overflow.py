@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     Attributes:
         params: one entry per expert, leaves ``[E, ...]``; a block sees ``[...]``.
         tokens: one entry per token, leaves ``[T, ...]``; a block sees ``[B, ...]``.
-        choices: one entry per (choice, token) pair, leaves ``[K * T, ...]``; a block sees
+        choices: one entry per choice, leaves ``[K * T, ...]``; a block sees
             ``[B, ...]``, with zeros in the rows that pad it.
         shared: what every block sees whole.
     """
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     """Which rows the loop visits: ``order[begin[e]:end[e]]`` for every expert e.
 
     Attributes:
-        order: (choice, token) pairs ``k * T + t`` sorted by expert, shape [K * T].
+        order: choices ``k * T + t`` sorted by expert, shape [K * T].
         begin: first row of each expert, shape [E].
         end: one past the last row of each expert, shape [E].
     """

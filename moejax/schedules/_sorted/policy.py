@@ -107,7 +107,7 @@ def worth_batching(filled: Array, num_choices: int) -> Array:
 
 
 def always_batched(policy: Policy) -> bool:
-    """Whether the batched pass runs in any case: alone, or too short for a choice to pay.
+    """Whether the batched pass runs in any case: without loops, or where a condition costs more.
 
     Without a condition between them XLA merges what the backward pass computes again with the
     forward pass.
@@ -118,9 +118,9 @@ def always_batched(policy: Policy) -> bool:
 def experts_per_chunk(num_experts: int, capacity: int) -> int:
     """How many of E experts with C slots each a chunk computes: one, or what divides E up to four.
 
-    As many as have the rows that are worth a trip of a loop: one where an expert has them by
-    itself. At most four, since a chunk copies its experts' parameters. A last chunk of another size
-    would make XLA copy every result.
+    The more experts a chunk has, the fewer trips of a loop there are. But a chunk copies its
+    experts' parameters, and what lies between their products must stay in the processor's cache. A
+    last chunk of another size would make XLA copy every result.
     """
     fitting = [n for n in (2, 3, 4) if num_experts % n == 0 and 2 * n * capacity <= CACHED_ROWS]
     return max(fitting, default=1)

@@ -13,8 +13,8 @@ from jax.interpreters import ad, batching, mlir
 def reverse_only(tree: Any) -> Any:
     """The same arrays, whose gradients pass in reverse mode alone, any number of times.
 
-    JAX refuses forward mode through a `jax.custom_vjp` by itself, without a word on what to do. In
-    front of one this speaks first. It computes nothing.
+    JAX refuses forward mode through a `jax.custom_vjp` by itself, without a word on what to do.
+    Placed before one, this raises first, with advice. It computes nothing.
 
     Args:
         tree: pytree of arrays.

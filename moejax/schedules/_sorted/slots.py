@@ -1,9 +1,9 @@
 """From "which expert each token chose" to "which tokens each expert gets": slots.
 
-A *choice* is one (choice, token) pair, numbered ``j = k * T + t``: all first choices come before
-any second choice, and within those the tokens keep their order. That order is the priority with
-which `capacity` fills its slots. A *slot* is one row of an expert's batch. Slots are numbered
-expert by expert, in the order of the policy's groups.
+A *choice* is a pair of a token and one of its K experts, numbered ``j = k * T + t``: all first
+choices come before any second choice, and within those the tokens keep their order. That order is
+the priority with which `capacity` fills its slots. A *slot* is one row of an expert's batch. Slots
+are numbered expert by expert, in the order of the policy's groups.
 """
 
 from __future__ import annotations
