@@ -218,6 +218,9 @@ def outputs_of(layer: Layer) -> Layer:
     Returns:
         A layer with the same params, and ``apply(params, x) -> y``.
 
+    Raises:
+        ValueError: in apply, if the layer returns its output alone.
+
     Example:
         >>> inner = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 2), num_experts=2)
         >>> outer = moejax.moe(outputs_of(inner), moejax.linear(4, 3), num_experts=3)
@@ -231,8 +234,13 @@ def outputs_of(layer: Layer) -> Layer:
     """
 
     def apply(params: Params, x: Array) -> Array:
-        y, _ = layer.apply(params, x)
-        return y
+        output = layer.apply(params, x)
+        if not isinstance(output, tuple):
+            raise ValueError(
+                "`outputs_of` takes a layer that returns its output and a decision, as `moe` does; "
+                "this one returns its output alone: use it as it is."
+            )
+        return output[0]
 
     return Layer(layer.init, apply)
 

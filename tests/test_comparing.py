@@ -119,6 +119,12 @@ def test_a_mixture_of_mixtures(route, key):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_without_a_decision_is_refused_whatever_its_rows(key):
+    layer = moejax.outputs_of(moejax.linear(D, 2))
+    with pytest.raises(ValueError, match="returns its output alone"):
+        layer.apply(layer.init(key), jnp.ones((2, D)))
+
+
 def test_a_mixture_as_it_is_is_refused_by_name(key):
     inner = moejax.moe(moejax.glu(D, 5), moejax.linear(D, 3), num_experts=3)
     layer = moejax.moe(inner, moejax.linear(D, E), num_experts=E, route=moejax.switch)

@@ -187,6 +187,12 @@ def test_what_is_not_supported_is_refused_by_its_field(config, message):
         published.block(config)
 
 
+def test_a_number_for_each_layer_is_one_where_all_are_equal():
+    listed = fields("hunyuan_v1_moe", moe_topk=[2, 2, 2], num_experts=[4, 4, 4])
+    layer, layout = published.block(listed)
+    assert (layer, layout) == published.block(listed | {"moe_topk": 2, "num_experts": 4})
+
+
 def test_a_configuration_may_be_of_three_kinds(tmp_path):
     config = config_of(CASES["mixtral"])
     config.save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from moejax.rules import top_k
 
 def hunyuan_v1_moe(config: Config, **options: Any) -> Block:
     """The block of Hunyuan, where all layers are alike."""
+    config = _one_for_all(config, "num_experts", "moe_topk")
     d_model, d_hidden = count(config, "hidden_size"), count(config, "intermediate_size")
     num_experts, act = count(config, "num_experts"), activation(config)
     experts = glu_experts(d_model, d_hidden, num_experts, activation=act)
@@ -28,3 +29,9 @@ def hunyuan_v1_moe(config: Config, **options: Any) -> Block:
         router(d_model, num_experts, "gate.wg"), experts, num_experts, route, **options
     )
     return beside(routed, dense_glu(d_model, d_hidden, "shared_mlp", activation=act))
+
+
+def _one_for_all(config: Config, *names: str) -> Config:
+    """The configuration with one number in the place of a list of equal ones, an entry a layer."""
+    lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
+    return {**config, **{name: one[0] for name, one in lists.items() if one == one[:1] * len(one)}}
