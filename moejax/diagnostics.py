@@ -1,6 +1,8 @@
 """What a decision shows: load, entropy, specialisation. Pure functions; masked tokens do not count.
 
 Read them off the decision before capacity drops any choice, or a collapse looks balanced.
+A token whose gates are all zero, such as one of `relu` without a positive logit, chooses no expert:
+the means of gates leave it out.
 Entropies and information are in nats.
 """
 
@@ -8,10 +10,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from moejax._arrays import along
 from moejax._checks import takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
-from moejax.losses import entropy, mean_over_tokens
+from moejax.losses import entropy
+from moejax.rules.by_score import to_sum_one
 
 
 @takes(Routing)
@@ -84,6 +88,8 @@ def gate_entropy(routing: Routing) -> Array:
 
     .. math:: \frac{1}{T} \sum_t H(g_t), \qquad H(g) = -\sum_e g_e \log g_e
 
+    The mean is over the T tokens that have a gate.
+
     Args:
         routing: a decision of T tokens among E experts.
 
@@ -94,7 +100,8 @@ def gate_entropy(routing: Routing) -> Array:
         >>> f"{gate_entropy(moejax.softmax(jnp.zeros((3, 4)))):.4f}"  # log 4
         '1.3863'
     """
-    return mean_over_tokens(routing, entropy(_normalized_gates(routing)))
+    gates = to_sum_one(routing.gates)
+    return _mean_where_gated(gates, entropy(gates))
 
 
 @takes(Routing)
@@ -103,6 +110,8 @@ def confidence(routing: Routing) -> Array:
     r"""The mean of a token's largest gate, its gates normalised to sum to one.
 
     .. math:: \frac{1}{T} \sum_t \max_e g_{te}
+
+    The mean is over the T tokens that have a gate.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -114,7 +123,8 @@ def confidence(routing: Routing) -> Array:
         >>> float(confidence(moejax.softmax(jnp.zeros((3, 4)))))
         0.25
     """
-    return mean_over_tokens(routing, _normalized_gates(routing).max(axis=-1))
+    gates = to_sum_one(routing.gates)
+    return _mean_where_gated(gates, gates.max(axis=-1))
 
 
 @takes(Routing)
@@ -123,6 +133,8 @@ def effective_experts(routing: Routing) -> Array:
     r"""How many experts share the work: the perplexity of the mean gate.
 
     .. math:: \exp H\left( \frac{1}{T} \sum_t g_t \right)
+
+    The mean is over the T tokens that have a gate, each one's gates normalised to sum to one.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -134,7 +146,8 @@ def effective_experts(routing: Routing) -> Array:
         >>> f"{effective_experts(moejax.switch(jnp.eye(3))):.4f}"
         '3.0000'
     """
-    return jnp.exp(entropy(mean_over_tokens(routing, _normalized_gates(routing))))
+    gates = to_sum_one(routing.gates)
+    return jnp.exp(entropy(_mean_where_gated(gates, gates)))
 
 
 @takes(Routing)
@@ -144,7 +157,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
     .. math:: \text{table}_{ec} = \sum_{t\,:\,\text{label}_t = c} g_{te}
 
     A token's gates are normalised to sum to one, so that a column sums to the number of tokens of
-    its class.
+    its class that reach an expert, which one without any gate does not.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -163,7 +176,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
         Array([[1., 0., 0.],
                [0., 0., 1.]], dtype=float32)
     """
-    gates = _normalized_gates(routing)  # [T, E]
+    gates = to_sum_one(routing.gates)  # [T, E]
     if labels.shape != gates.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"`labels` must hold one integer per token, [{gates.shape[0]}], got "
@@ -196,6 +209,8 @@ def mutual_information(table: Array) -> Array:
     return jnp.maximum(information, 0)  # rounding can leave it just below
 
 
-def _normalized_gates(routing: Routing) -> Array:
-    gates = routing.gates  # [T, E]
-    return gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), jnp.finfo(gates.dtype).tiny)
+def _mean_where_gated(gates: Array, values: Array) -> Array:
+    """The mean of values [T, ...] over the tokens that have a gate, as padding has none."""
+    gated = gates.any(axis=-1)  # [T]
+    count = jnp.maximum(gated.sum(), 1).astype(values.dtype)
+    return jnp.where(along(gated, values.ndim), values, 0).sum(axis=0) / count

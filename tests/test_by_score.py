@@ -246,3 +246,47 @@ def test_a_score_of_ones_own():
     np.testing.assert_array_equal(by_expert(routing)[0], best)
     expected = 1.5 * weights / weights.sum(-1, keepdims=True)
     np.testing.assert_allclose(by_expert(routing)[1], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("least", [-20.0, -43.0, -45.0, -65.0])
+def test_small_scores_are_normalised_with_their_gradient(least):
+    """As small sigmoids are exponentials, these are the weights and the gradient of `top_k`."""
+    logits = least + jnp.array([[0.0, -1.0, -2.0]])
+    cotangent = jnp.array([[1.0, -3.0]])
+
+    def of(rule):
+        decision, pullback = jax.vjp(lambda logits: rule(logits).weights, logits)
+        return decision, pullback(cotangent)[0]
+
+    found = of(partial(moejax.by_score, k=2, score=jax.nn.sigmoid))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4), found, of(partial(moejax.top_k, k=2))
+    )
+    scores = moejax.by_score(logits, k=2, score=jax.nn.sigmoid).scores
+    np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4)
+
+
+def test_weights_sum_to_the_scale_or_are_zero_and_the_gradient_is_finite():
+    logits = jnp.linspace(-110, 0, 2001)[:, None] - jnp.arange(3.0)[None]
+
+    def total(logits):
+        routing = moejax.by_score(logits, k=2, score=jax.nn.sigmoid, scale=2.5)
+        return 1e3 * jnp.sum(routing.weights[:, 0] - routing.scores[:, 1]), routing.weights
+
+    (_, weights), gradient = jax.value_and_grad(total, has_aux=True)(logits)
+    normal = np.asarray(jax.nn.sigmoid(logits[:, 0]) >= jnp.finfo(jnp.float32).tiny)
+    np.testing.assert_allclose(weights.sum(axis=-1), np.where(normal, 2.5, 0), rtol=1e-6)
+    assert bool(jnp.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("shape", [(8,), (64,), (1, 8), (64, 8), (1, 1), (64, 1, 1)])
+def test_a_p_that_would_broadcast_is_refused(shape):
+    with pytest.raises(ValueError, match=r"scalar or one per token, \[64, 1\], got \["):
+        moejax.top_p(LOGITS, p=jnp.full(shape, 0.5))
+
+
+@pytest.mark.parametrize("p", [np.float32(0.5), jnp.float32(0.5), jnp.full((64, 1), 0.5)])
+def test_p_may_be_an_array(p):
+    experts = moejax.top_p(LOGITS, p=0.5).experts
+    same(moejax.top_p(LOGITS, p=p).experts, experts)
+    same(jax.jit(lambda p: moejax.top_p(LOGITS, p=p).experts)(p), experts)

@@ -104,3 +104,43 @@ def test_nothing_but_padding_is_finite(diagnostic):
 def test_labels_must_match_tokens():
     with pytest.raises(ValueError, match="one integer per token"):
         moejax.expert_by_class(decision(GATES), LABELS[:3], 2)
+
+
+def assert_finite_gradient(diagnostic, logits):
+    gradient = jax.grad(lambda logits: diagnostic(moejax.relu(logits)))(logits)
+    assert bool(jnp.isfinite(gradient).all())
+
+
+def test_a_token_without_a_gate_counts_for_no_expert():
+    logits = jax.random.normal(jax.random.key(0), (1000, 8)) - 1.5
+    gates = np.maximum(np.asarray(logits, np.float64), 0)
+    gates = gates[gates.any(axis=-1)]
+    gates = gates / gates.sum(axis=-1, keepdims=True)
+    assert len(gates) < 500
+    routing = moejax.relu(logits)
+    entropies = -np.sum(gates * np.log(np.where(gates > 0, gates, 1)), axis=-1)
+    mean = gates.mean(axis=0)
+    expected = {
+        moejax.effective_experts: np.exp(-np.sum(mean * np.log(mean))),
+        moejax.confidence: gates.max(axis=-1).mean(),
+        moejax.gate_entropy: entropies.mean(),
+    }
+    for diagnostic, value in expected.items():
+        np.testing.assert_allclose(diagnostic(routing), value, rtol=1e-5)
+        assert_finite_gradient(diagnostic, logits)
+    table = moejax.expert_by_class(routing, jnp.zeros(1000, int), 1)
+    np.testing.assert_allclose(table.sum(), len(gates), rtol=1e-5)
+
+
+def test_one_expert_is_one_expert():
+    logits = jnp.array([[1.0], [-1.0], [-1.0]])
+    np.testing.assert_allclose(moejax.effective_experts(moejax.relu(logits)), 1, rtol=1e-6)
+    assert float(moejax.effective_experts(moejax.relu(-jnp.abs(logits)))) == 1
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-10])
+def test_small_gates_are_normalised_with_a_finite_gradient(size):
+    logits = size * jnp.array([[3.0, 1.0], [1.0, -1.0]])
+    np.testing.assert_allclose(moejax.confidence(moejax.relu(logits)), 0.875, rtol=1e-6)
+    for diagnostic in (moejax.effective_experts, moejax.confidence, moejax.gate_entropy):
+        assert_finite_gradient(diagnostic, logits)

@@ -327,3 +327,30 @@ def test_logits_must_be_tokens_by_experts(rule):
         RULES[rule](jnp.zeros((2, T, E)))
     with pytest.raises(ValueError, match="float array of shape"):
         RULES[rule](jnp.zeros((T, E), jnp.int32))
+
+
+def test_a_decision_whose_second_choices_were_left_out_is_not_dense():
+    """An expert that overflows on a token that did not choose it must not be run on it."""
+    logits = jnp.array([[9.0, 0.0], [0.0, 9.0]] * 4)
+    x = jnp.array([[1.0], [1000.0]] * 4)
+    power = moejax.Layer(lambda key: jnp.ones(1), lambda params, x: jnp.exp(params[None] * x))
+    model = moejax.moe(
+        power,
+        moejax.Layer(lambda key: (), lambda params, x: logits),
+        num_experts=2,
+        route=moejax.gshard_top_2,
+    )
+    params = {"router": (), "experts": jnp.array([[1.0], [0.001]])}
+    y, routing = model.apply(params, x, key=jax.random.key(0))
+    assert type(routing) is moejax.Routing
+    assert not bool(routing.chosen.all(axis=-1).any())
+    assert bool(jnp.isfinite(y).all())
+    assert type(moejax.gshard_top_2(logits)) is moejax.DenseRouting
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_sparsity_controller_may_start_from_an_array_of_integers(dtype):
+    update = partial(moejax.update_l1_coefficient, routing=moejax.relu(LOGITS), k=0)
+    coefficient = update(jnp.asarray(1, dtype))
+    np.testing.assert_array_equal(coefficient, jnp.float32(1.2))
+    assert coefficient.dtype == jnp.float32

@@ -52,8 +52,8 @@ def by_score(
     the ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
 
     `top_k` is this with a softmax and `sigmoid_top_k` with a sigmoid; both work on logarithms, so
-    that they also rank and normalise scores that underflow. Here such scores tie, and weights whose
-    sum underflows are zero.
+    that they also rank and normalise scores that underflow. Here such scores tie, and weights that
+    all underflow are zero; where the largest is about to, they have no gradient.
 
     Args:
         logits: router output, shape [T, E].
@@ -107,8 +107,8 @@ def _by_score(
     experts = choose(logits, scores, bias, k, groups)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if renormalize:
-        weights = _to_sum_one(weights)
-    return Routing(experts, scale * weights, _to_sum_one(scores), logits)
+        weights = to_sum_one(weights)
+    return Routing(experts, scale * weights, to_sum_one(scores), logits)
 
 
 def root_softplus(logits: Array) -> Array:
@@ -145,6 +145,20 @@ def choose(logits: Array, scores: Array, bias: Array | None, k: int, groups: Gro
     if groups.kept < groups.num:
         ranked_by = _only_best_groups(ranked_by, groups)
     return jax.lax.top_k(ranked_by, k)[1]
+
+
+def to_sum_one(weights: Array) -> Array:
+    """Non-negative weights [T, K] over their sum over K; zeros where all of them underflow."""
+    limits = jnp.finfo(weights.dtype)
+    largest = jax.lax.stop_gradient(weights).max(axis=-1, keepdims=True)  # [T, 1]
+    # Not ">=": a weight that is not a number must show up in the output.
+    divisible = ~(largest < limits.tiny)
+    # The gradient is divided by it, too, and would overflow where it is nearly the smallest.
+    steep = largest < limits.tiny / limits.eps
+    weights = jnp.where(steep, jax.lax.stop_gradient(weights), weights)
+    # By the largest first, as the derivative divides by the square of the sum: between 1 and K now.
+    weights = weights / jnp.where(divisible, largest, jnp.inf)
+    return weights / jnp.where(divisible, weights.sum(axis=-1, keepdims=True), 1)
 
 
 def check_choice(
@@ -193,10 +207,3 @@ def _only_best_groups(ranked_by: Array, groups: Groups) -> Array:
     kept = (kept_ids[..., None] == every).any(axis=1)  # [T, groups]
     # Not zero: with a negative bias, zero would win over every expert that is allowed.
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
-
-
-def _to_sum_one(weights: Array) -> Array:
-    total = weights.sum(axis=-1, keepdims=True)
-    # The derivative divides by the square, which must not underflow either.
-    divisible = ~(total < jnp.finfo(total.dtype).tiny ** 0.5)
-    return weights / jnp.where(divisible, total, 1)

@@ -142,7 +142,7 @@ def _gshard_top_2(logits: Array, threshold: Array | float, key: Array | None) ->
     chance = second / jnp.asarray(threshold, second.dtype)
     kept = jax.random.uniform(key, second.shape, second.dtype) < chance
     kept = jnp.stack([jnp.ones_like(kept), kept], axis=-1)  # [T, 2]
-    return decision._replace(
-        experts=jnp.where(kept, decision.experts, decision.num_experts),
-        weights=jnp.where(kept, decision.weights, 0),
-    )
+    experts = jnp.where(kept, decision.experts, decision.num_experts)
+    weights = jnp.where(kept, decision.weights, 0)
+    # Not `_replace`: where E is 2 it would be a `DenseRouting`, of which choices were left out.
+    return Routing(experts, weights, *decision[2:])

@@ -58,7 +58,8 @@ def update_l1_coefficient(
     .. math:: c \leftarrow c \cdot \text{factor}^{\operatorname{sign}(\text{active} - k)}
 
     Args:
-        coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32.
+        coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32, and so does
+            an array of integers.
         routing: the decision of this step.
         k: active experts per token to hold on average: a sparsity of ``1 - k / E``.
         factor: by how much c changes in a step.
@@ -75,6 +76,8 @@ def update_l1_coefficient(
         Wang et al., `ReMoE <https://arxiv.org/abs/2412.14711>`_, 2024
     """
     c = jnp.asarray(coefficient, jnp.float32 if is_number(coefficient) else None)
+    if not jnp.issubdtype(c.dtype, jnp.floating):
+        c = c.astype(jnp.float32)
     active = jnp.sum(routing.chosen & (routing.weights > 0))
     direction = jnp.sign(active - k * routing.present.sum())
     return c * jnp.asarray(factor, c.dtype) ** direction.astype(c.dtype)

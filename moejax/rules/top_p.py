@@ -21,15 +21,15 @@ def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
 
     Args:
         logits: router output, shape [T, E].
-        p: the probability to reach, in (0, 1].
+        p: the probability to reach, in (0, 1]; a scalar, or one for each token, [T, 1].
         k: at most this many experts per token; None for E.
 
     Returns:
         A decision with K = k in which a token's later choices go nowhere; scores are q.
 
     Raises:
-        ValueError: if logits is not a float array [T, E], if p is a number outside (0, 1], or if
-            k is out of range.
+        ValueError: if logits is not a float array [T, E], if p is a number outside (0, 1] or of
+            another shape, or if k is out of range.
 
     Example:
         >>> logits = jnp.log(jnp.array([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]))
@@ -45,6 +45,11 @@ def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
     check_k(k, logits)
     if is_number(p) and not 0 < p <= 1:
         raise ValueError(f"`p` must be a probability above 0 and at most 1, got {p}.")
+    per_token = (logits.shape[0], 1)
+    if jnp.shape(p) not in ((), per_token):
+        raise ValueError(
+            f"`p` must be a scalar or one per token, {list(per_token)}, got {list(jnp.shape(p))}."
+        )
     return _top_p(logits, p, k)
 
 
