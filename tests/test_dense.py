@@ -81,3 +81,21 @@ def test_gates_by_expert_are_those_of_an_obvious_loop(num_experts):
             expected[t, experts[t, k]] += weights[t, k]
     routing = moejax.Routing(jnp.asarray(experts), jnp.asarray(weights), scores, scores)
     np.testing.assert_array_equal(routing.gates, expected)
+
+
+@pytest.mark.parametrize("rule", [partial(moejax.top_k, k=2), moejax.relu, moejax.softmax])
+@pytest.mark.parametrize("wrap", [lambda schedule: schedule, moejax.scale_inputs])
+def test_no_tokens_make_no_outputs(rule, wrap):
+    expert, params = EXPERTS["linear"].apply, problem("linear")[0]
+    x, routing = jnp.zeros((0, D)), rule(jnp.zeros((0, E)))
+
+    def total(schedule, params):
+        y = wrap(schedule)(expert, params, x, routing)
+        return y.sum(), y
+
+    dense, dropless = (
+        jax.value_and_grad(partial(total, schedule), has_aux=True)(params)
+        for schedule in (moejax.dense, moejax.dropless)
+    )
+    jax.tree.map(np.testing.assert_array_equal, dense, dropless)
+    assert dense[0][1].shape[0] == 0

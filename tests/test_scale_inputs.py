@@ -92,3 +92,10 @@ def test_other_decisions_are_refused():
     decision = moejax.expert_choice(jnp.zeros((T, E)), capacity=2)
     with pytest.raises(ValueError, match="decision of type Routing"):
         moejax.scale_inputs(moejax.dense)(lambda p, x: x, {}, jnp.ones((T, D)), decision)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool])
+def test_tokens_that_cannot_be_scaled_are_refused(dtype):
+    routing, x = moejax.switch(jnp.zeros((T, E))), jnp.ones((T, D), dtype)
+    with pytest.raises(ValueError, match=f"`scale_inputs` takes floats, .* got {x.dtype}"):
+        moejax.scale_inputs(moejax.dense)(lambda p, x: x, {}, x, routing)

@@ -88,7 +88,8 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         (5, 2)
     """
     params, x = check_problem(params, x, routing.scores.shape)
-    if isinstance(routing, DenseRouting):
+    # Without tokens there is none to guard, and none to stand in for the others.
+    if isinstance(routing, DenseRouting) or x.shape[0] == 0:
         return mixture(expert, params, x, routing.gates)
     return _guarded(hashable(expert), params, x, routing)
 

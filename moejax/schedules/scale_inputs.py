@@ -28,7 +28,8 @@ def scale_inputs(schedule: Schedule) -> Schedule:
         A schedule for `moe`'s ``execute``.
 
     Raises:
-        ValueError: in the schedule, if the params or tokens are not those of the decision.
+        ValueError: in the schedule, if the params or tokens are not those of the decision, or if x
+            holds integers.
 
     Example:
         >>> experts = moejax.stack(moejax.linear(3, 2), 4)
@@ -45,6 +46,8 @@ def scale_inputs(schedule: Schedule) -> Schedule:
     @functools.wraps(schedule)
     def execute(expert: Expert, params: Params, x: Array, decision: Routing) -> Array:
         params, x = check_problem(params, x, decision.scores.shape)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(f"`scale_inputs` takes floats, which it scales, got {x.dtype}.")
         outputs = schedule(expert, params, _scaled(x, decision.weights), _one_each(decision))
         k = decision.experts.shape[1]
         by_choice = outputs.reshape(k, x.shape[0], *outputs.shape[1:])  # [K T, ...] -> [K, T, ...]
