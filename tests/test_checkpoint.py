@@ -541,3 +541,41 @@ def test_restores_onto_other_devices(tmp_path):
         for name in state:
             assert restored[name].sharding == like[name].sharding
             assert restored[name].committed == like[name].committed
+
+
+def test_saving_after_the_block_is_refused(tmp_path):
+    with checkpoint.writer(tmp_path) as save:
+        save(jnp.ones(1), step=1)
+    with pytest.raises(RuntimeError, match=r"has ended: save inside the `with` block\.$"):
+        save(jnp.ones(1), step=2)
+    assert checkpoint.latest(tmp_path) == 1
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_weak_type_returns(tmp_path, abstract):
+    state = {
+        "scalar": jnp.asarray(0.1),
+        "count": jnp.asarray(3),
+        "complex": jnp.asarray(1j),
+        "filled": jnp.full((2, 3), -0.0),
+        "empty": jnp.full((0, 3), 0.1),
+        "strong": jnp.ones(3),
+    }
+    like = jax.tree.map(jnp.zeros_like, state)
+    if abstract:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    checkpoint.save(tmp_path, state, step=1)
+    restored = checkpoint.restore(tmp_path, like).state
+    assert bits(restored) == bits(state)
+    assert {name: leaf.weak_type for name, leaf in restored.items()} == {
+        name: name != "strong" for name in state
+    }
+    assert not restored["scalar"].committed
+    with jax.numpy_dtype_promotion("standard"):
+        assert (restored["scalar"] * jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_the_weak_type_does_not_change_the_width(tmp_path):
+    checkpoint.save(tmp_path, jnp.asarray(0.1), step=1)
+    with jax.enable_x64(True):
+        assert checkpoint.restore(tmp_path, jnp.zeros((), jnp.float32)).state.dtype == jnp.float32

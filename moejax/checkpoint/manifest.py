@@ -173,8 +173,12 @@ def _entry(name: str, leaf: Any) -> Manifest:
     dtype = dtype_name(leaf)
     if not (is_key(leaf) or dtype in DTYPES):
         raise ValueError(f"Every leaf must be of a dtype that JAX has, but `{name}` is {dtype}.")
-    entry = {"shape": list(leaf.shape), "dtype": dtype, "sha256": digest(stored(leaf))}
-    return {**entry, "impl": str(jax.random.key_impl(leaf))} if is_key(leaf) else entry
+    entry: Manifest = {"shape": list(leaf.shape), "dtype": dtype, "sha256": digest(stored(leaf))}
+    if is_key(leaf):
+        entry["impl"] = str(jax.random.key_impl(leaf))
+    elif getattr(leaf, "weak_type", False):
+        entry["weak_type"] = True
+    return entry
 
 
 def _digest_of_json(content: Manifest) -> str:

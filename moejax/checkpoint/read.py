@@ -52,7 +52,7 @@ class Checkpoint(NamedTuple):
 
 
 def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoint:
-    """Reads a checkpoint back, bit by bit what was saved.
+    """Reads a checkpoint back, bit by bit what was saved, and weakly typed where that was.
 
     Args:
         folder: where the checkpoints of a run are.
@@ -207,7 +207,15 @@ def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
         leaf = jnp.zeros(like.shape, like.dtype)
     elif is_key(like):
         leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
+    if entry.get("weak_type"):
+        leaf = _weak(jnp.asarray(leaf))
     return jax.device_put(leaf, _sharding(like))
+
+
+def _weak(array: jax.Array) -> jax.Array:
+    # Weak are arrays filled with a number of Python, of the width that such numbers have here.
+    weak = jnp.full(array.shape, np.zeros((), array.dtype).item())
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -72,6 +73,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
     Raises:
         ValueError: if ``keep`` is less than one, or the folder is the address of another machine.
         OSError: if the folder cannot be made.
+        RuntimeError: in ``save``, after the ``with`` block.
 
     Example:
         >>> import tempfile
@@ -87,9 +89,11 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
             folder.mkdir(parents=True, exist_ok=True)
             _on_first_process(clear, folder)
             background = apart(ocp.AsyncCheckpointer, ocp.CompositeCheckpointHandler())
+        ended = threading.Event()
         try:
-            yield partial(_save, background, folder, keep)
+            yield partial(_save, background, folder, keep, ended)
         finally:
+            ended.set()
             try:
                 _finish(background, folder, keep)
             finally:
@@ -113,6 +117,7 @@ def _save(
     background: Any,
     folder: Path,
     keep: int | None,
+    ended: threading.Event,
     state: Any,
     *,
     step: SupportsIndex,
@@ -120,6 +125,8 @@ def _save(
 ) -> None:
     from orbax.checkpoint import args
 
+    if ended.is_set():  # orbax would return, and report on a thread of its own
+        raise RuntimeError(f"The writer of {folder} has ended: save inside the `with` block.")
     step = _number(step)
     leaves = named_leaves(state)
     manifest = describe(leaves, step, config or {})
