@@ -208,3 +208,68 @@ def test_no_metric_replaces_the_loss():
     named_loss = lambda params, batch, key: (jnp.sum(params["w"]), {"loss": jnp.ones(())})  # noqa: E731
     with pytest.raises(ValueError, match='called "loss"'):
         jax.eval_shape(train_step(named_loss, OPTIMIZER), start(), X)
+
+
+def plateau_of(update):
+    """Adam whose rate halves where the loss stays, with another function to update it."""
+    optimizer = optax.chain(OPTIMIZER, optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+    return optax.GradientTransformationExtraArgs(optimizer.init, update(optimizer))
+
+
+def test_an_optimizer_that_asks_for_the_loss_gets_it():
+    seen = []
+
+    def recording(optimizer):
+        def update(updates, state, params=None, *, value, **extra):
+            seen.append(value)
+            return optimizer.update(updates, state, params, value=value, **extra)
+
+        return update
+
+    optimizer = plateau_of(recording)
+    state = init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    _, metrics = train_step(loss, optimizer)(state, X)
+    [record] = inspect_step(loss, optimizer, state, X)
+    assert seen == [metrics["loss"], metrics["loss"]]
+    assert jnp.isfinite(record.update).all()
+
+
+def test_the_rate_falls_where_the_loss_stays():
+    optimizer = plateau_of(lambda optimizer: optimizer.update)
+    flat = lambda params, batch, key: (jnp.sum(params["w"] * 0) + 1, {})  # noqa: E731
+    state = init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    run = jax.jit(lambda state: train_epoch(train_step(flat, optimizer), state, X, batch_size=2))
+    state, _ = run(state)
+    assert state.opt_state[1].scale < 1
+    with jax.no_tracing():
+        run(state)
+
+
+@pytest.mark.parametrize("optimizer", [OPTIMIZER, optax.sgd(0.1), optax.adamw(0.1)])
+def test_an_optimizer_that_does_not_ask_does_what_it_did(optimizer):
+    def by_hand(state, batch):
+        gradients = jax.grad(lambda p: loss(p, batch, state.key)[0])(state.params)
+        updates, _ = optimizer.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates)
+
+    state = init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    after, _ = jax.jit(train_step(loss, optimizer))(state, X)
+    np.testing.assert_array_equal(after.params["w"], jax.jit(by_hand)(state, X)["w"])
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+@pytest.mark.parametrize("index", [-1, 10])
+def test_indices_out_of_range_are_refused(index, array):
+    indices = array([[0, 1], [index, 9]])
+    message = rf"of the 10 examples, integers in \[0, 10\), got {index}"
+    with pytest.raises(ValueError, match=message):
+        scan_batches(STEP, start(), X, indices)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda state: scan_batches(STEP, state, X, indices))(start())
+
+
+def test_indices_may_be_known_or_traced_in_jit():
+    indices = jnp.array([[0, 1], [8, 9]])
+    traced = jax.jit(lambda state, rows: scan_batches(STEP, state, X, rows))(start(), indices)
+    known = jax.jit(lambda state: scan_batches(STEP, state, X, indices))(start())
+    np.testing.assert_array_equal(traced[1]["loss"], known[1]["loss"])

@@ -176,13 +176,14 @@ def scan_batches(
         step: from `train_step`.
         state: where to start.
         data: pytree of arrays [N, ...].
-        indices: the examples of each batch, integers [S, B].
+        indices: the examples of each batch, integers in [0, N), [S, B].
 
     Returns:
         The state after S steps, and each metric of every step, shape [S, ...].
 
     Raises:
-        ValueError: if the arrays of the data do not share axis 0.
+        ValueError: if the arrays of the data do not share axis 0, or an index that is not traced
+            is out of range.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -193,9 +194,23 @@ def scan_batches(
         >>> metrics["loss"].shape, int(state.step)
         ((2,), 2)
     """
-    data, _ = examples(data)
+    data, num_examples = examples(data)
+    _check_indices(indices, num_examples)
 
     def body(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
         return step(state, jax.tree.map(lambda leaf: leaf[rows], data))
 
     return jax.lax.scan(body, state, indices)
+
+
+def _check_indices(indices: Array, num_examples: int) -> None:
+    # A gather would clamp an index that is too large. Of traced ones nothing is known.
+    if isinstance(indices, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # known ones may be used in a function that is traced
+        least, largest = int(indices.min(initial=0)), int(indices.max(initial=0))
+    if least < 0 or largest >= num_examples:
+        raise ValueError(
+            f"`indices` must be those of the {num_examples} examples, integers in "
+            f"[0, {num_examples}), got {least if least < 0 else largest}."
+        )

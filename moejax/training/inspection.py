@@ -48,7 +48,7 @@ def inspect_step(
 
     Args:
         loss: ``(params, batch, key) -> (loss, metrics)``.
-        optimizer: an optax optimizer.
+        optimizer: an optax optimizer, which gets what `train_step` gives it.
         state: the state before the step.
         batch: what the step would see.
 
@@ -63,13 +63,16 @@ def inspect_step(
         >>> record.path, record.gradient.tolist(), record.update.tolist()
         ('w', [2.0, 4.0], [-1.0, -2.0])
     """
-    gradients = jax.grad(loss, has_aux=True)(state.params, batch, step_key(state))[0]
-    updates, _ = optimizer.update(gradients, state.opt_state, state.params)
-    values, _ = jax.tree.flatten_with_path(state.params)
-    leaves = zip(values, jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
+    (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
+        state.params, batch, step_key(state)
+    )
+    update = optax.with_extra_args_support(optimizer).update
+    updates, _ = update(gradients, state.opt_state, state.params, value=value)
+    params, _ = jax.tree.flatten_with_path(state.params)
+    leaves = zip(params, jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
     return [
-        ParameterStep(_dotted(path), value, gradient, update)
-        for (path, value), gradient, update in leaves
+        ParameterStep(_dotted(path), param, gradient, change)
+        for (path, param), gradient, change in leaves
     ]
 
 

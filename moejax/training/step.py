@@ -62,7 +62,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
 
     Args:
         loss: ``(params, batch, key) -> (loss, metrics)``.
-        optimizer: an optax optimizer.
+        optimizer: an optax optimizer; one that asks for the loss, as ``value``, gets it.
 
     Returns:
         The step. Its metrics are the loss's, taken before the update, and ``"loss"`` itself.
@@ -78,6 +78,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         >>> state.params, float(metrics["loss"])
         (Array([1., 1.], dtype=float32), 2.0)
     """
+    update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -88,7 +89,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
                 'No metric may be called "loss", the name of what is minimised, got '
                 f"{sorted(metrics)}: rename it."
             )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = update(gradients, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(params, opt_state, state.step + 1, state.key)
         return state, {"loss": value, **metrics}
