@@ -1,7 +1,8 @@
 """Parameters of one mixture from those of another model: pure functions on pytrees.
 
 All of them take and return the params of `moe`, ``{"router": ..., "experts": ...}``, or any pytree
-of that structure: an optimizer's moments follow, see `map_mixtures`.
+of that structure. An optimizer's moments follow by `take_experts` and `prune`, and by `grow` to a
+multiple without offset and noise; see `map_mixtures`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ def grow(
     - under every rule that ranks logits, with the same K and a large ``offset``: the copies rank so
       low that no token chooses them yet. Lower the offset, or use `update_balance_bias`, to bring
       them in.
+
+    What lowers a bias, and noise, is for parameters: added to the moments of an optimizer, it makes
+    a mean of squares negative and the updates NaN. The moments follow by `take_experts`, with
+    ``ids=np.arange(num_experts) % E``.
 
     Args:
         params: of a mixture whose router ends in a linear layer.
@@ -215,8 +220,8 @@ def merge(params: Params, load: Array) -> Params:
 def take_experts(params: Params, ids: Any) -> Params:
     """Some experts of a mixture, in any order and any number of times, with their logits.
 
-    `prune` takes distinct ones, `grow` takes all of them in turn. What it does to parameters it
-    does to their moments.
+    `prune` takes distinct ones, `grow` takes all of them in turn. An optimizer's moments follow
+    whichever function made the parameters by taking the same experts: nothing is added to them.
 
     Args:
         params: of a mixture whose router ends in a linear layer, or a pytree like them.
@@ -224,6 +229,9 @@ def take_experts(params: Params, ids: Any) -> Params:
 
     Returns:
         Params of as many experts as there are ids.
+
+    Raises:
+        ValueError: if ids are out of range.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
@@ -234,7 +242,7 @@ def take_experts(params: Params, ids: Any) -> Params:
     ids = np.asarray(ids)
     return {
         "router": _columns(params["router"], ids),
-        "experts": jax.tree.map(lambda leaf: jnp.asarray(leaf)[ids], params["experts"]),
+        "experts": jax.tree.map(lambda leaf: _taken(leaf, ids, axis=0), params["experts"]),
     }
 
 
@@ -244,7 +252,8 @@ def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
     An optimizer's moments have it, so they follow their parameters; everything else is unchanged.
 
     Args:
-        operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``.
+        operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``; for moments,
+            one that only takes experts, as `grow` does to a multiple without offset and noise.
         tree: any pytree, such as the params of a whole model or an optimizer's state.
 
     Returns:
@@ -276,13 +285,25 @@ def _num_experts(params: Params) -> int:
     return sizes.pop()
 
 
+def _taken(leaf: Array, ids: np.ndarray, *, axis: int) -> Array:
+    """The entries of these experts along an axis."""
+    leaf = jnp.asarray(leaf)
+    num_experts = leaf.shape[axis]
+    if np.any((ids < 0) | (ids >= num_experts)):  # a gather would read the last one
+        raise ValueError(
+            f"`ids` must be ids of the {num_experts} experts, integers in [0, {num_experts}), got "
+            f"{ids.tolist()}."
+        )
+    return leaf[ids] if axis == 0 else leaf[..., ids]
+
+
 def _columns(router: Params, ids: np.ndarray) -> Params:
     """These logits of a router, in this order."""
     if not isinstance(router, dict):
-        return jnp.asarray(router)[..., ids]  # a bias that chooses
+        return _taken(router, ids, axis=-1)  # a bias that chooses
     if "router" in router:  # `noisy`, or a router beside its bias
         return {name: _columns(node, ids) for name, node in router.items()}
-    take = lambda layer: {name: jnp.asarray(leaf)[..., ids] for name, leaf in layer.items()}  # noqa: E731
+    take = lambda layer: {name: _taken(leaf, ids, axis=-1) for name, leaf in layer.items()}  # noqa: E731
     return _with_last(router, take, what="router")
 
 

@@ -73,3 +73,9 @@ def test_a_module_is_a_router(key):
 def test_a_module_with_other_state_is_refused(make, state, key):
     with pytest.raises(ValueError, match=state):
         make(key)
+
+
+def test_a_module_that_is_made_already_is_refused():
+    made = nnx.Linear(D, O, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"got a Linear already made: pass lambda rngs: Linear"):
+        from_nnx(made)

@@ -164,3 +164,32 @@ def test_structures_that_are_not_known_are_refused(key):
         moejax.upcycle({"w": jnp.ones(3)}, params["router"], num_experts=2, total=0.5)
     with pytest.raises(ValueError, match="`total` must be positive"):
         moejax.upcycle({"w": jnp.ones(3)}, params["router"], num_experts=2, total=0.0)
+
+
+@pytest.mark.parametrize("part", ["router", "experts"])
+@pytest.mark.parametrize("id_", [-1, E])
+def test_experts_that_are_not_there_are_not_taken(id_, part, key):
+    params = mixture().init(key)
+    params = {"router": {"kernel": jnp.ones((D, E))}, "experts": {}, part: params[part]}
+    message = rf"of the 4 experts, integers in \[0, 4\), got \[0, {id_}\]"
+    with pytest.raises(ValueError, match=message):
+        moejax.take_experts(params, [0, id_])
+    bias = {"router": params["router"], "bias": jnp.zeros(E)}
+    with pytest.raises(ValueError, match=message):
+        moejax.take_experts({"router": bias, "experts": {}}, [0, id_])
+
+
+@pytest.mark.parametrize(
+    "grow", [partial(moejax.grow, offset=30.0), partial(moejax.grow, noise=0.1)]
+)
+@pytest.mark.parametrize("num_experts", [6, 8])
+def test_moments_follow_growth_by_taking_experts(num_experts, grow, key):
+    params = double(mixture().init(key))
+    optimizer = optax.adam(1e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = optimizer.update(params, optimizer.init(params))
+        grown = grow(params, num_experts=num_experts, key=key)
+        take = partial(moejax.take_experts, ids=np.arange(num_experts) % E)
+        updates, _ = optimizer.update(grown, moejax.map_mixtures(take, state), grown)
+    assert jax.tree.structure(updates) == jax.tree.structure(grown)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))

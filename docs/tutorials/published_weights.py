@@ -277,7 +277,9 @@ draw_curves(window=min(50, STEPS))
 # ## Grow, prune, merge
 #
 # The other operations start from a mixture; here, the published block. All of them take params and
-# return params, and `map_mixtures` does to the moments of an optimizer what they do to params.
+# return params. The moments of an optimizer follow by taking the same experts:
+# `map_mixtures(partial(take_experts, ids=ids), state)`, where `ids` are those that `prune` keeps,
+# or `np.arange(num_experts) % EXPERTS` after `grow`. Its offset and noise are for params alone.
 #
 # `grow` copies experts and their columns of the router. If K doubles with E, each chosen pair of
 # copies shares the gate of its original, and the function stays the same:

@@ -58,7 +58,7 @@ def from_nnx(make: Callable[[Any], Any]) -> Layer:
         A layer whose params are the module's ``nnx.Param`` variables as a dict of arrays.
 
     Raises:
-        ValueError: if the module has variables of other types.
+        ValueError: if the module has variables of other types, or ``make`` is a module itself.
 
     Example:
         >>> from flax import nnx
@@ -67,6 +67,12 @@ def from_nnx(make: Callable[[Any], Any]) -> Layer:
         >>> params["kernel"].shape
         (4, 2, 3)
     """
+    if isinstance(make, nnx.Module):
+        name = type(make).__name__
+        raise ValueError(
+            f"`make` must be a function that makes the module, got a {name} already made: pass "
+            f"lambda rngs: {name}(..., rngs=rngs)."
+        )
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graph, *states = nnx.split(abstract, nnx.Param, Ellipsis)
     shapes, rest = states
