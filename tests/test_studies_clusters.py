@@ -165,7 +165,7 @@ def test_every_cell_has_its_lines():
     text = study.render(summary)
     assert "| 3 | eight cubic experts | 3 | 99.99 ± 0.02 |" in text
     assert "| 1 | one linear network | 1 | 68.31 |" in text
-    assert "All this took 2 minutes, compilation included, on 2 cores of a processor." in text
+    assert "All this took 90 seconds, compilation included, on 2 cores of a processor." in text
     assert len(study.draw(summary, measured).axes) == 4
 
 

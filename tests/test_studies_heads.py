@@ -97,7 +97,7 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
 
     run("heads", *options, "--resume", "--docs", str(tmp_path))
     for text in (capsys.readouterr().out, page.read_text()):
-        assert "| head | seeds | published | ours, best epoch | ours, last epoch | less" in text
+        assert "| head | seeds | published | ours, best epoch | ours, last epoch | minus" in text
         assert "| dense | 1 | 99.65 |" in text
     assert (tmp_path / "out" / "heads.png").stat().st_size > 10_000
     message = refusal("heads", *options, "--resume", "--learning-rate", "0.2", capsys=capsys)
