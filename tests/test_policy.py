@@ -75,7 +75,7 @@ def test_padding_counts_as_choices_without_a_slot():
     assert rows_computed(padded, schedule) <= {*policy.blocks}
 
 
-@pytest.mark.parametrize(("num_tokens", "rows"), [(1, 1), (2, 2), (4, 4), (16, 4)])
+@pytest.mark.parametrize(("num_tokens", "rows"), [(1, 1), (2, 1), (4, 1), (5, 4), (16, 4)])
 def test_few_tokens_go_through_blocks_of_few_rows(num_tokens, rows):
     policy = policy_for_dropless(plain, num_tokens, 64, 2, platform="cpu")
     assert policy.blocks == (rows,)

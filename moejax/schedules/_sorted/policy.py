@@ -154,7 +154,7 @@ def _slots_and_blocks(
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:
-        few = min(4, num_tokens)  # most experts have fewer choices, and none more than tokens
+        few = 1 if num_tokens <= 4 else 4  # most experts have no more choices
         blocks = (128, few) if num_choices >= 128 else (few,)  # fewer never fill a block of 128
         return (Group(num_experts, 0),), blocks
     if k >= num_experts:
