@@ -25,7 +25,7 @@ import moejax
 from parts.command_line import add_data_dir, at_least, positive_float
 from studies import heads_figure, heads_report
 from studies.blocks import Cell
-from studies.command import Study, main, seeds_option
+from studies.command import Study, heads_option, main, seeds_option
 from studies.heads import heads
 from studies.images import check_batch_size, identity, loaded
 from studies.trunk import FEATURES
@@ -45,13 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seeds_option(parser, 3)
     add_data_dir(parser)
     add = parser.add_argument
-    add(
-        "--heads",
-        choices=list(HEADS),
-        nargs="+",
-        default=list(HEADS),
-        help="which to train (default: all)",
-    )
+    heads_option(parser, HEADS)
     add("--epochs", type=at_least(1), default=12, help="of training (default: %(default)s)")
     add(
         "--batch-size",

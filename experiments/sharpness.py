@@ -26,7 +26,7 @@ from data import Dataset
 from parts.command_line import add_data_dir, at_least, positive_float
 from studies import sharpness_figure, sharpness_report
 from studies.blocks import Cell, one_by_one
-from studies.command import Study, main, seeds_option
+from studies.command import Study, heads_option, main, seeds_option
 from studies.images import check_batch_size, identity, loaded
 from studies.sharpness_models import MODELS
 from studies.sharpness_training import Images, Sizes, run
@@ -37,13 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seeds_option(parser, 3)
     add_data_dir(parser)
     add = parser.add_argument
-    add(
-        "--heads",
-        choices=list(MODELS),
-        nargs="+",
-        default=list(MODELS),
-        help="which to train (default: all)",
-    )
+    heads_option(parser, MODELS)
     counts = {
         "--examples": (1, 30000, "training images, or all if there are fewer"),
         "--epochs": (1, 10, "passes over the training images"),

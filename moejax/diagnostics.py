@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from moejax._arrays import along
 from moejax._checks import takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
-from moejax.losses import entropy
+from moejax.losses import entropy, mean_over_kept
 from moejax.rules.by_score import to_sum_one
 
 
@@ -211,6 +210,4 @@ def mutual_information(table: Array) -> Array:
 
 def _mean_where_gated(gates: Array, values: Array) -> Array:
     """The mean of values [T, ...] over the tokens that have a gate, as padding has none."""
-    gated = gates.any(axis=-1)  # [T]
-    count = jnp.maximum(gated.sum(), 1).astype(values.dtype)
-    return jnp.where(along(gated, values.ndim), values, 0).sum(axis=0) / count
+    return mean_over_kept(gates.any(axis=-1), values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import where_kept
 from moejax._checks import takes
 from moejax._compiling import compiled
 from moejax.base import Array, ExpertChoice, Routing, SoftSlots
@@ -221,10 +222,13 @@ def entropy(p: Array) -> Array:
 
 def mean_over_tokens(routing: Routing | ExpertChoice | SoftSlots, values: Array) -> Array:
     """The mean of values [T, ...] over the tokens that are not masked."""
-    kept = routing.present
-    kept = kept.reshape(-1, *[1] * (values.ndim - 1))  # [T, 1...]
+    return mean_over_kept(routing.present, values)
+
+
+def mean_over_kept(kept: Array, values: Array) -> Array:
+    """The mean of values [T, ...] over some of the tokens, [T]; zero over none."""
     count = jnp.maximum(kept.sum(), 1).astype(values.dtype)
-    return jnp.where(kept, values, 0).sum(axis=0) / count
+    return where_kept(kept, values).sum(axis=0) / count
 
 
 def _squared_variation(load: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from parts import ending
@@ -106,6 +106,17 @@ def work(study: Study, args: argparse.Namespace) -> None:
     say(
         f"summary.json and {study.name}.png are in {args.out}, after "
         f"{time.perf_counter() - began:.0f} s"
+    )
+
+
+def heads_option(parser: argparse.ArgumentParser, heads: Iterable[str]) -> None:
+    """The option of which heads."""
+    parser.add_argument(
+        "--heads",
+        choices=list(heads),
+        nargs="+",
+        default=list(heads),
+        help="which to train (default: all)",
     )
 
 
