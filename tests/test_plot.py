@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moejax.plot import Plane, boundary_frame, boundary_frames, grid, new_figure, save_animation
+from moejax.plot import (
+    Plane,
+    boundary_frame,
+    boundary_frames,
+    confusion,
+    grid,
+    new_figure,
+    save_animation,
+    specialisation,
+)
 
 POINTS = np.random.default_rng(0).normal(size=(40, 2))
 LABELS = POINTS[:, 0] > 0
@@ -49,3 +58,11 @@ def test_an_animation_does_not_tint_shades_of_grey(tmp_path, hue):
     assert np.ptp(shown, axis=-1)[grey].max() == 0
     np.testing.assert_allclose(shown[grey], pixels(figure)[grey], atol=3)
     assert np.abs(shown - np.array(hue)).sum(axis=-1).min() < 12
+
+
+@pytest.mark.parametrize("draw", [specialisation, confusion])
+def test_pictures_call_a_class_what_it_is(draw):
+    for given, word in ({}, "class"), ({"classes": "animal"}, "animal"):
+        (axes,) = draw(np.eye(3, dtype=int), **given).axes
+        assert word in axes.get_xlabel()
+        assert word in axes.get_title()

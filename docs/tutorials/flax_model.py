@@ -184,7 +184,7 @@ for name, by_class in {"row": by_row, "digit": by_digit}.items():
     print(f"{moejax.mutual_information(by_class):.2f} nats about the {name}")
 
 # %%
-plot.specialisation(np.asarray(by_digit))
+plot.specialisation(np.asarray(by_digit), classes="digit")
 
 # %% [markdown]
 # A column adds up to 100%, and all columns would be alike if experts knew nothing of digits. They

@@ -246,7 +246,7 @@ def shares(layer, params):
     return np.asarray(moejax.expert_by_class(routing, jnp.asarray(test.labels), 10))  # [E, 10]
 
 
-plot.specialisation(shares(soft, soft_params))
+plot.specialisation(shares(soft, soft_params), classes="digit")
 
 # %% [markdown]
 # Nobody told the gate about digits, and nobody asked it to share the work fairly. An expert that
@@ -314,7 +314,7 @@ loads = moejax.expert_load(routing)
 print("share of the choices, by expert:", *(f"{load:.0%}" for load in loads))
 
 # %%
-plot.specialisation(shares(sparse, sparse_params))
+plot.specialisation(shares(sparse, sparse_params), classes="digit")
 
 # %%
 top = np.asarray(routing.experts[:, 0])  # the best expert comes first

@@ -106,13 +106,13 @@ def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     from moejax import plot  # loads matplotlib, for which no epoch should wait
 
     save_figure(plot.curves({model: run.history}), out / "curves.png")
-    save_figure(plot.confusion(run.test["confusion"]), out / "confusion.png")
+    save_figure(plot.confusion(run.test["confusion"], classes="digit"), out / "confusion.png")
     if "by_class" in run.test:
         names = ("epoch", *shown(run.history))
         records = [{name: record[name] for name in names} for record in run.history]
         save_figure(plot.diagnostics(records, titles=TITLES), out / "diagnostics.png")
         by_class = run.test["by_class"]
-        save_figure(plot.specialisation(by_class), out / "specialisation.png")
+        save_figure(plot.specialisation(by_class, classes="digit"), out / "specialisation.png")
         top_expert = run.test["top_expert"]
         figure = plot.images_by_expert(images, top_expert, len(by_class))
         save_figure(figure, out / "experts.png")

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from moejax.plot.style import new_figure
 
 
-def specialisation(by_class: np.ndarray) -> Figure:
+def specialisation(by_class: np.ndarray, *, classes: str = "class") -> Figure:
     """Which expert serves which class: of each class, the share of gate that each expert has.
 
     Args:
         by_class: gate mass, shape [E, classes].
+        classes: what a class is, such as ``"digit"``.
 
     Returns:
         A figure; every column adds up to 100%. An expert with less than a twentieth of an equal
@@ -28,8 +29,8 @@ def specialisation(by_class: np.ndarray) -> Figure:
     figure = table(
         share,
         rows="expert",
-        columns="digit",
-        title="Share of each digit's gate, by expert",
+        columns=classes,
+        title=f"Share of each {classes}'s gate, by expert",
         form=lambda value: f"{100 * value:.0f}%",
     )
     names = [f"{e} (idle)" if idle else str(e) for e, idle in enumerate(idle_experts(by_class))]
@@ -59,7 +60,7 @@ def table(
         A figure.
 
     Example:
-        >>> len(table(np.eye(2), rows="expert", columns="digit", title="t", form=str).axes)
+        >>> len(table(np.eye(2), rows="expert", columns="class", title="t", form=str).axes)
         1
     """
     num_rows, num_columns = values.shape

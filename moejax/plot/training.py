@@ -93,11 +93,12 @@ def loss(
     return figure
 
 
-def confusion(counts: np.ndarray) -> Figure:
+def confusion(counts: np.ndarray, *, classes: str = "class") -> Figure:
     """The confusion matrix: which class is taken for which.
 
     Args:
         counts: examples by true class and predicted class, shape [classes, classes].
+        classes: what a class is, such as ``"digit"``.
 
     Returns:
         A figure; shades are shares of the row, numbers are counts.
@@ -115,7 +116,8 @@ def confusion(counts: np.ndarray) -> Figure:
         if count:
             color = "white" if share[true, predicted] > 0.3 else "#222222"
             ax.text(predicted, true, str(count), ha="center", va="center", color=color, fontsize=8)
-    ax.set(xlabel="predicted digit", ylabel="true digit", title="Test images, true by predicted")
+    title = f"Examples by true and predicted {classes}"
+    ax.set(xlabel=f"predicted {classes}", ylabel=f"true {classes}", title=title)
     ax.set_xticks(range(len(counts)))
     ax.set_yticks(range(len(counts)))
     ax.tick_params(length=0)
