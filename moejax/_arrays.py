@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moejax._compiling import compiled
 
@@ -95,10 +94,17 @@ def gradient_where(used: Array, tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def gradient_if(present: Array, tree: Any) -> Any:
+    """The leaves themselves, but gradients reach them only if there is a token that is no padding.
+
+    Without one, what stands in for the tokens is zero, where a function may have no derivative.
+    """
+    return jax.tree.map(lambda leaf: jnp.where(present, leaf, jax.lax.stop_gradient(leaf)), tree)
+
+
 def at_least_float32(x: Array) -> Array:
-    """Promotes bfloat16 and float16 to float32; float64 stays float64."""
-    # NumPy's promotion, because JAX's own refuses to mix dtypes in its strict mode.
-    return x.astype(np.promote_types(x.dtype, np.float32))
+    """Promotes bfloat16, float16 and integers to float32; float64 stays float64."""
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:

@@ -165,7 +165,7 @@ class Routing(NamedTuple):
     def counts(self) -> Array:
         """How many choices go to each expert, int32 [E], which holds fewer than 2^31 choices."""
         ones = jnp.ones_like(self.experts, jnp.int32)
-        return by_expert(self.experts, ones, self.num_experts).sum(axis=0)
+        return by_expert(self.experts, ones, self.num_experts).sum(axis=0, dtype=jnp.int32)
 
     @property
     def present(self) -> Array:

@@ -1,7 +1,7 @@
 """What a decision shows: load, entropy, specialisation. Pure functions; masked tokens do not count.
 
 Read them off the decision before capacity drops any choice, or a collapse looks balanced.
-A token whose gates are all zero, such as one of `relu` without a positive logit, chooses no expert:
+A choice of weight zero is none: a token of `relu` without a positive logit chooses no expert, and
 the means of gates leave it out.
 Entropies and information are in nats.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from moejax._arrays import at_least_float32, by_expert
 from moejax._checks import takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
@@ -34,7 +35,7 @@ def expert_load(routing: Routing) -> Array:
         >>> expert_load(moejax.switch(jnp.eye(2)))
         Array([0.5, 0.5], dtype=float32)
     """
-    counts = routing.counts.astype(routing.weights.dtype)
+    counts = _active(routing).astype(routing.weights.dtype)
     return counts / jnp.maximum(counts.sum(), 1)
 
 
@@ -53,7 +54,7 @@ def dead_experts(routing: Routing) -> Array:
         >>> int(dead_experts(moejax.switch(jnp.array([[2.0, 1.0, 0.0]]))))
         2
     """
-    return jnp.sum(routing.counts == 0)
+    return jnp.sum(_active(routing) == 0)
 
 
 @takes(Routing)
@@ -194,7 +195,7 @@ def mutual_information(table: Array) -> Array:
     .. math:: I = \sum_{ec} p_{ec} \log \frac{p_{ec}}{p_e\, p_c}
 
     Args:
-        table: non-negative masses, shape [E, classes], as from `expert_by_class`.
+        table: non-negative masses, shape [E, classes], as from `expert_by_class`, or counts.
 
     Returns:
         A scalar in nats, between 0 (independent) and ``min(log E, log classes)``.
@@ -203,9 +204,16 @@ def mutual_information(table: Array) -> Array:
         >>> f"{mutual_information(jnp.eye(2)):.4f}"  # log 2
         '0.6931'
     """
+    table = at_least_float32(table)
     joint = table / jnp.maximum(table.sum(), jnp.finfo(table.dtype).tiny)
     information = entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0)) - entropy(joint.ravel())
     return jnp.maximum(information, 0)  # rounding can leave it just below
+
+
+def _active(routing: Routing) -> Array:
+    """How many choices that have a weight go to each expert, int32 [E]."""
+    active = (routing.weights != 0).astype(jnp.int32)
+    return by_expert(routing.experts, active, routing.num_experts).sum(axis=0, dtype=jnp.int32)
 
 
 def _mean_where_gated(gates: Array, values: Array) -> Array:

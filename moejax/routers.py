@@ -264,7 +264,7 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the temperature is a number that is not positive.
+        ValueError: if the temperature is a number that is not positive and finite.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -289,7 +289,7 @@ def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the cap is a number that is not positive.
+        ValueError: if the cap is a number that is not positive and finite.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -303,15 +303,16 @@ def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
 
     def bounded(logits: Array) -> Array:
         bound = jnp.asarray(cap, logits.dtype)
-        return bound * jnp.tanh(logits / bound)
+        capped = bound * jnp.tanh(logits / bound)
+        return jnp.where(logits == -jnp.inf, -jnp.inf, capped)  # an expert stays switched off
 
     return _with_logits(router, bounded)
 
 
 def _check_positive(name: str, value: Array | float) -> None:
     # Numbers alone: what an array holds is not known while it is traced.
-    if is_number(value) and not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")
+    if is_number(value) and not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:

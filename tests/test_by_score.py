@@ -290,3 +290,8 @@ def test_p_may_be_an_array(p):
     experts = moejax.top_p(LOGITS, p=0.5).experts
     same(moejax.top_p(LOGITS, p=p).experts, experts)
     same(jax.jit(lambda p: moejax.top_p(LOGITS, p=p).experts)(p), experts)
+
+
+@pytest.mark.parametrize("logits", [[-120.0, -110.0, -105.0], [18.0, 30.0, 40.0]])
+def test_sigmoids_that_are_rounded_to_one_number_rank_by_their_logits(logits):
+    assert moejax.sigmoid_top_k(jnp.array([logits]), k=2).experts.tolist() == [[2, 1]]

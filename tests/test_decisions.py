@@ -106,3 +106,7 @@ def test_a_mesh_refuses_what_it_cannot_exchange():
     execute = expert_parallel(jax.make_mesh((1,), ("expert",)))
     with pytest.raises(ValueError, match="got ExpertChoice, which goes with `gather_slots`"):
         scheduled(execute)(DECISIONS["ExpertChoice"])
+
+
+def test_counts_are_int32_in_double_precision(x64):
+    assert moejax.top_k(jnp.ones((3, 4)), k=2).counts.dtype == jnp.int32

@@ -144,3 +144,15 @@ def test_small_gates_are_normalised_with_a_finite_gradient(size):
     np.testing.assert_allclose(moejax.confidence(moejax.relu(logits)), 0.875, rtol=1e-6)
     for diagnostic in (moejax.effective_experts, moejax.confidence, moejax.gate_entropy):
         assert_finite_gradient(diagnostic, logits)
+
+
+def test_a_choice_without_weight_is_none():
+    active = moejax.relu(jnp.array([[-1.0, -2.0], [-1.0, -2.0], [-3.0, 1.0]]))
+    np.testing.assert_array_equal(moejax.expert_load(active), [0, 1])
+    assert int(moejax.dead_experts(active)) == 1
+    assert int(moejax.dead_experts(moejax.relu(jnp.full((4, 3), -1.0)))) == 3
+
+
+def test_mutual_information_of_counts():
+    counts = jnp.array([[3, 0], [0, 3]])
+    np.testing.assert_allclose(moejax.mutual_information(counts), np.log(2), rtol=1e-6)

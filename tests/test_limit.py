@@ -182,3 +182,22 @@ def test_useless_requests_are_refused():
         moejax.capacity_for(ROUTING, factor=0.0)
     with pytest.raises(ValueError, match="positive"):
         moejax.capacity_for(ROUTING, factor=float("nan"))
+
+
+IDLE = jnp.full((8, 2), -1.0).at[7, 0].set(5.0)  # of `relu`: the last token alone is active
+
+
+@pytest.mark.parametrize(
+    "priority", [moejax.by_choice, moejax.by_token, moejax.by_token_weight, moejax.by_weight]
+)
+def test_choices_of_weight_zero_take_no_slot_of_others(priority):
+    limited = moejax.limit_capacity(moejax.relu(IDLE), capacity=1, priority=priority)
+    assert limited.gates[7].tolist() == [5, 0]
+    assert int(limited.counts[0]) == 1
+
+
+def test_the_capacity_schedule_serves_choices_of_weight_zero_last():
+    y = moejax.capacity(
+        lambda p, x: p * x, jnp.ones(2), jnp.ones((8, 1)), moejax.relu(IDLE), factor=0.1
+    )
+    np.testing.assert_array_equal(y[:, 0], [*[0] * 7, 5])

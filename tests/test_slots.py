@@ -146,3 +146,12 @@ COLUMN = jnp.ones((T, 1), bool)  # would broadcast against the tokens
 def test_useless_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_token_that_is_not_a_number_is_left_out_with_and_without_a_mask():
+    logits = SLOT_LOGITS.at[1].set(jnp.nan)
+    alone = moejax.soft_slots(logits)
+    masked = moejax.soft_slots(logits, mask=jnp.ones(len(logits), bool))
+    for found, expected in zip(masked[:2], alone[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert np.isfinite(found).all()

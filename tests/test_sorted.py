@@ -9,7 +9,8 @@ from moejax.schedules._sorted.slots import assign_slots
 
 def test_experts_with_most_choices_have_most_slots():
     experts = jnp.array([[1], [3], [1], [0], [3], [1], [1]])  # loads 1, 4, 0, 2
-    slots = assign_slots(sort_by_expert(experts, 4), len(experts), (Group(2, 3), Group(2, 1)))
+    choices = sort_by_expert(experts, jnp.ones(experts.shape), 4)
+    slots = assign_slots(choices, len(experts), (Group(2, 3), Group(2, 1)))
     assert slots.expert.tolist() == [1, 3, 0, 2]
     assert slots.capacity.tolist() == [1, 3, 1, 3]
     assert slots.filled.tolist() == [*[True] * 5, False, True, False]

@@ -127,3 +127,71 @@ def test_losses_of_experts_that_choose(loss):
     value = jax.value_and_grad(lambda x: loss(partial(moejax.expert_choice, capacity=2)(x)))
     for one in value(CASES[0]):
         assert_finite(one, "expert choice")
+
+
+OFF_BUT_ONE = jnp.array([[0.0, -jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf, 1.0]])
+CHOOSE_TWO = {
+    "top_k": partial(moejax.top_k, k=2),
+    "raw": partial(moejax.top_k, k=2, renormalize=False),
+    "sigmoid": partial(moejax.sigmoid_top_k, k=2),
+    "biased": partial(moejax.sigmoid_top_k, bias=jnp.array([0.0, 9.0, 0.0]), k=2),
+    "by_score": partial(moejax.by_score, k=2),
+    "noisy": partial(moejax.noisy_top_k, noise_scale=0.1, k=2, key=jax.random.key(0)),
+    "gshard": moejax.gshard_top_2,
+    "sinkhorn": partial(moejax.sinkhorn, k=2),
+    "top_p": partial(moejax.top_p, p=1.0),
+}
+
+
+@pytest.mark.parametrize("rule", CHOOSE_TWO)
+def test_a_choice_of_an_expert_that_is_off_goes_nowhere(rule):
+    routing = CHOOSE_TWO[rule](OFF_BUT_ONE)
+    np.testing.assert_array_equal(routing.counts, [1, 0, 1])
+    assert routing.experts[:, 0].tolist() == [0, 2]
+    assert int(moejax.dead_experts(routing)) == 1
+    limited = moejax.limit_capacity(routing, capacity=1)
+    np.testing.assert_array_equal(limited.gates, routing.gates)
+
+
+def test_experts_of_a_group_that_is_out_are_not_chosen_for_those_that_are_off():
+    logits = jnp.array([[-3.0, -3.0, 5.0, -jnp.inf]])
+    routing = moejax.sigmoid_top_k(logits, k=2, num_groups=2, kept_groups=1)
+    assert routing.experts.tolist() == [[2, 4]]
+    assert routing.weights.tolist() == [[1, 0]]
+
+
+def test_rounding_brings_no_expert_back():
+    logits = jnp.where(jnp.arange(16)[None] < 8, jax.random.normal(jax.random.key(0), (500, 16)), 0)
+    routing = moejax.top_p(jnp.where(jnp.arange(16)[None] < 8, logits, -jnp.inf), p=1.0)
+    np.testing.assert_array_equal(routing.counts[8:], 0)
+
+
+def test_a_token_without_any_expert_is_not_a_number():
+    assert np.isnan(moejax.top_k(jnp.full((1, 3), -jnp.inf), k=2).weights[0, 0])
+
+
+def test_a_bound_on_logits_leaves_an_expert_off():
+    router = moejax.Layer(lambda key: {}, lambda params, x: x)
+    capped = moejax.soft_capped(router, cap=2.0).apply({}, jnp.array([[0.0, 1.0, -jnp.inf]]))
+    np.testing.assert_allclose(capped, [[0, 2 * np.tanh(0.5), -np.inf]], rtol=1e-6)
+    with pytest.raises(ValueError, match="`cap` must be positive and finite, got inf"):
+        moejax.soft_capped(router, cap=float("inf"))
+
+
+def test_slots_of_an_expert_that_is_off_are_not_computed_on_zeros():
+    def unit(params, x):
+        y = x @ params
+        return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
+
+    off = jnp.arange(2)[None, :, None] == 1
+    decision = moejax.soft_slots(jnp.where(off, -jnp.inf, jnp.zeros((4, 2, 1))))
+
+    def loss(params, x):
+        return jnp.sum(moejax.mix_slots(unit, params, x, decision) ** 2)
+
+    params, x = jnp.stack([jnp.eye(3)] * 2), jax.random.normal(jax.random.key(0), (4, 3))
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    assert np.isfinite(value)
+    for gradient in gradients:
+        assert_finite(gradient, "gradient")
+    np.testing.assert_array_equal(gradients[0][1], 0)

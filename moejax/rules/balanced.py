@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moejax._checks import check_count, check_k, check_mask, checked_logits, takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
-from moejax.rules.by_score import Groups, check_bias, check_choice, choose
+from moejax.rules.by_score import Groups, check_bias, check_choice, choose, k_best, of_choices
 from moejax.rules.limit import mask_tokens
 
 
@@ -25,6 +25,8 @@ def sigmoid_top_k(
     r"""Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
 
     `by_score` with a sigmoid, normalised by logarithms: it stays exact where scores underflow.
+    Without a bias or groups it ranks by the logits, which tell experts apart whose sigmoids are
+    rounded to one.
 
     .. math::
         s_t = \sigma(l_t), \qquad e \in \text{top k of } s_t + b, \qquad
@@ -45,6 +47,7 @@ def sigmoid_top_k(
 
     Returns:
         A decision with K = k, the best ``s + b`` first; scores are s divided by its sum over E.
+        Where -inf leaves a token fewer than k experts, its other choices go nowhere.
 
     Raises:
         ValueError: if shapes or numbers do not agree, or if a single weight is renormalised: it
@@ -76,10 +79,11 @@ def _sigmoid_top_k(
     groups: Groups,
     renormalize: bool,
 ) -> Routing:
-    experts = choose(logits, jax.nn.sigmoid(logits), bias, k, groups)
+    alone = bias is None and groups.kept == groups.num
+    experts = choose(logits, logits if alone else jax.nn.sigmoid(logits), bias, k, groups)
     # Softmax of log s is s / sum s, and stays finite where every s underflows.
     log_affinity = jax.nn.log_sigmoid(logits)
-    kept = jnp.take_along_axis(log_affinity, experts, axis=-1)
+    kept = of_choices(log_affinity, experts, -jnp.inf)
     weights = jax.nn.softmax(kept) if renormalize else jnp.exp(kept)
     return Routing(experts, scale * weights, jax.nn.softmax(log_affinity), logits)
 
@@ -156,7 +160,8 @@ def sinkhorn(
         mask: False for padding, booleans [T]; such a token goes nowhere and pushes no other.
 
     Returns:
-        A decision with K = k; scores are p.
+        A decision with K = k; scores are p. Where -inf leaves a token fewer than k experts, its
+        other choices go nowhere.
 
     Raises:
         ValueError: if logits is not a float array [T, E], if k or iterations is out of range, or if
@@ -184,8 +189,8 @@ def sinkhorn(
         counted = counted & mask
     fixed = jax.lax.stop_gradient(logits)
     price = _expert_prices(fixed, counted, iterations)  # [E]
-    experts = jax.lax.top_k(fixed - price[None], k)[1]
-    decision = Routing(experts, jnp.take_along_axis(scores, experts, axis=-1), scores, logits)
+    experts = k_best(fixed - price[None], k)
+    decision = Routing(experts, of_choices(scores, experts, 0), scores, logits)
     return decision if mask is None else mask_tokens(decision, mask)
 
 

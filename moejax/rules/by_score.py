@@ -70,6 +70,7 @@ def by_score(
 
     Returns:
         A decision with K = k, the best ``s + b`` first; scores are s divided by its sum over E.
+        Where -inf leaves a token fewer than k experts, its other choices go nowhere.
 
     Raises:
         ValueError: if shapes or numbers do not agree, or if a single weight is renormalised: it
@@ -105,7 +106,7 @@ def _by_score(
 ) -> Routing:
     scores = score(logits)
     experts = choose(logits, scores, bias, k, groups)
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    weights = of_choices(scores, experts, 0)
     if renormalize:
         weights = to_sum_one(weights)
     return Routing(experts, scale * weights, to_sum_one(scores), logits)
@@ -138,13 +139,30 @@ def root_softplus(logits: Array) -> Array:
 
 
 def choose(logits: Array, scores: Array, bias: Array | None, k: int, groups: Groups) -> Array:
-    """The k experts with the largest score plus bias within the best groups, shape [T, K]."""
+    """The `k_best` experts by score plus bias within the best groups, shape [T, K]."""
     ranked_by = scores if bias is None else scores + bias.astype(scores.dtype)[None]
     # An expert switched off by -inf stays off, although its bias grows while it gets no token.
-    ranked_by = jnp.where(logits > -jnp.inf, ranked_by, -jnp.inf)
+    ranked_by = jnp.where(logits == -jnp.inf, -jnp.inf, ranked_by)
     if groups.kept < groups.num:
         ranked_by = _only_best_groups(ranked_by, groups)
-    return jax.lax.top_k(ranked_by, k)[1]
+    return k_best(ranked_by, k)
+
+
+def k_best(ranked_by: Array, k: int) -> Array:
+    """The k experts that rank highest, [T, K]; E, nowhere, instead of those that rank at -inf.
+
+    But a token's first choice stays, so that one with no expert left shows up as not a number.
+    """
+    ranks, experts = jax.lax.top_k(ranked_by, k)
+    switched_off = (ranks == -jnp.inf) & (jnp.arange(k) > 0)[None]
+    return jnp.where(switched_off, ranked_by.shape[-1], experts)
+
+
+def of_choices(values: Array, experts: Array, nowhere: float) -> Array:
+    """The values [T, E] of chosen experts, [T, K], and this one for choices that go nowhere."""
+    num_experts = values.shape[-1]
+    chosen = jnp.take_along_axis(values, jnp.minimum(experts, num_experts - 1), axis=-1)
+    return jnp.where(experts < num_experts, chosen, nowhere)
 
 
 def to_sum_one(weights: Array) -> Array:

@@ -113,9 +113,11 @@ def by_weight(routing: Routing) -> Array:
 def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_choice) -> Routing:
     """Drops the choices for which their expert has no slot left.
 
-    A dropped choice goes nowhere and contributes nothing; the others keep their weight. Every
-    schedule runs the result. Losses read the decision before this: after it, even a full collapse
-    looks balanced. So limit inside the schedule of `moe`, which returns the decision as it was.
+    A dropped choice goes nowhere and contributes nothing; the others keep their weight. Whatever
+    the priority, a choice of weight zero is served last: `relu` gives one to a token that no expert
+    is active for. Every schedule runs the result. Losses read the decision before this: after it,
+    even a full collapse looks balanced. So limit inside the schedule of `moe`, which returns the
+    decision as it was.
 
     Args:
         routing: a decision of T tokens with K choices each.
@@ -202,7 +204,8 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
         priority: who is served first.
 
     Returns:
-        Places, int32 [T, K]; those of choices that go nowhere count a queue of their own.
+        Places, int32 [T, K]. Choices of weight zero stand after all others of their expert, and
+        those that go nowhere count a queue of their own.
 
     Example:
         >>> positions(moejax.top_k(jnp.array([[1.0, 2.0], [1.0, 2.0]]), k=2))
@@ -210,8 +213,9 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
                [1, 1]], dtype=int32)
     """
     order = priority(routing)
-    queue = routing.experts.ravel()[order]  # [T K]
-    places = places_in_queue(queue, routing.num_experts)
+    num_experts = routing.num_experts  # read first: it checks the ids
+    queue, idle = (values.ravel()[order] for values in (routing.experts, routing.weights == 0))
+    places = places_in_queue(queue, idle, num_experts)  # [T K]
     return jnp.zeros_like(places).at[order].set(places).reshape(routing.experts.shape)
 
 

@@ -86,7 +86,8 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
         mask: False for padding, booleans [T]; such a token is in no slot and gets zeros.
 
     Returns:
-        A decision for `mix_slots`. A token whose logits are not numbers is in no slot.
+        A decision for `mix_slots`. A token whose logits are not numbers is in no slot, and gets
+        zeros.
 
     Raises:
         ValueError: if logits is not a float array [T, E, C], or the mask not booleans [T].
@@ -110,8 +111,7 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
     # A slot of -inf alone, of an expert switched off, takes no token.
     dispatch = jax.nn.softmax(logits, axis=0, where=present & (logits > -jnp.inf))
     combine = jax.nn.softmax(logits, axis=(1, 2))
-    kept = present if mask is None else mask[:, None, None]
-    return SoftSlots(dispatch, jnp.where(kept, combine, 0), logits)
+    return SoftSlots(dispatch, jnp.where(present, combine, 0), logits)
 
 
 def _present(logits: Array, mask: Array | None) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moejax._checks import check_k, checked_logits
 from moejax._compiling import compiled
 from moejax.base import Array, DenseRouting, Routing
-from moejax.rules.by_score import Groups, choose
+from moejax.rules.by_score import k_best, of_choices
 
 
 @compiled()
@@ -57,7 +57,8 @@ def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
         renormalize: whether the k weights of a token sum to one.
 
     Returns:
-        A decision with K = k, the best expert first; scores are p.
+        A decision with K = k, the best expert first; scores are p. Where -inf leaves a token fewer
+        than k < E experts, its other choices go nowhere.
 
     Raises:
         ValueError: if logits is not a float array [T, E], if k is out of range, or if a single
@@ -82,11 +83,15 @@ def top_k(logits: Array, *, k: int, renormalize: bool = True) -> Routing:
         )
     scores = jax.nn.softmax(logits)
     # By logits and not by scores: scores that underflow to zero would tie.
-    experts = choose(logits, logits, None, k, Groups())
-    kept = jnp.take_along_axis(logits if renormalize else scores, experts, axis=-1)
-    weights = jax.nn.softmax(kept) if renormalize else kept
-    decision = DenseRouting if k == logits.shape[-1] else Routing
-    return decision(experts, weights, scores, logits)
+    if k == logits.shape[-1]:
+        kept, experts = jax.lax.top_k(logits, k)
+        return DenseRouting(experts, jax.nn.softmax(kept), scores, logits)
+    experts = k_best(logits, k)
+    if renormalize:
+        weights = jax.nn.softmax(of_choices(logits, experts, -jnp.inf))
+    else:
+        weights = of_choices(scores, experts, 0)
+    return Routing(experts, weights, scores, logits)
 
 
 def switch(logits: Array) -> Routing:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moejax._checks import check_k, checked_logits, is_number
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
+from moejax.rules.by_score import k_best, of_choices
 
 
 def top_p(logits: Array, *, p: Array | float, k: int | None = None) -> Routing:
@@ -58,8 +59,8 @@ def _top_p(logits: Array, p: Array | float, k: int) -> Routing:
     num_experts = logits.shape[-1]
     scores = jax.nn.softmax(logits)
     # By logits and not by scores: scores that underflow to zero would tie.
-    experts = jax.lax.top_k(logits, k)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)  # [T, K], descending
+    experts = k_best(logits, k)
+    weights = of_choices(scores, experts, 0)  # [T, K], descending
     before = jnp.cumsum(weights, axis=-1) - weights
     enough = before >= jnp.asarray(p).astype(before.dtype)
     # The first choice stays, whatever the rounding of p.

@@ -89,8 +89,12 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
     used = dispatch.any(axis=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
     tokens = jnp.where(used, x, 0).astype(dtype)
     mixed = jnp.einsum("tec,t...->ec...", dispatch, tokens).astype(x.dtype)
-    params = gradient_where(jnp.broadcast_to(used.any(), (dispatch.shape[1],)), params)
+    # A slot without tokens holds another's mean: the expert may be undefined at zero.
+    filled = dispatch.any(axis=0)  # [E, C]
+    example = jax.lax.stop_gradient(mixed.reshape(-1, *mixed.shape[2:])[jnp.argmax(filled)])
+    mixed = jnp.where(along(filled, mixed.ndim), mixed, example[None, None])
+    params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(expert)(params, mixed)  # [E, C, O]
-    outputs = jnp.where(used.any(), outputs, 0)  # without any token, slots are zero
+    outputs = jnp.where(along(filled, outputs.ndim), outputs, 0)
     y = jnp.einsum("tec,ec...->t...", combine, outputs.astype(dtype))
     return y.astype(x.dtype)

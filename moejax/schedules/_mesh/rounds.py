@@ -66,7 +66,7 @@ def make_plan(routing: Routing, axis: str, factor: float) -> Plan:
         The plan.
     """
     num_shards = jax.lax.axis_size(axis)
-    order, starts = sort_by_expert(routing.experts, routing.num_experts)
+    order, starts = sort_by_expert(routing.experts, routing.weights, routing.num_experts)
     sent = jnp.diff(starts).reshape(num_shards, -1)  # [E] -> [S, E/S]
     received = jax.lax.all_to_all(sent, axis, split_axis=0, concat_axis=0, tiled=True)
     block = min(math.ceil(factor * order.size / num_shards), order.size)

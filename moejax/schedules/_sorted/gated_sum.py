@@ -75,7 +75,7 @@ def _compiled(
     if weights.size == 0:
         return jnp.zeros(output.shape, output.dtype)
     num_experts = policy.num_experts
-    choices = sort_by_expert(experts, num_experts)
+    choices = sort_by_expert(experts, weights, num_experts)
     params, x, weights = reverse_only((params, x, weights))
     gates = _gates(weights, output)
     if policy.grouped:
