@@ -29,8 +29,13 @@ def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> E
 
 
 def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself if it can be a static argument of `jit`, or something around it."""
-    return function if isinstance(function, Hashable) else lambda *args: function(*args)
+    """The function itself if it can be a static argument of `jit`, or something around it.
+
+    A bound method is equal to itself although what its object holds may have changed, so a program
+    compiled for it is not found again.
+    """
+    fixed = isinstance(function, Hashable) and not inspect.ismethod(function)
+    return function if fixed else lambda *args: function(*args)
 
 
 def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
@@ -39,6 +44,16 @@ def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None
 
 
 def check_rule(route: Rule, outputs: tuple[Array, ...], given: dict[str, Any]) -> None:
+    needed = [
+        one.name
+        for one in inspect.signature(route).parameters.values()
+        if one.kind is one.KEYWORD_ONLY and one.default is one.empty and one.name not in given
+    ]
+    if needed:
+        raise ValueError(
+            f"The rule needs {' and '.join(f'`{name}`' for name in needed)}: bind what it needs "
+            "with `functools.partial`, as in route=partial(moejax.top_k, k=2)."
+        )
     try:
         inspect.signature(route).bind(*outputs, **given)
     except TypeError as error:

@@ -259,7 +259,7 @@ def check_expert_params(params: Params, num_experts: int) -> None:
         )
 
 
-def check_present(missing: set[tuple[str, str]]) -> None:
+def check_present(missing: set[tuple[str, ...]]) -> None:
     """Refuses variables of a Linen module that lack some of its layer's params."""
     if missing:
         raise ValueError(

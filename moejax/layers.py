@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax._arrays import padded_by_example, where_kept
+from moejax._arrays import gradient_if, padded_by_example, where_kept
 from moejax._calling import accepts
-from moejax._checks import check_count, check_gate, check_input, check_widths
+from moejax._checks import check_count, check_gate, check_input, check_mask, check_widths
 from moejax._comparing import comparable
 from moejax._compiling import compiled
 from moejax.base import Array, Layer, Matmul, Params
@@ -134,8 +134,8 @@ def mlp(
     Args:
         *widths: D, the hidden widths, O.
         activation: applied between layers, not after the last.
-        layer: makes each layer from its two widths; ``partial(linear, bias=False)``, or with
-            another initializer.
+        layer: makes each layer from its two widths; ``partial(linear, bias=False)``, with another
+            initializer, or a layer of your own.
 
     Returns:
         A layer with params ``{"layers": [{"kernel", "bias"}, ...]}``.
@@ -164,11 +164,11 @@ def mlp(
     def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         *hidden, last = zip(layers, params["layers"], strict=True)
         for one, p in hidden:
-            x = activation(one.apply(p, x, matmul=matmul))
+            x = activation(_apply(one, p, x, matmul))
         one, p = last
-        return one.apply(p, x, matmul=matmul)
+        return _apply(one, p, x, matmul)
 
-    return Layer(init, apply)
+    return Layer(init, _with_matmul_of(layers, apply))
 
 
 _unbiased = partial(linear, bias=False)
@@ -225,12 +225,10 @@ def glu(
         return {"gate": up.init(gate_key), "up": up.init(up_key), "down": down.init(down_key)}
 
     def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
-        hidden = combine(
-            up.apply(params["gate"], x, matmul=matmul), up.apply(params["up"], x, matmul=matmul)
-        )
-        return down.apply(params["down"], hidden, matmul=matmul)
+        both = (_apply(up, params[name], x, matmul) for name in ("gate", "up"))
+        return _apply(down, params["down"], combine(*both), matmul)
 
-    return Layer(init, apply)
+    return Layer(init, _with_matmul_of([up, down], apply))
 
 
 @comparable
@@ -270,7 +268,7 @@ def gated(layer: Layer, gate: Layer) -> Layer:
         check_gate(opened, y)
         return opened * y
 
-    return Layer(init, apply)
+    return Layer(init, _with_matmul_of([layer, gate], apply))
 
 
 @comparable
@@ -308,6 +306,8 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
         mask = options.get("mask")
         if mask is not None:
             x, mask = jnp.asarray(x), jnp.asarray(mask)
+            check_mask(mask, x.shape[: mask.ndim])
+            params = gradient_if(mask.any(), params)
             tokens = x.reshape(-1, *x.shape[mask.ndim :])
             x = padded_by_example(tokens, mask.reshape(-1)).reshape(x.shape)
         output = model.apply(params["model"], before.apply(params["before"], x), **options)
@@ -317,6 +317,16 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
         return (y, *evidence) if isinstance(output, tuple) else y
 
     return Layer(init, apply)
+
+
+def _with_matmul_of(layers: list[Layer], apply: Callable[..., Array]) -> Callable[..., Array]:
+    """``apply``, which names ``matmul`` only if all layers that it is made of do.
+
+    Where an expert names it, a grouped product may run it on the parameters of all experts.
+    """
+    if all(accepts(one.apply, "matmul") for one in layers):
+        return apply
+    return lambda params, x: apply(params, x)
 
 
 def _apply(layer: Layer, params: Params, x: Array, matmul: Matmul | None) -> Array:

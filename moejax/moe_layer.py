@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax._arrays import at_least_float32, padded_by_example, where_kept
+from moejax._arrays import at_least_float32, gradient_if, padded_by_example, where_kept
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
 from moejax._checks import (
     check_expert_params,
@@ -136,6 +136,7 @@ def routed(
             check_mask(mask, leading)
             mask = mask.reshape(-1)  # [T]
             tokens = padded_by_example(tokens, mask)
+            params = gradient_if(mask.any(), params)
         check(params["experts"], num_experts)
         with jax.named_scope("route"):
             decision = _decide(router, route, params["router"], tokens, num_experts, key, mask)
@@ -285,6 +286,7 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         if mask is not None:
             mask = jnp.asarray(mask)
             tokens = padded_by_example(tokens, mask.reshape(-1))
+            params = gradient_if(mask.any(), params)
         always = shared.apply(params["shared"], tokens)
         always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
         if always.shape != y.shape:

@@ -108,6 +108,51 @@ def test_equals_the_definition_as_accelerators_run_it(case, x64):
     close(compiled(on_accelerators)(*arguments), compiled(moejax.dense)(*arguments), 1e-10)
 
 
+def scale(width):
+    """A layer without `matmul`: it scales every feature."""
+    return moejax.Layer(lambda key: jnp.arange(1.0, width + 1), lambda params, x: x * params[None])
+
+
+BUILT = {
+    "linear on sequences": (moejax.linear(D, F), (3,)),
+    "glu on images": (moejax.glu(D, 4), (3, 2)),
+    "gated, its layer without a product": (moejax.gated(scale(D), moejax.linear(D, 1)), ()),
+    "gated, its gate without a product": (moejax.gated(moejax.linear(D, D), scale(D)), ()),
+    "mlp of own layers": (moejax.mlp(D, D, D, layer=lambda d_in, _: scale(d_in)), ()),
+    "glu of own layers": (moejax.glu(D, D, layer=lambda d_in, _: scale(d_in)), ()),
+}
+
+
+@pytest.mark.parametrize("built", BUILT)
+def test_built_layers_are_the_definition_as_accelerators_run_them(built, x64):
+    layer, shape = BUILT[built]
+    experts, num_experts = CASES["spread"]
+    x = jax.random.normal(jax.random.key(4), (len(experts), *shape, D))
+    params = moejax.stack(layer, num_experts).init(jax.random.key(5))
+    arguments = double((params, x, decision(experts, num_experts)))
+
+    def value_and_gradient(schedule, params, x, routing):
+        def loss(params, x):
+            return jnp.sum(schedule(layer.apply, params, x, routing) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    found, expected = (
+        jax.jit(partial(value_and_gradient, schedule))(*arguments)
+        for schedule in (on_accelerators, moejax.dense)
+    )
+    close(found, expected, 1e-9)
+
+
+def test_a_product_of_part_of_the_tokens_is_refused_on_accelerators():
+    one_by_one = jax.vmap(moejax.glu(D, 4).apply, in_axes=(None, 0))
+    experts, num_experts = CASES["spread"]
+    params = moejax.stack(moejax.glu(D, 4), num_experts).init(jax.random.key(5))
+    x = jnp.ones((len(experts), 5, D))
+    with pytest.raises(ValueError, match="leave `matmul` out of its signature"):
+        on_accelerators(one_by_one, params, x, decision(experts, num_experts))
+
+
 def bend(params, x):
     """An expert of one product, with second derivatives: little to compile."""
     return jnp.tanh(x @ params["gate"]) @ params["down"]

@@ -310,3 +310,54 @@ def test_keys_of_both_kinds_are_taken():
     model = moejax.moe(LAYER, LAYER, num_experts=3)
     jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
     assert model.init(jax.random.PRNGKey(0))["experts"]["kernel"].shape == (3, 2, 3)
+
+
+def unit(d_in, d_out):
+    """A layer that is undefined at zero."""
+
+    def apply(params, x):
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)) @ params
+
+    return moejax.Layer(lambda key: jax.random.normal(key, (d_in, d_out)), apply)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "top_2"])
+def test_a_batch_of_padding_alone_has_no_gradient(rule, key):
+    mixture = moejax.moe(unit(D, D), unit(D, E), num_experts=E, route=RULES[rule])
+    layer = moejax.between(unit(D, D), moejax.with_shared(mixture, unit(D, D)), moejax.linear(D, D))
+
+    def loss(params):
+        return layer.apply(params, tokens(T, D), mask=jnp.zeros(T, bool))[0].sum()
+
+    for leaf in jax.tree.leaves(jax.grad(loss)(layer.init(key))):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("mask", [jnp.ones((2, 1), bool), jnp.ones((2, 3))])
+def test_between_refuses_what_is_no_mask(mask, key):
+    layer = moejax.between(moejax.linear(D, D), model(), moejax.linear(O, D))
+    with pytest.raises(
+        ValueError, match=re.escape("`mask` must be a boolean array of shape [2, 3]")
+    ):
+        layer.apply(layer.init(key), tokens(2, 3, D), mask=mask)
+
+
+def test_a_rule_that_needs_more_says_what(key):
+    layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=moejax.top_k)
+    with pytest.raises(ValueError, match="The rule needs `k`: bind what it needs with"):
+        layer.apply(layer.init(key), tokens(T, D))
+
+
+@pytest.mark.parametrize("schedule", [moejax.dense, moejax.dropless])
+def test_a_method_sees_what_its_object_holds_now(schedule):
+    class Net:
+        scale = 1.0
+
+        def expert(self, params, x):
+            return self.scale * (x @ params)
+
+    net, params, x = Net(), jnp.stack([jnp.eye(D)] * E), tokens(T, D)
+    routing = moejax.switch(tokens(T, E))
+    before = schedule(net.expert, params, x, routing)
+    net.scale = 10.0
+    close(schedule(net.expert, params, x, routing), 10 * before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moejax._arrays import along
 from moejax._calling import with_matmul
 from moejax._sorting import Sorted
-from moejax.base import Array, Expert, Params
+from moejax.base import Array, Expert, Matmul, Params
 from moejax.schedules._sorted.products import ragged_matmul
 from moejax.schedules._sorted.slots import combine
 
@@ -37,7 +37,23 @@ def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choice
     # Their rows are real ones of which nothing is read, and no gradient passes through them.
     rows = x[jnp.where(kept, order, order[0]) % x.shape[0]]
     rows = jnp.where(along(kept, rows.ndim), rows, jax.lax.stop_gradient(rows))
-    product = partial(ragged_matmul, sizes=jnp.diff(starts))
+    product = _grouped_product(jnp.diff(starts), order.size)
     outputs = with_matmul(expert, product)(params, rows)  # [K * T, ...]
     slot = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.where(kept, places, order.size))
     return combine(outputs, weights, slot.reshape(-1, x.shape[0]))
+
+
+def _grouped_product(sizes: Array, num_rows: int) -> Matmul:
+    """``x_i W_e`` for rows i grouped by expert e, ``[K * T, ..., D] x [E, D, O]``."""
+
+    def product(x: Array, kernel: Array) -> Array:
+        if x.ndim < 2 or x.shape[0] != num_rows:
+            raise ValueError(
+                "An expert that takes `matmul` must multiply all its tokens at once, "
+                f"[{num_rows}, ..., D], got {list(x.shape)}: leave `matmul` out of its signature."
+            )
+        each = math.prod(x.shape[1:-1])  # vectors of a token
+        y = ragged_matmul(x.reshape(-1, x.shape[-1]), kernel, each * sizes)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return product
