@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from moejax._calling import accepts, keeps_own
 from moejax._comparing import comparable
 from moejax.base import Array, Params, Rule
 from moejax.schedules.expert_parallel import check_axis, check_tokens, expert_parallel, placed
@@ -56,7 +57,8 @@ def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
 
     def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
         names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-        if "experts" not in names or leaf.ndim == 0:
+        # `optax.adafactor` keeps one zero for what it does not factor.
+        if "experts" not in names or leaf.shape in ((), (1,)):
             return NamedSharding(mesh, jax.P())
         if leaf.shape[0] % num_shards:
             raise ValueError(
@@ -118,7 +120,9 @@ def tokenwise(route: Rule, mesh: Mesh) -> Rule:
     def on_mesh(*outputs: Array, key: Array | None = None, **extras: Any) -> Any:
         def on_device(outputs: Any, extras: Any, key: Array | None) -> Any:
             if key is not None:
-                extras = {"key": jax.random.fold_in(key, jax.lax.axis_index(axes)), **extras}
+                key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+            if accepts(route, "key") and not keeps_own(route, "key", key):
+                extras = {"key": key, **extras}
             return route(*outputs, **extras)
 
         check_tokens(mesh, len(outputs[0]))

@@ -8,6 +8,7 @@ multiple without offset and noise; see `map_mixtures`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,14 +30,14 @@ def upcycle(
 ) -> Params:
     """A mixture of E copies of one layer, which computes what the layer does.
 
-    Every expert starts as the dense layer, and the router with zeros, so that all experts are
-    equally likely. Weights that sum to one then give the layer's own output, for every K. Raw
-    weights of a softmax sum to K/E instead: with ``total=K / E`` the last layer of each expert is
-    divided by it, and the sum is the layer's output again.
+    Every expert starts as the dense layer, and the last layer of the router with zeros, so that all
+    experts are equally likely. Weights that sum to one then give the layer's own output, for every
+    K. Raw weights of a softmax sum to K/E instead: with ``total=K / E`` the last layer of each
+    expert is divided by it, and the sum is the layer's output again.
 
     Args:
         dense: params of the layer; its last linear layer is found by its names.
-        router: params of the router; its zeros have the same structure.
+        router: params of the router, which must end in a linear layer.
         num_experts: E, how many there are.
         total: the sum of a token's weights at the start: 1 if they are renormalised, K/E for the
             raw probabilities of `top_k`, 1/E for `switch`, K/2 for raw sigmoids.
@@ -48,8 +49,8 @@ def upcycle(
         Params for ``moe(layer, router, num_experts=E, ...)``.
 
     Raises:
-        ValueError: if a number is out of range, if there is noise and no key, or if ``total`` is
-            not 1 and no last layer is found.
+        ValueError: if a number is out of range, if there is noise and no key, or if no last layer
+            is found: of the router, or of the layer where ``total`` is not 1.
 
     Example:
         >>> layer, router = moejax.mlp(2, 4, 3), moejax.linear(2, 8)
@@ -73,7 +74,9 @@ def upcycle(
     )
     if noise and key is not None:
         experts = _perturbed(experts, noise, key)
-    return {"router": jax.tree.map(jnp.zeros_like, router), "experts": experts}
+    # The last layer alone: with zeros all through, no gradient would reach an `mlp`.
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return {"router": _with_last(router, zeros, what="router"), "experts": experts}
 
 
 def grow(
@@ -89,11 +92,13 @@ def grow(
     A copy has the column of the router that its original has. The function stays the same:
 
     - under `softmax`, where all experts are in the sum; if some have more copies than others, the
-      router's bias is lowered by the logarithm of their number;
+      router's bias is lowered by the logarithm of their number, which is right unless the logits
+      are `tempered` or `soft_capped`;
     - under top-k, if K grows with E: ``k=2`` of 4 becomes ``k=4`` of 8;
     - under every rule that ranks logits, with the same K and a large ``offset``: the copies rank so
-      low that no token chooses them yet. Lower the offset, or use `update_balance_bias`, to bring
-      them in.
+      low that no token chooses them yet. Lower the offset to bring them in. Where a router is
+      `biased`, the offset lowers that bias instead of the logits; above 1 plus the spread of the
+      biases it is large, and `update_balance_bias` brings the copies in step by step.
 
     What lowers a bias, and noise, is for parameters: added to the moments of an optimizer, it makes
     a mean of squares negative and the updates NaN. The moments follow by `take_experts`, with
@@ -102,8 +107,8 @@ def grow(
     Args:
         params: of a mixture whose router ends in a linear layer.
         num_experts: the new E, at least the old one.
-        offset: how much lower the copies' logits are than their originals'; None for the first
-            two cases.
+        offset: how much lower the copies' logits, or biases, are than their originals'; None for
+            the first two cases.
         noise: as in `upcycle`, added to the copies and not to the originals.
         key: a PRNG key, for noise.
 
@@ -130,13 +135,11 @@ def grow(
     origin = np.arange(num_experts) % old
     grown = take_experts(params, origin)
     if offset is None:
-        lower = np.log(np.bincount(origin)[origin])  # by how many each expert is one of
+        # By the logarithm of how many each expert is one of.
+        grown["router"] = _lower_logits(grown["router"], np.log(np.bincount(origin)[origin]))
     else:
-        lower = np.where(np.arange(num_experts) < old, 0, offset)
-    if lower.min() < lower.max():
-        grown["router"] = _with_last(
-            grown["router"], lambda layer: _lowered(layer, lower), what="router"
-        )
+        by = np.where(np.arange(num_experts) < old, 0, offset)
+        grown["router"] = _ranked_lower(grown["router"], by)
     if noise and key is not None:
         noisy = _perturbed(grown["experts"], noise, key)
         keep_old = lambda new, leaf: jnp.concatenate([leaf[:old], new[old:]])  # noqa: E731
@@ -287,6 +290,8 @@ def _num_experts(params: Params) -> int:
 
 def _taken(leaf: Array, ids: np.ndarray, *, axis: int) -> Array:
     """The entries of these experts along an axis."""
+    if not jax.tree.leaves(leaf):  # what an optimizer keeps for parameters that it leaves alone
+        return leaf
     leaf = jnp.asarray(leaf)
     num_experts = leaf.shape[axis]
     if np.any((ids < 0) | (ids >= num_experts)):  # a gather would read the last one
@@ -299,7 +304,7 @@ def _taken(leaf: Array, ids: np.ndarray, *, axis: int) -> Array:
 
 def _columns(router: Params, ids: np.ndarray) -> Params:
     """These logits of a router, in this order."""
-    if not isinstance(router, dict):
+    if not (isinstance(router, dict) and jax.tree.leaves(router)):
         return _taken(router, ids, axis=-1)  # a bias that chooses
     if "router" in router:  # `noisy`, or a router beside its bias
         return {name: _columns(node, ids) for name, node in router.items()}
@@ -312,14 +317,28 @@ def _check_noise(noise: float, key: Array | None) -> None:
         raise ValueError("`noise` needs a `key`: pass jax.random.key(0), or noise=0.")
 
 
-def _lowered(layer: Params, by: np.ndarray) -> Params:
-    if "bias" not in layer:
+def _ranked_lower(router: Params, by: np.ndarray) -> Params:
+    """A router whose experts rank lower: by the bias that chooses, or else by their logits."""
+    if isinstance(router, dict) and "balance_bias" in router:
+        return _with_lower(router, "balance_bias", by)
+    return _lower_logits(router, by)
+
+
+def _lower_logits(router: Params, by: np.ndarray) -> Params:
+    """A router with lower logits; itself where all would be lowered alike."""
+    if by.min() == by.max():
+        return router
+    return _with_last(router, lambda layer: _with_lower(layer, "bias", by), what="router")
+
+
+def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
+    if name not in params:
         raise ValueError(
             "The router must have a bias that tells the copies apart: grow to a multiple of the "
             "number of experts without `offset`, or give it a bias of zeros."
         )
-    bias = layer["bias"]
-    return {**layer, "bias": bias - jnp.asarray(by).astype(bias.dtype)}
+    bias = params[name]
+    return {**params, name: bias - jnp.asarray(by).astype(bias.dtype)}
 
 
 def _divided(dense: Params, total: float) -> Params:

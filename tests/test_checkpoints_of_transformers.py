@@ -113,3 +113,19 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"missing \['model.safetensors'\]"):
         published.load(tmp_path, 1)
+
+
+def test_fields_that_the_folder_leaves_out_come_from_a_configuration(tmp_path):
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path)
+    expected = published.load(tmp_path, 1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must have the field `num_experts_per_tok`"):
+        published.load(tmp_path, 1)
+    params = published.load(tmp_path, 1, config=model.config)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    published.save(tmp_path, 1, jax.tree.map(lambda leaf: 2 * leaf, params), config=model.config)
+    doubled = published.load(tmp_path, 1, config=model.config)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, params)

@@ -291,3 +291,12 @@ def test_torch_is_not_imported():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_experts_of_different_dtypes_are_refused():
+    layout = conversion.stack(conversion.linear(3, 2, bias=False), 2)
+    state = {"0.weight": np.ones((2, 3), np.float16), "1.weight": np.full((2, 3), 1e6, np.float32)}
+    with pytest.raises(
+        ValueError, match=r"`1.weight` must have the dtype .*, float16, got float32"
+    ):
+        conversion.from_torch(layout, state)

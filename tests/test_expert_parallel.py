@@ -294,3 +294,20 @@ def test_a_hundred_training_steps_have_the_losses_of_one_device(kind):
     many = losses(True, token_sharding(mesh), tokenwise(TOP_2, mesh), expert_parallel(mesh))
     assert one[-1] < one[0] / 2
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+
+
+def test_a_rule_that_names_a_key_gets_one_or_none():
+    def route(logits, *, key):
+        return moejax.noisy_top_k(logits, 0.1, k=2, key=key)
+
+    mesh, logits = make_mesh(), jax.random.normal(jax.random.key(0), (T, E))
+    found, expected = tokenwise(route, mesh)(logits), route(logits, key=None)
+    np.testing.assert_array_equal(found.experts, expected.experts)
+
+
+def test_moments_that_are_not_factored_are_on_every_device():
+    mesh, layer = make_mesh(), moejax.moe(moejax.glu(D, 8), moejax.linear(D, E), num_experts=E)
+    state = optax.adafactor(1e-3).init(layer.init(jax.random.key(0)))
+    placed = jax.device_put(state, shardings(state, mesh))
+    specs = {leaf.sharding.spec for leaf in jax.tree.leaves(placed)}
+    assert specs == {jax.P(), jax.P("expert")}

@@ -64,7 +64,7 @@ def test_a_balance_bias_is_a_collection_of_its_own(key, x):
     variables = module.init(key, x)
     assert set(traverse_util.flatten_dict(variables["balance"])) == {("router", "balance_bias")}
     assert "balance_bias" not in variables["params"]["router"]
-    with pytest.raises(ValueError, match="lack \\['balance/router'\\]"):
+    with pytest.raises(ValueError, match="lack \\['balance/router/balance_bias'\\]"):
         module.apply({"params": variables["params"]}, x)
 
 

@@ -294,3 +294,12 @@ def test_axes_of_layers():
     modules = layers_of(ROUTED, axes=expert_axes)
     specs = nnx.get_partition_spec(nnx.state(modules))
     assert specs["experts"]["gate"]["kernel"].get_value() == jax.P(None, "expert", None, None)
+
+
+def test_a_balance_bias_keeps_its_dtype(key):
+    layer = moejax.moe(
+        moejax.glu(D, 6), BIASED, num_experts=E, route=partial(moejax.sigmoid_top_k, k=2)
+    )
+    module = to_nnx(layer, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    assert module.experts.gate.kernel[...].dtype == jnp.bfloat16
+    assert module.router.balance_bias[...].dtype == jnp.float32

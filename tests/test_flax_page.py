@@ -55,7 +55,7 @@ def test_haiku(recipe):
     pytest.importorskip("haiku")
     exec(code_of("flax.md", "haiku"), recipe)
     layer, x = recipe["layer"], recipe["x"]
-    params = recipe["haiku_params"]["mixture"]
+    params = recipe["haiku_params"]["haiku_mixture"]
     like = jax.eval_shape(layer.init, jax.random.key(0))
     paths = [
         jax.tree_util.keystr(path, simple=True, separator=".")

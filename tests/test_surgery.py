@@ -193,3 +193,55 @@ def test_moments_follow_growth_by_taking_experts(num_experts, grow, key):
         updates, _ = optimizer.update(grown, moejax.map_mixtures(take, state), grown)
     assert jax.tree.structure(updates) == jax.tree.structure(grown)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("router", [moejax.linear(D, E), moejax.mlp(D, 5, E)])
+def test_an_upcycled_router_learns(router, key):
+    dense = double(LAYERS["mlp"].init(key))
+    model = moejax.moe(LAYERS["mlp"], router, num_experts=E, execute=moejax.dense)
+    params = moejax.upcycle(dense, double(router.init(key)), num_experts=E, noise=0.1, key=key)
+    np.testing.assert_array_equal(router.apply(params["router"], jnp.asarray(X)), 0)
+
+    def step(params, _):
+        gradient = jax.grad(lambda params: jnp.sum(output(model, params) ** 2))(params)
+        return jax.tree.map(lambda p, g: p - 1e-2 * g, params, gradient), None
+
+    before = params["router"]
+    params, _ = jax.lax.scan(step, params, length=3)
+    kernels = [leaf for leaf in jax.tree.leaves(params["router"]) if leaf.ndim == 2]
+    old = [leaf for leaf in jax.tree.leaves(before) if leaf.ndim == 2]
+    assert not any(np.array_equal(*pair) for pair in zip(kernels, old, strict=True))
+
+
+def test_a_router_without_a_last_linear_layer_is_refused(key):
+    router = moejax.cosine(D, 2, E).init(key)
+    with pytest.raises(ValueError, match="The router must end in a `linear`"):
+        moejax.upcycle(LAYERS["mlp"].init(key), router, num_experts=E)
+
+
+def test_an_offset_keeps_copies_from_a_choice_by_bias(key):
+    def biased(num_experts):
+        router = moejax.biased(moejax.linear(D, num_experts), num_experts)
+        route = partial(moejax.sigmoid_top_k, k=2)
+        return moejax.moe(LAYERS["mlp"], router, num_experts=num_experts, route=route)
+
+    params = double(biased(E).init(key))
+    params["router"]["balance_bias"] = jnp.array([0.5, -0.2, -0.2, -0.1])
+    grown = moejax.grow(params, num_experts=2 * E, offset=2.0)
+    close(output(biased(2 * E), grown), output(biased(E), params))
+
+
+def test_parameters_that_an_optimizer_leaves_alone_are_left_alone(key):
+    params = mixture().init(key)
+    mask = {"router": {"kernel": True, "bias": False}, "experts": True}
+    optimizers = {
+        "masked": optax.masked(optax.adam(1e-3), mask),
+        "by label": optax.multi_transform(
+            {"a": optax.adam(1e-3), "b": optax.adam(1e-4)}, {"router": "a", "experts": "b"}
+        ),
+    }
+    take = partial(moejax.take_experts, ids=[0, 2])
+    for optimizer in optimizers.values():
+        smaller = moejax.map_mixtures(take, optimizer.init(params))
+        expected = optimizer.init(take(params))
+        assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, expected)

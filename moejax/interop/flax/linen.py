@@ -55,13 +55,26 @@ class LinenLayer(linen.Module):
         like = jax.eval_shape(self.layer.init, jax.random.key(0))
         leaves, structure = jax.tree.flatten_with_path(like)
         paths = [path_of(entries) for entries, _ in leaves]
-        missing = {_place(path) for path in paths if not self.has_variable(*_place(path))}
+        missing = {(_place(path)[0], *path) for path in paths if not self._has(path)}
         if missing and self.is_initializing():
             self._create()
         else:
             check_present(missing)
-        found = [at(linen.meta.unbox(self.get_variable(*_place(path))), path[1:]) for path in paths]
+        found = [at(self._variable(path), path[1:]) for path in paths]
         return jax.tree.unflatten(structure, found)
+
+    def _variable(self, path: Path) -> Any:
+        return linen.meta.unbox(self.get_variable(*_place(path)))
+
+    def _has(self, path: Path) -> bool:
+        if not self.has_variable(*_place(path)):
+            return False
+        inner = self._variable(path)
+        for name in path[1:]:
+            if name not in inner:
+                return False
+            inner = inner[name]
+        return True
 
     def _create(self) -> None:
         made = named(cast(self.layer.init(self.make_rng("params")), self.param_dtype))

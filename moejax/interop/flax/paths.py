@@ -77,9 +77,13 @@ def at(tree: Any, path: Path) -> Any:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """The params with their floats in another dtype; None leaves them as they are."""
+    """The params with their floats in another dtype; None leaves them as they are.
 
-    def to(leaf: Array) -> Array:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    A balance bias stays, too: it moves by steps that bfloat16 would round away.
+    """
 
-    return params if dtype is None else jax.tree.map(to, params)
+    def to(path: tuple[Any, ...], leaf: Array) -> Array:
+        kept = not jnp.issubdtype(leaf.dtype, jnp.floating) or path_of(path)[-1] == BALANCE
+        return leaf if kept else leaf.astype(dtype)
+
+    return params if dtype is None else jax.tree.map_with_path(to, params)

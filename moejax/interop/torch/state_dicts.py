@@ -85,7 +85,8 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
 
     Raises:
         ValueError: if the number of experts, a name or a shape is not the layout's, if the layout
-            uses a tensor twice or leaves a part of one out, or if one cannot be read; names it.
+            uses a tensor twice or leaves a part of one out, if tensors of one parameter differ in
+            dtype, or if one cannot be read; names it.
 
     Example:
         >>> from moejax import conversion
@@ -110,6 +111,11 @@ def read(tensor: Tensor, get: Callable[[str], Any]) -> np.ndarray:
         piece = np.transpose(_checked(tensor, key, get(key)), tensor.axes)
         if param is None:
             param = np.empty(tensor.param_shape, piece.dtype)
+        if piece.dtype != param.dtype:
+            raise ValueError(
+                f"`{key}` must have the dtype of the tensors it is stacked with, {param.dtype}, "
+                f"got {piece.dtype}."
+            )
         param[place] = piece
     return np.empty(tensor.param_shape) if param is None else param  # [E ..., D, O]
 

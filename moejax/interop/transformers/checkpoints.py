@@ -27,7 +27,7 @@ Files = Mapping[str, Path]  # which file holds a tensor, by the tensor's name
 Folder = str | os.PathLike[str]
 
 
-def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:
+def load(folder: Folder, layer: int, *, prefix: str | None = None, config: Any = None) -> Params:
     """Reads the params of one block from a checkpoint.
 
     It reads tensor by tensor: memory stays at the block and one tensor.
@@ -37,6 +37,8 @@ def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:
         layer: which layer of the model, from 0.
         prefix: the module of the mixture, such as ``model.layers.3.mlp``; by default the one in
             that layer that has the names of a checkpoint or of the installed module.
+        config: as for `block`, where the folder's ``config.json`` leaves out fields that have
+            their default.
 
     Returns:
         Params for the layer of ``block(folder)``, NumPy arrays of the dtypes of the files.
@@ -50,7 +52,7 @@ def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:
         >>> layer, layout = block(folder)  # doctest: +SKIP
         >>> params = load(folder, 3)  # doctest: +SKIP
     """
-    block = _block(folder)
+    block = _block(folder if config is None else config)
     with _opened(folder) as (files, get):
         start, layout = _place(block, files, get, layer, prefix)
         check_layout(layout)
@@ -59,7 +61,9 @@ def load(folder: Folder, layer: int, *, prefix: str | None = None) -> Params:
         )
 
 
-def save(folder: Folder, layer: int, params: Params, *, prefix: str | None = None) -> None:
+def save(
+    folder: Folder, layer: int, params: Params, *, prefix: str | None = None, config: Any = None
+) -> None:
     """Writes the params of one block into a checkpoint, in the place of those that are there.
 
     The other tensors stay as they are, and each file is replaced once it is complete; it takes the
@@ -71,6 +75,7 @@ def save(folder: Folder, layer: int, params: Params, *, prefix: str | None = Non
         params: of the structure and shapes of the layer of ``block(folder)``. Tensors keep the
             names that they have in the folder, and get the dtypes of params.
         prefix: as for `load`.
+        config: as for `load`.
 
     Raises:
         ValueError: as for `load`, or if the params do not fit.
@@ -79,7 +84,7 @@ def save(folder: Folder, layer: int, params: Params, *, prefix: str | None = Non
     Example:
         >>> save(folder, 3, params)  # doctest: +SKIP
     """
-    block = _block(folder)
+    block = _block(folder if config is None else config)
     with _opened(folder) as (files, get):
         start, layout = _place(block, files, get, layer, prefix)
     state = {start + key: array for key, array in to_torch(layout, params).items()}
@@ -88,8 +93,8 @@ def save(folder: Folder, layer: int, params: Params, *, prefix: str | None = Non
         os.replace(complete, file)
 
 
-def _block(folder: Folder) -> Block:
-    config = as_dict(folder)
+def _block(config: Any) -> Block:
+    config = as_dict(config)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         refuse(config, "quantization_config", "be absent: dequantise the weights first", method)

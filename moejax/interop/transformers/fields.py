@@ -55,7 +55,7 @@ def get(config: Config, *names: str) -> Any:
     raise ValueError(
         f"The configuration of {_model(config)} must have the field `{names[0]}`, got none: a "
         "config.json leaves out what has its default, so pass "
-        "transformers.AutoConfig.from_pretrained(folder)."
+        "config=transformers.AutoConfig.from_pretrained(folder)."
     )
 
 
