@@ -48,6 +48,7 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
             "`log_gates` and `log_likelihoods` must both be of shape [tokens, experts], got "
             f"{list(log_gates.shape)} and {list(log_likelihoods.shape)}."
         )
+    log_gates, log_likelihoods = at_least_float32(log_gates), at_least_float32(log_likelihoods)
     if mask is None:
         return _nll(log_gates, log_likelihoods).mean()
     check_mask(mask, log_gates.shape[:1])
@@ -123,9 +124,9 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     .. math:: \log \operatorname{softmax}(l_{et})_{y_t}
 
     Args:
-        logits: the experts' outputs l, shape [E, T, classes], as from `stack`.
-        labels: y, integers [T]. A label outside of [0, classes) gives NaN, which the ``mask`` of
-            `mixture_nll` leaves out.
+        logits: the experts' outputs l, shape [E, T, ..., classes], as from `stack`.
+        labels: y, integers [T, ...]; those of one token are independent. A label outside of
+            [0, classes) gives NaN, which the ``mask`` of `mixture_nll` leaves out.
 
     Returns:
         Log-likelihoods, shape [T, E].
@@ -140,9 +141,9 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
     """
     _check_targets(logits[..., 0], labels)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
-    log_p = jnp.take_along_axis(log_p, labels[None, :, None], axis=-1)[..., 0]  # [E, T]
+    log_p = jnp.take_along_axis(log_p, labels[None, ..., None], axis=-1)[..., 0]  # [E, T, ...]
     # As an index, a negative label would count from the end; one too large is NaN already.
-    return jnp.where(labels[None] < 0, jnp.nan, log_p).T
+    return _sum_features(jnp.where(labels[None] < 0, jnp.nan, log_p))
 
 
 def _nll(log_gates: Array, log_likelihoods: Array) -> Array:

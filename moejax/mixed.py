@@ -50,6 +50,8 @@ def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None
         expert: the layer of one expert.
         num_experts: how many.
         execute: the schedule, ``(expert, params, x, routing) -> y``; by default as in `moe`.
+            `capacity` makes its slots of all T K choices, those of other banks too: multiply its
+            factor by the share of them that this bank is to serve.
 
     Returns:
         A bank whose params are those of ``stack(expert, num_experts)``.

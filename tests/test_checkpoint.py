@@ -579,3 +579,15 @@ def test_the_weak_type_does_not_change_the_width(tmp_path):
     checkpoint.save(tmp_path, jnp.asarray(0.1), step=1)
     with jax.enable_x64(True):
         assert checkpoint.restore(tmp_path, jnp.zeros((), jnp.float32)).state.dtype == jnp.float32
+
+
+def test_numbers_that_jax_would_narrow_are_refused(tmp_path):
+    state = {"n": np.array([2**40 + 1]), "w": np.array([1 / 3])}
+    checkpoint.save(tmp_path, state, step=1)
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in state.items()}
+    with pytest.raises(ValueError, match="holds int64, of which JAX would make int32"):
+        checkpoint.restore(tmp_path, like)
+    restored = checkpoint.restore(tmp_path, state).state
+    assert all(np.array_equal(restored[name], state[name]) for name in state)
+    with jax.enable_x64(True):
+        assert int(checkpoint.restore(tmp_path, like).state["n"][0]) == 2**40 + 1

@@ -169,3 +169,9 @@ def test_refusals(change, message):
     good = {"x": x, "kernel": kernel, "group_sizes": jnp.array(SIZES["even"])}
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**(good | change))
+
+
+def test_integers_are_refused():
+    x, kernel = jnp.ones((3, 2), jnp.int32), jnp.ones((2, 2, 2), jnp.int32)
+    with pytest.raises(ValueError, match="x and kernel must be floats, got int32"):
+        grouped_matmul(x, kernel, jnp.array([1, 2]))

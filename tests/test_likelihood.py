@@ -191,3 +191,19 @@ def test_shapes_are_checked():
         moejax.mixture_nll(jnp.zeros((T, E)), jnp.zeros((E, T)))
     with pytest.raises(ValueError, match="`mask` must be"):  # a column would broadcast
         moejax.mixture_nll(jnp.zeros((T, E)), jnp.zeros((T, E)), mask=jnp.ones((T, 1), bool))
+
+
+def test_classes_of_several_targets_add_up():
+    logits, labels = RNG.normal(size=(E, T, 2, O)), RNG.integers(0, O, (T, 2))
+    found = moejax.categorical_log_likelihood(jnp.asarray(logits), jnp.asarray(labels))
+    parts = [
+        moejax.categorical_log_likelihood(jnp.asarray(logits[:, :, s]), jnp.asarray(labels[:, s]))
+        for s in range(2)
+    ]
+    np.testing.assert_allclose(found, sum(parts), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, jnp.ones(300, bool)])
+def test_the_sum_over_tokens_does_not_overflow(mask):
+    log_gates, log_p = jnp.zeros((300, 1), jnp.float16), jnp.full((300, 1), -300, jnp.float16)
+    assert float(moejax.mixture_nll(log_gates, log_p, mask=mask)) == 300

@@ -161,3 +161,17 @@ def test_the_shared_expert_must_be_as_wide_as_the_mixture(key):
     model = moejax.with_shared(routed, moejax.linear(4, 1))
     with pytest.raises(ValueError, match="the mixture's output"):
         model.apply(model.init(key), jnp.ones((2, 4)))
+
+
+def test_integer_tokens_are_summed_in_the_dtype_of_the_networks(x64):
+    table = jnp.arange(6, dtype=jnp.float32).reshape(3, 2)
+    embed = moejax.Layer(lambda key: table, lambda params, x: params[x[:, 0]])
+    router = moejax.Layer(lambda key: {}, lambda params, x: jnp.eye(3, dtype=jnp.float32)[x[:, 0]])
+    model = moejax.moe_of(
+        moejax.networks(embed, 2),
+        moejax.zero_experts(1),
+        router=router,
+        route=partial(moejax.top_k, k=2),
+    )
+    y, _ = model.apply(model.init(jax.random.key(0)), jnp.arange(3)[:, None])
+    assert y.dtype == jnp.float32

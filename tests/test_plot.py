@@ -9,10 +9,14 @@ from moejax.plot import (
     boundary_frame,
     boundary_frames,
     confusion,
+    curves,
+    diagnostics,
     grid,
+    loss,
     new_figure,
     save_animation,
     specialisation,
+    table,
 )
 
 POINTS = np.random.default_rng(0).normal(size=(40, 2))
@@ -66,3 +70,41 @@ def test_pictures_call_a_class_what_it_is(draw):
         (axes,) = draw(np.eye(3, dtype=int), **given).axes
         assert word in axes.get_xlabel()
         assert word in axes.get_title()
+
+
+def shows(axes, values):
+    low, high = axes.get_ylim()
+    return low <= np.min(values) and np.max(values) <= high
+
+
+def test_every_run_of_any_sign_and_length_is_drawn():
+    runs = {f"run {i}": -np.linspace(1, 2 + i, 30) for i in range(6)}
+    figure = loss(runs, -np.ones((4, 3)))
+    (axes,) = figure.axes
+    assert {text.get_text() for text in figure.legends[0].texts} >= runs.keys()
+    assert shows(axes, [*runs.values()])
+    assert axes.get_xlim() == (0, 29)
+    assert loss({"run": np.ones(3)}, np.ones((4, 3))).axes[0].get_ylim()[0] == 0
+
+
+def test_all_epochs_of_all_models_are_drawn():
+    rates = dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), 0.5)
+    lengths = {"long": 10, "short": 3}
+    histories = {
+        name: [{"epoch": epoch, **rates} for epoch in range(1, length + 1)]
+        for name, length in lengths.items()
+    }
+    assert curves(histories).axes[0].get_xlim() == (0.5, 10.5)
+    with pytest.raises(ValueError, match="at least one model with one record"):
+        curves({})
+
+
+@pytest.mark.parametrize("values", [[-2.0, -1.0], [-1.0, 3.0], [0.5, 0.7], [0.0, 0.0]])
+def test_diagnostics_of_any_sign_are_shown(values):
+    records = [{"epoch": epoch, "what": value} for epoch, value in enumerate([*values, np.inf])]
+    (axes,) = (axes for axes in diagnostics(records).axes if axes.get_visible())
+    assert shows(axes, [0, *values])
+
+
+def test_a_table_of_negative_numbers_is_drawn():
+    pixels(table(-np.ones((2, 2)), rows="r", columns="c", title="t", form=str))

@@ -240,5 +240,5 @@ def test_correlations_are_checked(capsys):
 def test_a_sentence_says_which_way():
     make = partial(dict, mean=0)
     rows = {"0": make(low=0.1, high=0.3), "0.5": make(low=-1, high=1), "1": make(low=-2, high=-1)}
-    assert sentence("a minus b", rows) == "b beats a at correlations 0, and loses to it at 1."
-    assert sentence("a minus b", {"0": make(low=-1, high=1)}) == "b beats a at no correlation."
+    assert sentence("a minus b", rows) == "B beats a at correlations 0, and loses to it at 1."
+    assert sentence("a minus b", {"0": make(low=-1, high=1)}) == "B beats a at no correlation."

@@ -204,7 +204,7 @@ def test_a_sentence_says_which_way():
         "test_trace": {"low": None, "high": None},
     }
     assert sentence("soft", each) == (
-        "soft is sharper than dense by largest eigenvalue (test) and flatter by largest eigenvalue "
+        "Soft is sharper than dense by largest eigenvalue (test) and flatter by largest eigenvalue "
         "(train)."
     )
 

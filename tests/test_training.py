@@ -273,3 +273,20 @@ def test_indices_may_be_known_or_traced_in_jit():
     traced = jax.jit(lambda state, rows: scan_batches(STEP, state, X, rows))(start(), indices)
     known = jax.jit(lambda state: scan_batches(STEP, state, X, indices))(start())
     np.testing.assert_array_equal(traced[1]["loss"], known[1]["loss"])
+
+
+def test_an_epoch_does_not_begin_inside_of_another():
+    state, _ = train_epoch(STEP, start(), X, batch_size=5)
+    with pytest.raises(ValueError, match="begins with an epoch of 3 steps, and step 2 is inside"):
+        train_epoch(STEP, state, X, batch_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])  # one example is left over, and two
+def test_a_metric_of_every_example_is_refused_where_a_batch_is_smaller(batch_size):
+    def each(params, batch, key):
+        error = (batch @ params["w"] - 1) ** 2
+        return error.mean(), {"each": error}
+
+    step = train_step(each, OPTIMIZER)
+    with pytest.raises(ValueError, match="same shape for every batch"):
+        train_epoch(step, start(), X, batch_size=batch_size)

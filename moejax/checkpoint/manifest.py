@@ -140,6 +140,20 @@ def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:
                     f"The {what} of leaf `{name}` must be the one that was saved, {saved[what]}; "
                     f"got {value}."
                 )
+        if not isinstance(leaf, np.ndarray | np.generic):
+            _check_width(name, leaf)
+
+
+def _check_width(name: str, leaf: Any) -> None:
+    # JAX would make half as wide numbers of them without a word.
+    if is_key(leaf):
+        return
+    narrowed = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if narrowed != leaf.dtype:
+        raise ValueError(
+            f"Leaf `{name}` holds {leaf.dtype}, of which JAX would make {narrowed}: enable "
+            "jax_enable_x64, or give a NumPy array for it."
+        )
 
 
 def check_leaf(name: str, array: Any, entry: Manifest) -> None:

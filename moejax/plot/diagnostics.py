@@ -91,8 +91,11 @@ def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts
         ax.plot(epochs, line, marker="o", markersize=4, color=shade, label=index, clip_on=False)
     epoch_axis(ax, epochs)
     unit = UNITS.get(name, "")
-    highest = float(np.nanmax(lines, initial=0.0))
-    ax.set(ylabel=unit, ylim=(0, 1.08 * highest or 1))
+    known = lines[np.isfinite(lines)]
+    lowest, highest = known.min(initial=0.0), known.max(initial=0.0)
+    room = 0.08 * (highest - lowest) or 1
+    above = highest > 0 or lowest == 0
+    ax.set(ylabel=unit, ylim=(lowest - room * (lowest < 0), highest + room * above))
     if unit == COUNT:
         ax.set_ylim(0, max(1.08 * highest, num_experts, 1))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -66,7 +66,7 @@ def table(
     num_rows, num_columns = values.shape
     figure, axes = new_figure(width=1.6 + 0.55 * num_columns, height=1.3 + 0.42 * num_rows)
     ax = axes[0, 0]
-    ax.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+    ax.imshow(values, cmap="Blues", aspect="auto", vmin=min(values.min(), 0))
     dark = values.max() / 2
     for (r, c), value in np.ndenumerate(values):
         color = "white" if value > dark else "#222222"

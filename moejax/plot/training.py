@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,12 +25,18 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     Returns:
         A figure with two panels.
 
+    Raises:
+        ValueError: if there is no record to draw.
+
     Example:
         >>> record = dict(epoch=1, train_loss=1, test_loss=1, train_accuracy=0.5, test_accuracy=0.5)
         >>> figure = curves({"soft": [record]})
         >>> len(figure.axes), [text.get_text() for text in figure.legends[0].texts]
         (2, ['soft, train', 'soft, test'])
     """
+    every = [int(record["epoch"]) for history in histories.values() for record in history]
+    if not every:
+        raise ValueError("There is nothing to draw: give at least one model with one record.")
     figure, axes = new_figure(1, 2, width=9, height=3.6)
     for ax, name in zip(axes[0], ("loss", "accuracy"), strict=True):
         for index, (model, history) in enumerate(histories.items()):
@@ -46,7 +53,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
                     markerfacecolor=fill,
                     label=f"{model}, {split}",
                 )
-        epoch_axis(ax, [int(epoch) for epoch in epochs])
+        epoch_axis(ax, every)
         ax.set_ylabel("cross-entropy, nats" if name == "loss" else name)
         ax.margins(y=0.15)
     axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -85,9 +92,12 @@ def loss(
         label=f"middle 90% of {len(seeds)} seeds",
     )
     ax.plot(middle, "--", color="#666666", linewidth=1.2, label="median seed")
-    for style, (name, losses) in zip(STYLES, runs.items(), strict=False):
+    for style, (name, losses) in zip(cycle(STYLES), runs.items(), strict=False):
         ax.plot(losses, style, color=WHOLE_MODEL, linewidth=1.6, label=name)
-    ax.set(xlabel="steps taken", ylabel=ylabel, ylim=(0, None), xlim=(0, max(len(low) - 1, 1)))
+    longest = max(len(losses) for losses in (low, *runs.values()))
+    ax.set(xlabel="steps taken", ylabel=ylabel, xlim=(0, max(longest - 1, 1)))
+    if ax.dataLim.ymin >= 0:  # a likelihood may be below
+        ax.set_ylim(0, None)
     ax.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure

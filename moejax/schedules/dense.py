@@ -71,6 +71,10 @@ def _blend(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
 def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """Runs every expert on every token and blends: exact for every rule, and never sparse.
 
+    An expert that a token did not choose is not given that token, on which it may overflow. Of a
+    `DenseRouting` every token is read, also one that `mask_tokens` has masked: it must be finite,
+    as `moe` makes sure.
+
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
         params: its parameters, every leaf with a leading axis E.

@@ -76,6 +76,8 @@ def _check(x: Array, kernel: Array, group_sizes: Array) -> None:
         raise ValueError(f"D and E must be the same in x, kernel and group_sizes, got {shapes}")
     if x.dtype != kernel.dtype:
         raise ValueError(f"x and kernel must have one dtype, got {x.dtype} and {kernel.dtype}")
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"x and kernel must be floats, got {x.dtype}")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes must be integers, got {group_sizes.dtype}")
     if not isinstance(group_sizes, jax.core.Tracer):

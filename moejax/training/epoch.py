@@ -39,8 +39,8 @@ def train_epoch(
         The state after the epoch, and each metric of every step; weigh them with `batch_sizes`.
 
     Raises:
-        ValueError: if the batch size is not between 1 and N, or the arrays of the data do not
-            share axis 0.
+        ValueError: if the batch size is not between 1 and N, if the arrays of the data do not
+            share axis 0, or if a step count that is not traced is inside of an epoch.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -53,6 +53,11 @@ def train_epoch(
     metrics = empty_metrics(step, state, data, batch_size=batch_size)
     data, num_examples = examples(data)
     steps = len(batch_sizes(num_examples, batch_size))
+    if not isinstance(state.step, jax.core.Tracer) and state.step % steps:
+        raise ValueError(
+            f"`train_epoch` begins with an epoch of {steps} steps, and step {state.step} is inside "
+            "of one: finish it with `train_until`, or with the batch size it began with."
+        )
     epoch = state.step // steps
     order = epoch_order(state, epoch, num_examples)
     return train_until(
@@ -122,7 +127,7 @@ def train_until(
         state, metrics = carry
         at = state.step - first
         state, one = step(state, take_rows(data, rows[at, :size], present[at, :size]))
-        return state, jax.tree.map(lambda every, new: every.at[at].set(new), metrics, one)
+        return state, jax.tree.map(partial(_written, at), metrics, one)
 
     carry = jax.lax.while_loop(
         lambda carry: carry[0].step < jnp.minimum(stop, first + looped), take, (state, metrics)
@@ -131,6 +136,16 @@ def train_until(
         return carry
     at_last = (carry[0].step == first + looped) & (carry[0].step < stop)
     return jax.lax.cond(at_last, partial(take, size=sizes[-1]), lambda carry: carry, carry)
+
+
+def _written(at: Array, every: Array, new: Array) -> Array:
+    """A metric of every step with that of the step ``at`` filled in."""
+    if jnp.shape(new) != every.shape[1:]:
+        raise ValueError(
+            "A metric must have the same shape for every batch, also for a smaller one at the end: "
+            f"got {list(jnp.shape(new))} and {list(every.shape[1:])}. Take its mean over examples."
+        )
+    return every.at[at].set(new)
 
 
 def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) -> Metrics:
