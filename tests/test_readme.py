@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import moejax
 
@@ -31,6 +32,7 @@ def test_code_runs():
     assert names["y"].shape == (5, 4)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_code_of_the_rules_runs():
     names = {"jax": jax, "jnp": jnp, "moejax": moejax, "partial": partial}
     for code in re.findall(r"```python\n(.*?)```", RULES, flags=re.DOTALL):

@@ -118,11 +118,13 @@ def test_its_basis_is_orthonormal_and_makes_the_hessian_tridiagonal(full, space)
     np.testing.assert_allclose(basis @ full @ basis.T, expected, atol=1e-12)
 
 
-def test_a_space_that_ends_early_adds_nothing(key):
-    values = jnp.array([5.0, 5.0, 2.0, 2.0, 2.0, 2.0])
+@pytest.mark.parametrize("shift", [0.0, -9.0])  # all positive, and all negative
+def test_a_space_that_ends_early_adds_nothing(shift):
+    values = jnp.array([5.0, 5.0, 2.0, 2.0, 2.0, 2.0]) + shift
     found = ritz(lanczos(lambda vector: values * vector, jnp.ones(6), 4))
-    np.testing.assert_allclose(found.values, [0, 0, 2, 5], atol=1e-5)
+    np.testing.assert_allclose(found.values[2:] - shift, [2, 5], atol=1e-5)
     np.testing.assert_allclose(found.weights, [0, 0, 2 / 3, 1 / 3], atol=1e-5)
+    np.testing.assert_allclose(values * found.vector, (5 + shift) * found.vector, atol=1e-4)
     assert found.residual == 0
 
 

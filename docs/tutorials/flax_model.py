@@ -8,7 +8,7 @@
 # y_t = h_t + \sum_e g_{te}\, E_e(\mathrm{Norm}(h)_t).$$
 #
 # The model reads a handwritten digit, eight rows of eight pixels each, as eight tokens. The images
-# are those of scikit-learn, which comes with `pip install 'moejax[experiments]'`.
+# are those of scikit-learn, which comes with `pip install -e ".[experiments]"` in a clone.
 
 # %% tags=["parameters"]
 TRAIN = 1437

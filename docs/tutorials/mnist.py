@@ -1,8 +1,7 @@
 # %% [markdown]
 # # MNIST: one network, a blend, the best two
 #
-# The second study classified handwritten digits with one small network, and stopped short of the
-# mixture. This page goes the whole way: a folder of digits, the network, a look inside one step of
+# This page goes from one small network for handwritten digits to a sparse mixture of eight: a folder of digits, the network, a look inside one step of
 # its training, a soft mixture of eight networks, and then the sparse one in which every image is
 # seen by two experts only.
 #
@@ -132,7 +131,7 @@ print(f"loss {loss:.3f}, accuracy {metrics['accuracy']:.1%}; log 10 = {np.log(10
 # %% [markdown]
 # ## Inside one step
 #
-# The PyTorch notebook looked at a parameter and its gradient three times:
+# In PyTorch one would look at a parameter and its gradient three times:
 #
 # ```python
 # # PyTorch

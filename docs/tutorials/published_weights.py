@@ -6,7 +6,7 @@
 # then makes a mixture of a dense layer without changing what it computes.
 #
 # It needs PyTorch and transformers to make the checkpoint and to compare with:
-# `pip install 'moejax[torch]'`. Reading and writing one needs safetensors alone.
+# `pip install -e ".[torch]"` in a clone. Reading and writing one needs safetensors alone.
 
 # %% tags=["parameters"]
 TOKENS = 16384
@@ -44,7 +44,7 @@ WIDTH, HIDDEN, EXPERTS = 16, 24, 8
 # ## A checkpoint
 #
 # This page has no network, so it writes a Mixtral of its own with random weights: small, but with
-# the files and names of the real one. For a published model, `huggingface-cli download` leaves such
+# the files and names of the real one. For a published model, `hf download` leaves such
 # a folder.
 
 # %%

@@ -168,7 +168,7 @@ def loss(params, model):
 def step(model, state, _):
     params, opt_state = state
     value, gradients = jax.value_and_grad(loss)(params, model)
-    updates, opt_state = optimizer.update(gradients, opt_state)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), value
 
 
@@ -243,9 +243,9 @@ for number, own in enumerate(at_points):
     print(f"expert {number} for all points: {jnp.mean((own > 0) == (y > 0.5)):.1%}")
 
 # %% [markdown]
-# ## What the notebook's own plot got wrong
+# ## What a plot of the experts can get wrong
 #
-# The study's notebook drew the experts' lines itself, and its plot had two mistakes worth knowing.
+# A common plot of the experts' lines has two mistakes worth knowing.
 #
 # **It shifted the lines.** An expert's line is where its score is zero,
 #

@@ -96,7 +96,7 @@ def train(alpha, beta, rho, key):
     def step(state, _):
         params, opt_state = state
         gradients, (error, routing) = jax.grad(objective, has_aux=True)(params, alpha, beta)
-        updates, opt_state = optimizer.update(gradients, opt_state)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
         params = moved(optax.apply_updates(params, updates), routing, rho)
         seen = {
             "error": error,

@@ -216,8 +216,10 @@ differences(waves)
 
 # %% [markdown]
 # The check finds what breaks the one condition. This expert subtracts the mean of the tokens that
-# it is shown, so its output depends on who else is there. A schedule that leaves out the tokens
-# that did not choose an expert, or splits them over devices, computes something else:
+# it is shown, so its output depends on who else is there. A schedule that shows an expert other
+# tokens, or splits them over devices, computes something else. (Two schedules may still agree, as
+# `dense` and `capacity` do here: both fill the places of tokens that did not choose an expert with
+# one that did. Only a comparison with the loop finds that.)
 
 
 # %%
@@ -258,7 +260,7 @@ def loss(params, key):
 def step(state, key):
     params, opt_state = state
     value, gradients = jax.value_and_grad(loss)(params, key)
-    updates, opt_state = optimizer.update(gradients, opt_state)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), value
 
 

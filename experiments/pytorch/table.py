@@ -111,9 +111,9 @@ def waits(runs: dict[str, Any]) -> str:
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     text = (
-        "Whole processes, imports and compilation included, each with batches of its own: until "
-        "the first result, the loss after an epoch, which of the toy is 100 steps; and until the "
-        "end, after five. Kept are programs that an earlier process has compiled."
+        "Each row times a whole process from its start, imports and compilation included. *First "
+        "result* is the loss after one epoch (100 steps of the toy), *end* the fifth. *Programs "
+        "kept* means that an earlier process had compiled them."
     )
     return "\n".join([*lines, "", text, *disturbed(runs), ""])
 

@@ -121,10 +121,14 @@ def ritz(found: Tridiagonal) -> Ritz:
         found: from `lanczos`, k steps.
 
     Returns:
-        Values, weights, vector and residual.
+        Values, weights, vector and residual. If the space has fewer than k dimensions, the values
+        that are too many are below all others, with weight zero.
     """
+    there = found.basis.any(axis=1)
+    below = -2 * (jnp.abs(found.alpha) + found.beta).sum() - 1  # of all eigenvalues (Gershgorin)
     beside = jnp.diag(found.beta[:-1], 1)
-    values, vectors = jnp.linalg.eigh(jnp.diag(found.alpha) + beside + beside.T)
+    diagonal = jnp.diag(jnp.where(there, found.alpha, below))
+    values, vectors = jnp.linalg.eigh(diagonal + beside + beside.T)
     vector = vectors[:, -1] @ found.basis
     residual = found.beta[-1] * jnp.abs(vectors[-1, -1])
     return Ritz(values, vectors[0] ** 2, vector / jnp.linalg.norm(vector), residual)

@@ -82,9 +82,9 @@ def sentence(name: str, by_correlation: dict[str, Any]) -> str:
     sure = [p for p, one in by_correlation.items() if one["low"] is not None and one["low"] > 0]
     against = [p for p, one in by_correlation.items() if one["low"] is not None and one["high"] < 0]
     text = (
-        f"{better} beats {worse} at correlations {', '.join(sure)}"
+        f"{better.capitalize()} beats {worse} at correlations {', '.join(sure)}"
         if sure
-        else (f"{better} beats {worse} at no correlation")
+        else (f"{better.capitalize()} beats {worse} at no correlation")
     )
     return text + (f", and loses to it at {', '.join(against)}." if against else ".")
 

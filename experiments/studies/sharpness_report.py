@@ -156,7 +156,8 @@ def sentence(name: str, each: dict[str, Any]) -> str:
     """Where the interval of a head's ratios leaves one out."""
     above = [place for place, one in each.items() if one["low"] is not None and one["low"] > 1]
     below = [place for place, one in each.items() if one["low"] is not None and one["high"] < 1]
-    return f"{name} is sharper than dense by {listed(above)} and flatter by {listed(below)}."
+    than = f"sharper than dense by {listed(above)} and flatter by {listed(below)}"
+    return f"{name.capitalize()} is {than}."
 
 
 def sharpest(summary: Summary) -> str:
@@ -187,7 +188,7 @@ def precision(summary: Summary) -> str:
         for measure, of in (("residual", "largest"), ("error", "trace"))
     }
     return (
-        f"Over all heads and seeds, an eigenvalue of the Hessian lies within "
-        f"{100 * worst['residual']:.2g}% of each largest one above (the residual of Lanczos), and "
-        f"no standard error of a trace is more than {100 * worst['error']:.2g}% of it."
+        "By the residual of Lanczos, each largest eigenvalue is within "
+        f"{100 * worst['residual']:.2g}% of a true one, over all heads and seeds; no standard error "
+        f"of a trace is more than {100 * worst['error']:.2g}% of it."
     )
