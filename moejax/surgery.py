@@ -209,7 +209,8 @@ def merge(params: Params, load: Array) -> Params:
         raise ValueError(
             f"`load` must hold one number per expert, [{num_experts}], got {list(load.shape)}."
         )
-    if not isinstance(load, jax.core.Tracer) and not load.sum() > 0:
+    # By NumPy, as known loads may be used in a function that is traced.
+    if not isinstance(load, jax.core.Tracer) and not np.asarray(load).sum() > 0:
         raise ValueError("`load` must be positive for one expert at least, got a sum of 0.")
 
     def mean(leaf: Array) -> Array:

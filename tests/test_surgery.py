@@ -104,6 +104,8 @@ def test_merged_experts_are_their_weighted_mean(key):
     merged = moejax.merge(params, load)
     kernels = np.asarray(params["experts"]["kernel"])
     close(merged["kernel"], np.tensordot(np.array([1, 0, 2, 5]) / 8, kernels, axes=1))
+    within = jax.jit(lambda params: moejax.merge(params, load))(params)
+    close(within["kernel"], merged["kernel"])
     equal = moejax.upcycle(double(LAYERS["mlp"].init(key)), params["router"], num_experts=E)
     close(
         LAYERS["mlp"].apply(moejax.merge(equal, load), jnp.asarray(X)),

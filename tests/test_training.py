@@ -275,6 +275,13 @@ def test_indices_may_be_known_or_traced_in_jit():
     np.testing.assert_array_equal(traced[1]["loss"], known[1]["loss"])
 
 
+def test_an_epoch_of_a_known_state_may_be_traced():
+    state = start()
+    found, _ = jax.jit(lambda data: train_epoch(STEP, state, data, batch_size=5))(X)
+    expected, _ = train_epoch(STEP, state, X, batch_size=5)
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-6)
+
+
 def test_an_epoch_does_not_begin_inside_of_another():
     state, _ = train_epoch(STEP, start(), X, batch_size=5)
     with pytest.raises(ValueError, match="begins with an epoch of 3 steps, and step 2 is inside"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.base import Array
 from moejax.training.batches import (
@@ -53,7 +54,8 @@ def train_epoch(
     metrics = empty_metrics(step, state, data, batch_size=batch_size)
     data, num_examples = examples(data)
     steps = len(batch_sizes(num_examples, batch_size))
-    if not isinstance(state.step, jax.core.Tracer) and state.step % steps:
+    # By NumPy, as a known state may be used in a function that is traced.
+    if not isinstance(state.step, jax.core.Tracer) and np.asarray(state.step) % steps:
         raise ValueError(
             f"`train_epoch` begins with an epoch of {steps} steps, and step {state.step} is inside "
             "of one: finish it with `train_until`, or with the batch size it began with."
