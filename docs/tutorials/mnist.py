@@ -1,9 +1,9 @@
 # %% [markdown]
 # # MNIST: one network, a blend, the best two
 #
-# This page goes from one small network for handwritten digits to a sparse mixture of eight: a folder of digits, the network, a look inside one step of
-# its training, a soft mixture of eight networks, and then the sparse one in which every image is
-# seen by two experts only.
+# This page goes from one small network for handwritten digits to a sparse mixture of eight: a
+# folder of digits, the network, a look inside one step of its training, a soft mixture of eight
+# networks, and then the sparse one in which every image is seen by two experts only.
 #
 # $$y = \sum_e g_e(x)\, E_e(x), \qquad
 # E_e(x) = W_e^{(2)}\,\mathrm{ReLU}\big(W_e^{(1)} x + b_e^{(1)}\big) + b_e^{(2)}, \qquad

@@ -189,6 +189,6 @@ def precision(summary: Summary) -> str:
     }
     return (
         "By the residual of Lanczos, each largest eigenvalue is within "
-        f"{100 * worst['residual']:.2g}% of a true one, over all heads and seeds; no standard error "
-        f"of a trace is more than {100 * worst['error']:.2g}% of it."
+        f"{100 * worst['residual']:.2g}% of a true one, over all heads and seeds; no standard "
+        f"error of a trace is more than {100 * worst['error']:.2g}% of it."
     )
