@@ -27,7 +27,7 @@ from studies import many_tasks_report
 from studies.blocks import Cell, one_by_one
 from studies.command import Study, main, seeds_option
 from studies.many_tasks_report import cell_name
-from studies.many_tasks_training import MODELS, train
+from studies.many_tasks_training import MODELS, POINTS, train
 
 BLOCK = 5  # seeds, one after the other: their arrays stay in cache
 
@@ -55,9 +55,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="cosines of the tasks' weights (default: 0, 0.5, 0.9 and 1)",
     )
-    add("--steps", type=at_least(50), default=2000, help="steps of Adam (default: %(default)s)")
-    add("--batch-size", type=at_least(1), default=128, help="fresh examples of a step")
-    add("--learning-rate", type=positive_float, default=3e-3)
+    add(
+        "--steps",
+        type=at_least(POINTS),
+        default=2000,
+        help=f"of Adam, of which the last multiple of {POINTS} is taken (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=128,
+        help="fresh examples of a step (default: %(default)s)",
+    )
+    add("--learning-rate", type=positive_float, default=3e-3, help="of Adam (default: %(default)s)")
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
@@ -70,7 +80,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
             partial(program, correlation, args.learning_rate),
         )
         for name, model in MODELS.items()
-        for program in [over_seeds(model, args.steps, args.batch_size)]
+        for program in [over_seeds(model, args.steps // POINTS * POINTS, args.batch_size)]
         for correlation in sorted(set(args.correlations))
     ]
 

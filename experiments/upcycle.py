@@ -42,6 +42,7 @@ from parts.command_line import (
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress
 from parts.records import write_json
+from studies.images import check_batch_size
 
 NUM_EXPERTS, HIDDEN, DIGITS = 8, 50, 10
 NOISE = 0.1
@@ -52,6 +53,7 @@ ROUTER = moejax.linear(784, NUM_EXPERTS)
 MIXTURE = moejax.moe(DENSE, ROUTER, num_experts=NUM_EXPERTS, route=partial(moejax.top_k, k=2))
 Apply = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # params, x -> logits, extra loss
 Curve = list[float]  # test accuracy after each epoch
+Train = Callable[[TrainState, int], tuple[TrainState, Curve]]  # state, epochs
 
 
 def dense(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,9 +76,15 @@ def objective(
     return loss + extra, {"cross_entropy": loss}
 
 
+def accuracy(apply: Apply, params: Any, test: Split) -> jax.Array:
+    """On all test images."""
+    logits, _ = apply(params, flat(test.images))
+    return jnp.mean(jnp.argmax(logits, axis=-1) == test.labels)
+
+
 def trainer(
     apply: Apply, optimizer: optax.GradientTransformation, data: Dataset, batch_size: int
-) -> Callable[[TrainState, int], tuple[TrainState, Curve]]:
+) -> Train:
     """A function that trains for some epochs and says how accurate the tests were after each."""
     step = train_step(partial(objective, apply), optimizer)
     train, test = (jax.tree.map(jnp.asarray, split) for split in (data.train, data.test))
@@ -84,8 +92,7 @@ def trainer(
     @jax.jit
     def one_epoch(state: TrainState) -> tuple[TrainState, jax.Array]:
         state, _ = train_epoch(step, state, train, batch_size=batch_size)
-        logits, _ = apply(state.params, flat(test.images))
-        return state, jnp.mean(jnp.argmax(logits, axis=-1) == test.labels)
+        return state, accuracy(apply, state.params, test)
 
     def run(state: TrainState, epochs: int) -> tuple[TrainState, Curve]:
         curve = []
@@ -97,12 +104,24 @@ def trainer(
     return run
 
 
-def curves_of(args: argparse.Namespace, data: Dataset, seed: int) -> dict[str, Curve]:
-    """The four curves of one seed; upcycled mixtures begin where the dense network ends."""
+def measurer(args: argparse.Namespace, data: Dataset) -> Callable[[int], dict[str, Curve]]:
+    """A function of a seed that makes the curves of `curves_of`, by programs that all share."""
     optimizer = optax.adam(1e-3)
-    train_dense, train_mixture = (
-        trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
-    )
+    trainers = [trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)]
+    test = jax.tree.map(jnp.asarray, data.test)
+    begins = jax.jit(lambda params: accuracy(mixture, params, test))
+    return lambda seed: curves_of(args, optimizer, *trainers, begins, seed)
+
+
+def curves_of(
+    args: argparse.Namespace,
+    optimizer: optax.GradientTransformation,
+    train_dense: Train,
+    train_mixture: Train,
+    begins: Callable[[Any], jax.Array],
+    seed: int,
+) -> dict[str, Curve]:
+    """The four curves of one seed; upcycled mixtures begin where the dense network ends."""
     init_key, router_key, noise_key, run_key = jax.random.split(jax.random.key(seed), 4)
     first, begun = train_dense(init_state(DENSE.init(init_key), optimizer, run_key), args.epochs)
     upcycled = partial(
@@ -116,7 +135,7 @@ def curves_of(args: argparse.Namespace, data: Dataset, seed: int) -> dict[str, C
     for name, params in goes_on.items():
         # The order of later epochs is that of the dense network: it is counted from its steps.
         state = init_state(params, optimizer, run_key)._replace(step=first.step)
-        curves[name] = begun[-1:] + train_mixture(state, args.more_epochs)[1]
+        curves[name] = [float(begins(params)), *train_mixture(state, args.more_epochs)[1]]
     scratch = init_state(MIXTURE.init(init_key), optimizer, run_key)
     curves["from scratch"] = train_mixture(scratch, args.epochs + args.more_epochs)[1]
     return curves
@@ -182,8 +201,10 @@ def work(args: argparse.Namespace) -> None:
     with ending.refusals():
         data = load(args.data_dir)
     say(data.notice or f"Data: {data.source}")
+    check_batch_size(args.batch_size, len(data.train.labels))
     seeds = range(args.seed, args.seed + args.seeds)
-    each = [curves_of(args, data, seed) for seed in progress(seeds, "seeds")]
+    measure = measurer(args, data)
+    each = [measure(seed) for seed in progress(seeds, "seeds")]
     curves = {name: np.array([one[name] for one in each]) for name in each[0]}
     last = {name: curve[:, -1] for name, curve in curves.items()}
     say(f"{'test accuracy after all epochs':32}{'mean':>8}{'least':>8}{'most':>8}")

@@ -14,7 +14,8 @@ from data.kinds import KINDS, kinds_of
 from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
 from language.contenders import CONTENDERS, Mixture, count
 from language.page import page
-from language.report import claim
+from language.report import add_times, claim
+from language.runs import Run
 from language.sampling import sample
 from language.training import batch_at, start
 from language.transformer import Sizes
@@ -235,6 +236,11 @@ def test_one_rule_on_a_mesh(files, tmp_path):
         (["--model=gpt"], "must be all or one of dense, sparse"),
         (["--width=30"], "even multiple of --heads"),
         (["--top-k=9"], "at most --experts"),
+        (["--model=sparse", "--top-k=1"], "the router gets exactly zero gradient"),
+        (
+            ["--model=sparse", "--experts=6", "--mesh=data=2,expert=4"],
+            "a multiple of the 4 devices",
+        ),
         (["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket/run"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--sample=x"], "Train dense first"),
@@ -251,6 +257,48 @@ def test_a_short_text_is_refused(tmp_path, capsys):
     path.write_text("too short")
     arguments = ["--out", str(tmp_path), "--text", str(path)]
     assert "at least 1,000 characters" in refusal("language_model", *arguments, capsys=capsys)
+
+
+def test_every_model_reaches_the_worst_of_the_final_losses():
+    """Whatever the order in which a mean is taken: it differs in the last bit."""
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        runs = [
+            Run([{"step": 1, "seconds": 1.0, "validation_loss": loss}], {}, None)
+            for loss in draws.normal(size=12)
+        ]
+        summaries = {"dense": {}}
+        add_times(summaries, {"dense": runs})
+        assert summaries["dense"]["steps_to_equal_loss"] == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(files, tmp_path, capsys):
+    rates = ["--learning-rate", "1e30", "--model", "dense", "--no-cache"]
+    options = [*SHORT, *rates, "--text", *map(str, files), "--out", str(tmp_path / "out")]
+    message = refusal("language_model", *options, capsys=capsys, code=1)
+    assert "the loss of dense, seed 0, is not finite before step" in message
+
+
+def test_a_sample_is_of_the_network_that_was_trained(files, tmp_path, capsys):
+    options = [*SHORT, "--model", "dense", "--no-cache", "--out", str(tmp_path / "out")]
+    run("language_model", *options, "--seeds=1", "--text", *map(str, files))
+    capsys.readouterr()
+    message = refusal("language_model", *options, "--heads=4", "--sample", "def", capsys=capsys)
+    assert "--heads must be what the run began with, 2; got 4" in message
+
+
+def test_kinds_do_not_depend_on_where_a_file_is_cut(tmp_path):
+    path = tmp_path / "one.py"
+    path.write_text(source(0) + 'LAST = """' + "words in a string, " * 800 + '"""\n')
+    text = from_files([path], "one")
+    whole = kinds_of(path.read_text())
+    np.testing.assert_array_equal(text.kinds, whole[-len(text.kinds) :])
+    assert (text.kinds == KINDS.index("string")).mean() > 0.9
+
+
+def test_an_f_string_is_a_string():
+    kinds = kinds_of('x = f"total of all"\n')
+    assert {KINDS[kind] for kind in kinds[4:-1]} == {"string"}
 
 
 def test_the_claim_needs_three_standard_deviations():

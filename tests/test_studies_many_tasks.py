@@ -14,7 +14,7 @@ import moejax
 from commands import refusal, run
 from studies.many_tasks_data import FREQUENCIES, NOISE, PHASES, WIDTH, batch, weights
 from studies.many_tasks_models import extraction, multi_gate, progressive, shared_bottom
-from studies.many_tasks_report import sentence
+from studies.many_tasks_report import cell_name, correlations, sentence
 from studies.many_tasks_training import MODELS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -242,3 +242,10 @@ def test_a_sentence_says_which_way():
     rows = {"0": make(low=0.1, high=0.3), "0.5": make(low=-1, high=1), "1": make(low=-2, high=-1)}
     assert sentence("a minus b", rows) == "B beats a at correlations 0, and loses to it at 1."
     assert sentence("a minus b", {"0": make(low=-1, high=1)}) == "B beats a at no correlation."
+
+
+def test_correlations_that_hardly_differ_have_names_of_their_own():
+    near = [0.1234567, 0.1234568, 1.0, 0.0]
+    names = [cell_name("one-gate", p) for p in near]
+    assert correlations(names) == sorted(near)
+    assert names[2:] == ["one-gate-at-1", "one-gate-at-0"]

@@ -167,9 +167,12 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
     options = [*OPTIONS, "--data-dir", folder, "--out", str(tmp_path / "out")]
     run("sharpness", "--seeds", "2", *options)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    dense, soft = (summary["cells"][name]["test_trace"]["values"] for name in ("dense", "soft"))
+    dense, soft = (
+        np.array(summary["cells"][name]["test_trace"]["values"]) for name in ("dense", "soft")
+    )
+    known = (dense > 0) & (soft > 0)
     found = summary["ratios"]["soft"]["test_trace"]["values"]
-    np.testing.assert_allclose(found, np.divide(soft, dense), rtol=1e-4)
+    np.testing.assert_allclose(found, soft[known] / dense[known], rtol=1e-4)
     assert summary["options"]["the data"].startswith("custom ")
     head = "| head | train, published | train, ours | test, published | test, ours |"
     assert head in capsys.readouterr().out
@@ -216,3 +219,11 @@ def test_ratios_are_averaged_as_logarithms():
     assert found["mean"] == pytest.approx(4)
     assert found["low"] * found["high"] == pytest.approx(16)
     assert ratio(np.array([3.0]), np.array([2.0]))["low"] is None
+
+
+def test_ratios_of_numbers_below_zero_are_left_out():
+    found = ratio(np.array([-2.0, 2.0, 8.0]), np.array([-4.0, 1.0, 4.0]))
+    assert found["values"].tolist() == [2, 2]
+    assert found["mean"] == pytest.approx(2)
+    none = ratio(np.array([-1.0]), np.array([1.0]))
+    assert none["mean"] is None

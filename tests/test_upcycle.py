@@ -18,6 +18,7 @@ def few_digits(_=None):
 
 def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, standard_promotion):
     monkeypatch.setattr(upcycle, "load", few_digits)
+    monkeypatch.setattr(upcycle, "NOISE", 100.0)
     options = "--epochs 2 --more-epochs 1 --seeds 1 --batch-size 32 --out"
     monkeypatch.setattr(sys, "argv", ["upcycle.py", *options.split(), str(tmp_path)])
     upcycle.main()
@@ -30,6 +31,7 @@ def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, stand
     ups = dict.fromkeys(("upcycled", "upcycled with noise"), (1, 2))
     assert shapes == {"dense": (1, 3), **ups, "from scratch": (1, 3)}
     np.testing.assert_array_equal(curves["upcycled"][:, 0], curves["dense"][:, 1])
+    assert curves["upcycled with noise"][:, 0] != curves["dense"][:, 1]  # so much noise tells
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 

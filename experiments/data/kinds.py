@@ -49,6 +49,12 @@ def kinds_of(text: str) -> np.ndarray:
     return kinds
 
 
+# From Python 3.12 on an f-string is several tokens, and from 3.14 on so is a t-string.
+_PARTS = [f"{letter}STRING_{part}" for letter in "FT" for part in ("START", "MIDDLE", "END")]
+_STRINGS = [getattr(tokenize, name) for name in ["STRING", *_PARTS] if hasattr(tokenize, name)]
+_KINDS = dict.fromkeys(_STRINGS, _NUMBER["string"]) | {tokenize.COMMENT: _NUMBER["comment"]}
+
+
 def _of_character(character: str) -> int:
     if character == "\n":
         return _NUMBER["newline"]
@@ -62,9 +68,7 @@ def _of_character(character: str) -> int:
 def _of_token(token: tokenize.TokenInfo) -> int | None:
     if token.type == tokenize.NAME and keyword.iskeyword(token.string):
         return _NUMBER["keyword"]
-    return {tokenize.STRING: _NUMBER["string"], tokenize.COMMENT: _NUMBER["comment"]}.get(
-        token.type
-    )
+    return _KINDS.get(token.type)
 
 
 def _line_starts(text: str) -> list[int]:

@@ -73,17 +73,12 @@ def from_files(paths: list[Path], source: str) -> Text:
     if len(texts) == 1:
         cut = len(texts[0]) * 9 // 10
         train, validation = [texts[0][:cut]], [texts[0][cut:]]
+        kinds = kinds_of(texts[0])[cut:]  # of the whole: a cut may fall into a string
     else:
         train = [text for text in texts if not _is_held_out(text)]
         validation = [text for text in texts if _is_held_out(text)]
-    return _checked(
-        Text(
-            encode("".join(train)),
-            encode("".join(validation)),
-            np.concatenate([np.zeros(0, np.uint8), *map(kinds_of, validation)]),
-            source,
-        )
-    )
+        kinds = np.concatenate([np.zeros(0, np.uint8), *map(kinds_of, validation)])
+    return _checked(Text(encode("".join(train)), encode("".join(validation)), kinds, source))
 
 
 def _tabs_as_spaces(text: str) -> str:

@@ -6,12 +6,15 @@ import argparse
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.text import VOCABULARY, Text, from_files, standard_library
 from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
 from language.transformer import Sizes
-from moejax.sharding import expert_parallel
+from moejax.sharding import expert_parallel, shardings
+from parts import ending
 from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
 from parts.devices import mesh_axes
 
@@ -116,16 +119,28 @@ def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Text:
     if min(len(text.train), len(text.validation)) <= args.context + 1:
         parser.error(f"--context must be shorter than the text, got {args.context}")
     say(
-        f"{len(text.train):,} characters to train and {len(text.validation):,} of other files to "
-        f"validate, from {text.source}"
+        f"{len(text.train):,} characters to train and {len(text.validation):,} others to validate, "
+        f"from {text.source}"
     )
     return text
 
 
 def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Network]:
-    """The networks that compete."""
+    """The networks that compete.
+
+    Raises:
+        RefusedError: for options of which the library can make no network.
+    """
     sizes = Sizes(VOCABULARY, args.width, args.layers, args.heads, args.context)
     mixture = Mixture(args.experts, args.top_k, args.hidden)
     execute = None if mesh is None else expert_parallel(mesh)
     names = list(CONTENDERS) if args.model == "all" else [args.model]
-    return {name: NETWORKS[name](sizes, mixture, execute) for name in names}
+    with ending.refusals():
+        networks = {name: NETWORKS[name](sizes, mixture, execute) for name in names}
+        for network in networks.values():
+            params = jax.eval_shape(network.init, jax.random.key(0))
+            batch = jax.ShapeDtypeStruct((args.batch_size, args.context), jnp.int32)
+            jax.eval_shape(network.apply, params, batch, jax.random.key(0))
+            if mesh is not None:
+                shardings(params, mesh)
+    return networks

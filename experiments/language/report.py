@@ -71,7 +71,8 @@ def time_to(target: float, runs: list[Run]) -> tuple[int | None, float | None]:
 
 def add_times(summaries: dict[str, dict[str, Any]], runs: Runs) -> float:
     """Adds steps and seconds to equal loss: the worst of the final losses, which all reach."""
-    target = max(losses(each)[:, -1].mean() for each in runs.values())
+    # The mean as `time_to` takes it: another order of its sum may differ in the last bit.
+    target = max(losses(each).mean(axis=0)[-1] for each in runs.values())
     for name, each in runs.items():
         to_target = time_to(target, each)
         summaries[name] |= rounded(

@@ -14,10 +14,13 @@ from language.training import Windows
 from moejax import checkpoint
 from moejax.training import TrainState
 from parts.command_line import say
-from parts.ending import RefusedError
+from parts.ending import EndedError, RefusedError
 from parts.records import check_same_run, rounded, write_lines
 
 KEEP = 2  # checkpoints
+SHAPING = [
+    f"--{name}" for name in "width layers heads context hidden experts top-k".split()
+]  # options of what a network computes
 LINE = (
     "{name:<12} {seed:>4} {step:>7,} {train_loss:>11.4f} {validation_loss:>16.4f} {seconds:>9.1f}"
 )
@@ -85,14 +88,20 @@ def train(
     results = None
     with checkpoint.writer(plan.folder, keep=KEEP) as save:
         while int(state.step) < plan.steps:
-            stop = min(plan.steps, (int(state.step) // plan.every + 1) * plan.every)
+            before = int(state.step)
+            stop = min(plan.steps, (before // plan.every + 1) * plan.every)
             began = time.perf_counter()
             state, loss = jax.block_until_ready(programs.advance(state, text, np.int32(stop)))
             seconds = time.perf_counter() - began
+            if not np.isfinite(loss):
+                raise EndedError(
+                    f"the loss of {plan.name}, seed {plan.seed}, is not finite before step {stop}: "
+                    "try a smaller --learning-rate"
+                )
             results = programs.evaluate(state.params, windows)
             history = [*history, record(plan, history, stop, loss, results, seconds)]
             save(state, step=stop, config={"identity": plan.identity, "history": history})
-            tick(plan.every)
+            tick(stop - before)
             say(LINE.format(name=plan.name, seed=plan.seed, **history[-1]))
     if results is None:  # resumed when all was done
         results = programs.evaluate(state.params, windows)
@@ -145,8 +154,13 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
 
 
 def trained(plan: Plan, like: TrainState) -> Any:
-    """The params in the newest checkpoint of a run."""
+    """The params in the newest checkpoint of a run, if it had the network of the plan.
+
+    Sizes alone do not tell: those of the params do not depend on the number of heads.
+    """
     try:
+        saved = checkpoint.read_config(plan.folder)["identity"]
+        check_same_run(*({name: each[name] for name in SHAPING} for each in (plan.identity, saved)))
         return checkpoint.restore(plan.folder, like).state.params
     except ValueError as error:
         raise RefusedError(f"{error} Train {plan.name} first, with these sizes.") from error

@@ -45,6 +45,8 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--processes needs --mesh and --coordinator, such as 127.0.0.1:9876")
     if args.inspect:
         parser.error("--inspect reads every parameter, so it works in one process only")
+    # Its handler of SIGTERM would take the place of the one that saves.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         args.coordinator,
         args.processes,

@@ -154,7 +154,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _is_of_the_machine(message: str) -> bool:
-    return "RESOURCE_EXHAUSTED" in message or "Unable to initialize backend" in message
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory", "Unable to initialize backend")
+    return any(sign in message for sign in signs)
 
 
 def _exit(code: int, message: str) -> Any:

@@ -34,6 +34,7 @@ TITLES = {
     "expert_load": "share of the gate, by expert",
     "choice_load": "share of the choices, by expert",
 }
+OF_EXPERTS = ("diagnostics.png", "specialisation.png", "experts.png")
 SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -104,6 +105,9 @@ def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
 def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     """Writes the pictures of one run; those of experts only where there are some."""
     from moejax import plot  # loads matplotlib, for which no epoch should wait
+
+    for name in OF_EXPERTS:  # those of an earlier run would seem to be of this one
+        (out / name).unlink(missing_ok=True)
 
     save_figure(plot.curves({model: run.history}), out / "curves.png")
     save_figure(plot.confusion(run.test["confusion"], classes="digit"), out / "confusion.png")

@@ -28,6 +28,7 @@ KEEP = 3  # checkpoints
 PATIENCE = 25  # most steps between two looks at whether a signal has come
 NEWEST = -1
 FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect", "no_cache"} | {
+    "data_dir",  # the images themselves are compared
     "mesh",
     "coordinator",
     "processes",

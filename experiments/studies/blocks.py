@@ -108,7 +108,9 @@ def measured(cell: Cell, keys: jax.Array, rows: slice) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise EndedError(f"{name} of {cell.name} is not finite: try another --seed")
+            raise EndedError(
+                f"{name} of {cell.name} is not finite: try another --seed or a smaller rate"
+            )
     last = f" to {rows.stop - 1}" if rows.stop - rows.start > 1 else ""
     say(f"{cell.name:<32} seed {f'{rows.start}{last}':<10} {seconds:>8.1f} s")
     # Every digit: what is read back is what was measured.

@@ -18,7 +18,12 @@ BETTER = [("shared-bottom", "multi-gate"), ("one-gate", "multi-gate")]  # worse,
 
 def cell_name(model: str, correlation: float) -> str:
     """Of a model at a correlation."""
-    return f"{model}-at-{correlation:g}"
+    return f"{model}-at-{written(correlation)}"
+
+
+def written(correlation: float) -> str:
+    """Every digit, so that no two are written alike."""
+    return str(correlation).removesuffix(".0")
 
 
 def correlations(cells: Any) -> list[float]:
@@ -33,7 +38,7 @@ def summarize(measured: dict[str, Measured]) -> Summary:
         "cells": {name: {"loss": with_interval(one["loss"])} for name, one in measured.items()},
         "differences": {
             f"{worse} minus {better}": {
-                f"{p:g}": with_interval(
+                written(p): with_interval(
                     measured[cell_name(worse, p)]["loss"] - measured[cell_name(better, p)]["loss"]
                 )
                 for p in every
@@ -50,7 +55,7 @@ def render(summary: Summary) -> str:
         ["correlation", "seeds", *NAMES],
         [
             [
-                f"{p:g}",
+                written(p),
                 str(len(summary["cells"][cell_name("one-gate", p)]["loss"]["values"])),
                 *(shown(summary["cells"][cell_name(model, p)]["loss"], 4) for model in MODELS),
             ]
@@ -60,7 +65,7 @@ def render(summary: Summary) -> str:
     differences = table(
         ["correlation", *(name.replace("-", " ") for name in summary["differences"])],
         [
-            [f"{p:g}", *(shown(one[f"{p:g}"], 4) for one in summary["differences"].values())]
+            [written(p), *(shown(one[written(p)], 4) for one in summary["differences"].values())]
             for p in every
         ],
     )
@@ -109,7 +114,7 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
             low, high = np.quantile(curve, [0.25, 0.75], axis=0)
             ax.fill_between(place, low, high, color=color(index), alpha=0.2, linewidth=0)
             ax.set(yscale="log", xlabel="share of training", ylabel="training loss")
-            ax.set_title(f"correlation {p:g}: mean, quartiles", size=10)
+            ax.set_title(f"correlation {written(p)}: mean, quartiles", size=10)
     axes[0, 0].set(xlabel="correlation of the tasks", ylabel="test mean squared error")
     axes[0, 0].set_title("mean and 95% interval", size=10)
     axes[0, 0].legend(fontsize=8)

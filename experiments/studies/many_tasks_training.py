@@ -64,7 +64,7 @@ def train(
     steps: int,
     batch_size: int,
 ) -> dict[str, jax.Array]:
-    """Trains on fresh examples by Adam.
+    """Trains on fresh examples by Adam, for a multiple of `POINTS` steps.
 
     Returns:
         The test ``loss``, and the training loss as a ``curve`` of `POINTS` means.
@@ -81,6 +81,6 @@ def train(
     step = train_step(objective, optimizer)
     state = init_state(model.init(init_key), optimizer, run_key)
     state, metrics = jax.lax.scan(step, state, jax.random.split(run_key, steps))
-    curve = metrics["loss"][: steps - steps % POINTS].reshape(POINTS, -1).mean(axis=1)
+    curve = metrics["loss"].reshape(POINTS, -1).mean(axis=1)
     test = batch(test_key, both, TESTED)
     return {"loss": squared_error(model, state.params, test), "curve": curve}

@@ -57,11 +57,12 @@ def summarize(measured: dict[str, Measured]) -> Summary:
 
 def ratio(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     """Ratios by seed; their geometric mean, deviation and interval, through logarithms."""
-    with np.errstate(invalid="ignore"):  # a trace that is estimated to be negative has none
-        logs = np.log(values / base)
-    found = interval(logs)
+    known = (values > 0) & (base > 0)  # a trace that is estimated to be negative has none
+    if not known.any():
+        return {"values": [], **dict.fromkeys(("mean", "sd", "low", "high"))}
+    found = interval(np.log(values[known] / base[known]))
     through = {name: value if value is None else math.exp(value) for name, value in found.items()}
-    return {"values": values / base, **through}
+    return {"values": values[known] / base[known], **through}
 
 
 def render(summary: Summary) -> str:
@@ -133,7 +134,13 @@ def ratios(summary: Summary) -> str:
     rows = table(
         ["head", "measure", "images", "published", "ours"],
         [
-            [name, TITLES[measure], split, ratio_published(summary, name, place), shown(found, 2)]
+            [
+                name,
+                TITLES[measure],
+                split,
+                ratio_published(summary, name, place),
+                "" if found["mean"] is None else shown(found, 2),
+            ]
             for name, each in summary["ratios"].items()
             for place, found in each.items()
             for split, _, measure in [place.partition("_")]
@@ -181,7 +188,7 @@ def precision(summary: Summary) -> str:
     """How far the estimates can be off."""
     worst = {
         measure: max(
-            max(np.divide(one[f"{split}_{measure}"]["values"], one[f"{split}_{of}"]["values"]))
+            max(abs(np.divide(one[f"{split}_{measure}"]["values"], one[f"{split}_{of}"]["values"])))
             for one in summary["cells"].values()
             for split in SPLITS
         )
