@@ -1,5 +1,6 @@
 """The MNIST experiment on a mesh: in one process, in two real ones, and when one of them dies."""
 
+import argparse
 import json
 import os
 import signal
@@ -9,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from commands import ONE_DEVICE, refusal
 from data import Split, digits
 from mnist_files import write_mnist
+from parts.devices import join
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 203  # of which a mesh cannot give each device as many
@@ -134,3 +137,20 @@ def wait_for(condition, seconds=300):
 def test_meshes_that_cannot_be(data, tmp_path, capsys, flags, message):
     command = [*RUN, "--data-dir", str(data), "--out", str(tmp_path), *flags]
     assert message in refusal("mnist", *command, capsys=capsys)
+
+
+def test_nothing_takes_the_place_of_the_handler_that_saves(monkeypatch):
+    def initialize(*_, **__):
+        assert not jax.config.jax_enable_preemption_service  # it would handle SIGTERM itself
+        raise ConnectionError("enough")
+
+    before = jax.config.jax_enable_preemption_service
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    args = argparse.Namespace(
+        processes=2, process_id=0, mesh={"expert": 2}, coordinator="127.0.0.1:1", inspect=False
+    )
+    try:
+        with pytest.raises(ConnectionError, match="enough"):
+            join(argparse.ArgumentParser(), args)
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
