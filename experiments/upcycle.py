@@ -107,10 +107,12 @@ def trainer(
 def measurer(args: argparse.Namespace, data: Dataset) -> Callable[[int], dict[str, Curve]]:
     """A function of a seed that makes the curves of `curves_of`, by programs that all share."""
     optimizer = optax.adam(1e-3)
-    trainers = [trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)]
+    train_dense, train_mixture = (
+        trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
+    )
     test = jax.tree.map(jnp.asarray, data.test)
     begins = jax.jit(lambda params: accuracy(mixture, params, test))
-    return lambda seed: curves_of(args, optimizer, *trainers, begins, seed)
+    return partial(curves_of, args, optimizer, train_dense, train_mixture, begins)
 
 
 def curves_of(
