@@ -87,8 +87,16 @@ def test_other_runs_are_refused(tmp_path):
         collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
     with pytest.raises(RefusedError, match=r"--x must be what the run began with, 1; got 2"):
         collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=True)
-    (tmp_path / "blocks" / "a-000-001.json").write_text('{"value": [1.')
-    with pytest.raises(RefusedError, match="damaged: delete it"):
+
+
+@pytest.mark.parametrize("name", ["identity.json", "a-000-001.json"])
+@pytest.mark.parametrize("text", ['{"value": [1.', "[]", "{}"])
+def test_damaged_files_are_named(name, text, tmp_path):
+    cells = [Cell("a", 1, 1, uniform([]))]
+    collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
+    (tmp_path / "blocks" / name).write_text(text)
+    expected = "--x must be" if (name, text) == ("identity.json", "{}") else f"{name} is damaged"
+    with pytest.raises(RefusedError, match=expected):
         collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=True)
 
 

@@ -121,10 +121,26 @@ def measured(cell: Cell, keys: jax.Array, rows: slice) -> dict[str, Any]:
 
 def read(path: Path) -> Measured:
     """The measures in a file."""
+    found = {name: np.array(values) for name, values in record(path).items()}
+    if "seconds" not in found:
+        raise damaged(path)
+    return found
+
+
+def record(path: Path) -> dict[str, Any]:
+    """A file of this folder."""
     try:
-        return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
+        found = json.loads(path.read_text())
     except ValueError:
-        raise RefusedError(f"{path} is damaged: delete it to measure it again") from None
+        raise damaged(path) from None
+    if not isinstance(found, dict):
+        raise damaged(path)
+    return found
+
+
+def damaged(path: Path) -> RefusedError:
+    """What is said of a file that no run has written."""
+    return RefusedError(f"{path} is damaged: delete it to go on without it")
 
 
 def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
@@ -139,6 +155,6 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
     if resume and not path.exists():
         say(f"nothing to resume in {folder}: starting from the beginning")
     if path.exists():
-        check_same_run(now, json.loads(path.read_text()))
+        check_same_run(now, record(path))
     folder.mkdir(exist_ok=True)
     write_json(path, now)
