@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from commands import run
-from studies.efficiency_measures import counts, turn_of
+from studies.efficiency_measures import counts, drawn, turn_of
 from studies.efficiency_report import cell_name
 from studies.heads import DIGITS, EXPERTS, HIDDEN
 from studies.sharpness_models import FEATURES, HEADS
@@ -43,6 +43,14 @@ def test_a_turn_has_a_row_for_each_key():
     assert all((values > 0).all() for values in measured.values())
     images = 4 * FEATURES * 4
     assert measured["bytes"][0] >= 4 * measured["parameters"][0] + images
+
+
+def test_every_key_draws_its_own(key):
+    head = HEADS["top-1"]
+    first, again, other = (drawn(head, 4, each) for each in (key, key, jax.random.key(7)))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), first, again)
+    assert all(jax.tree.leaves(same))
+    assert not (first[1] == other[1]).any()
 
 
 def test_the_command_ends_with_tables(tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,17 +28,20 @@ def turn_of(head: Head, batch: int) -> Callable[[jax.Array], dict[str, Any]]:
     """
 
     @cache
-    def prepared() -> tuple[Callable[[], Any], dict[str, float]]:
-        params = jax.jit(head.layer.init)(jax.random.key(0))
-        x = jax.random.normal(jax.random.key(1), (batch, FEATURES))
+    def prepared() -> tuple[Any, Any, dict[str, float]]:
+        start = jax.jit(partial(drawn, head, batch))
+        params, x = start(jax.random.key(0))
         program, _ = compiled(lambda params, x: head.layer.apply(params, x)[0], params, x)
         known = counts(head, params) | {"bytes": planned_bytes(program)["peak_bytes"]}
-        return lambda: jax.block_until_ready(program(params, x)), known
+        return start, program, known
 
     def measure(keys: jax.Array) -> dict[str, Any]:
-        run, known = prepared()
-        run()
-        times = [1e6 * seconds_of(run) / batch for _ in keys]
+        start, program, known = prepared()
+        times = []
+        for key in keys:
+            run = partial(program, *start(key))
+            jax.block_until_ready(run())
+            times.append(1e6 * seconds_of(run) / batch)
         return {"microseconds": np.array(times)} | {
             name: np.full(len(times), value) for name, value in known.items()
         }
@@ -46,12 +49,18 @@ def turn_of(head: Head, batch: int) -> Callable[[jax.Array], dict[str, Any]]:
     return measure
 
 
+def drawn(head: Head, batch: int, key: jax.Array) -> tuple[Any, jax.Array]:
+    """Parameters, and random features for them, [batch, FEATURES]."""
+    init_key, features_key = jax.random.split(key)
+    return head.layer.init(init_key), jax.random.normal(features_key, (batch, FEATURES))
+
+
 def seconds_of(run: Callable[[], Any]) -> float:
     """The median over the calls of one turn."""
     times: list[float] = []
     while sum(times) < TURN:
         began = time.perf_counter()
-        run()
+        jax.block_until_ready(run())
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 
