@@ -236,6 +236,11 @@ def test_one_rule_on_a_mesh(files, tmp_path):
         (["--model=gpt"], "must be all or one of dense, sparse"),
         (["--width=30"], "even multiple of --heads"),
         (["--top-k=9"], "at most --experts"),
+        (["--model=switch", "--top-k=2"], "--top-k does nothing with --model switch"),
+        (["--model=dense_total", "--top-k=2"], "--top-k does nothing with --model dense_total"),
+        (["--model=dense", "--experts=4"], "--experts does nothing with --model dense"),
+        (["--windows=100"], "--windows must be a multiple of 64"),
+        (["--steps=3000000000"], "from 1 to 2147483647"),
         (["--model=sparse", "--top-k=1"], "the router gets exactly zero gradient"),
         (
             ["--model=sparse", "--experts=6", "--mesh=data=2,expert=4"],

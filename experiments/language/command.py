@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.text import VOCABULARY, Text, from_files, standard_library
-from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
+from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, TAKE_K, Mixture, Network
+from language.training import EVALUATED_AT_ONCE
 from language.transformer import Sizes
 from moejax.sharding import expert_parallel, shardings
 from parts import ending
 from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
 from parts.devices import mesh_axes
+
+LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits
 
 
 def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -34,7 +37,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
     add("--seeds", type=at_least(1), default=3, help=f"runs of each model {shown}")
-    add("--steps", type=at_least(1), default=1500, help=f"of training {shown}")
+    add("--steps", type=at_least(1, LARGEST_STEP), default=1500, help=f"of training {shown}")
     add(
         "--evaluate-every",
         type=at_least(1),
@@ -42,7 +45,12 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         metavar="STEPS",
         help=f"steps between two looks at the validation text, and between checkpoints {shown}",
     )
-    add("--windows", type=at_least(64), default=512, help=f"of the validation text {shown}")
+    add(
+        "--windows",
+        type=at_least(EVALUATED_AT_ONCE),
+        default=512,
+        help=f"of the validation text, a multiple of {EVALUATED_AT_ONCE} {shown}",
+    )
     add("--width", type=at_least(8), default=64, help=f"features of a character {shown}")
     add("--layers", type=at_least(1), default=2, help=f"transformer blocks {shown}")
     add("--heads", type=at_least(1), default=4, help=f"attention heads {shown}")
@@ -52,8 +60,8 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         default=64,
         help=f"characters that a prediction can see {shown}",
     )
-    add("--experts", type=at_least(1), default=8, help=f"how many experts {shown}")
-    add("--top-k", type=at_least(1), default=2, help=f"experts per character {shown}")
+    add("--experts", type=at_least(1), help="how many experts (default: 8)")
+    add("--top-k", type=at_least(1), help="experts per character, for rules that ask (default: 2)")
     add("--hidden", type=at_least(1), default=64, help=f"hidden width of one expert {shown}")
     add("--batch-size", type=at_least(1), default=16, help=f"windows per step {shown}")
     add(
@@ -78,7 +86,21 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         default=0.7,
         help=f"of --sample; lower is more predictable {shown}",
     )
-    return parser, parser.parse_args()
+    args = parser.parse_args()
+    refuse_what_does_nothing(parser, args)
+    args.experts = 8 if args.experts is None else args.experts
+    args.top_k = 2 if args.top_k is None else args.top_k
+    return parser, args
+
+
+def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options that change nothing beside the others."""
+    if args.model not in NETWORKS:
+        return
+    if args.top_k is not None and args.model not in TAKE_K:
+        parser.error(f"--top-k does nothing with --model {args.model}")
+    if args.experts is not None and args.model == "dense":
+        parser.error("--experts does nothing with --model dense, which is one network")
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -93,8 +115,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--width must be an even multiple of --heads ({args.heads}), got {args.width}"
         )
-    if args.top_k > args.experts:
+    if args.model in ("all", *TAKE_K) and args.model != "dense" and args.top_k > args.experts:
         parser.error(f"--top-k must be at most --experts ({args.experts}), got {args.top_k}")
+    if args.windows % EVALUATED_AT_ONCE:
+        parser.error(
+            f"--windows must be a multiple of {EVALUATED_AT_ONCE}, which are evaluated at once, "
+            f"got {args.windows}"
+        )
     devices = math.prod(args.mesh.values()) if args.mesh else 1
     if args.batch_size * args.context % devices:
         parser.error(

@@ -12,7 +12,7 @@ from flax import nnx
 
 import moejax
 from language.transformer import Decisions, Sizes, Transformer
-from parts.routes import ROUTES, load, nothing
+from parts.routes import ROUTES, asks_for_k, load, nothing
 
 Execute = Callable[..., jax.Array]
 Balance = Callable[[Any], jax.Array]
@@ -87,6 +87,7 @@ def sparse(sizes: Sizes, mixture: Mixture, execute: Execute | None) -> Network:
 
 CONTENDERS = {"dense": dense, "sparse": sparse, "dense_total": dense_total}
 NETWORKS = CONTENDERS | {name: partial(by_rule, name) for name in RULES}
+TAKE_K = ["dense", "sparse", *(name for name in RULES if asks_for_k(ROUTES[name]))]
 
 
 def unrouted(width: int, hidden: int) -> moejax.Layer:

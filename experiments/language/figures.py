@@ -10,14 +10,7 @@ from matplotlib.figure import Figure
 from data.kinds import KINDS
 from data.text import decode
 from language.report import Runs, losses, seconds, steps
-
-# Okabe and Ito: told apart with any colour vision.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#666666")
-
-
-def color(index: int) -> str:
-    """The colour of an expert or a model."""
-    return COLORS[index % len(COLORS)]
+from moejax.plot import color
 
 
 def curves(runs: Runs) -> Figure:

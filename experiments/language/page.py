@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from data.text import decode
-from language.figures import color
+from moejax.plot import color
 
 STYLE = (
     "body{font:16px sans-serif;margin:2em;max-width:60em}"
