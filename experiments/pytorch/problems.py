@@ -9,6 +9,7 @@ import numpy as np
 
 from data import Dataset, toy
 from data.text import standard_library
+from parts.ending import RefusedError
 from pytorch.twins import Problem
 from pytorch.ways import BATCH_SIZE, IMAGES
 
@@ -79,7 +80,15 @@ def text_problem(size: Size) -> Problem:
 
 
 def batches(examples: int, batch_size: int, most: int) -> np.ndarray:
-    """The shuffled rows of the first batches of an epoch, all of one size."""
+    """The shuffled rows of the first batches of an epoch, all of one size.
+
+    Raises:
+        RefusedError: if there are too few examples for one.
+    """
+    if examples < batch_size:
+        raise RefusedError(
+            f"the comparison takes batches of {batch_size} examples, and there are {examples}"
+        )
     steps = min(most, examples // batch_size)
     order = np.random.default_rng(0).permutation(examples)[: steps * batch_size]
     return order.reshape(steps, batch_size)
