@@ -326,6 +326,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     resumable.add_arguments(parser)
     args = parser.parse_args()
     refuse_what_does_nothing(parser, args)
+    if args.model == "all" and not args.route and args.resume not in (None, resumable.NEWEST):
+        parser.error("--resume STEP goes with one --model: it deletes what came after the step")
     args.experts = 8 if args.experts is None else args.experts
     args.top_k = 2 if args.top_k is None else args.top_k
     return parser, args

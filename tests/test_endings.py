@@ -164,6 +164,7 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
         ),
         ("mnist", ["--model", "dense", "--experts", "3"], "--experts does nothing with"),
         ("mnist", ["--dataset", "digits", "--data-dir", "."], "--data-dir does nothing with"),
+        ("mnist", ["--model", "all", "--resume", "0"], "--resume STEP goes with one --model"),
         ("mnist", ["--mesh", "expert=²"], "must be like data=2,expert=4, got expert=²"),
         ("mnist", [*DIGITS, "--epochs", str(10**15)], "--epochs must be at most"),
     ],
