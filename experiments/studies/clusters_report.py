@@ -9,7 +9,7 @@ import numpy as np
 from studies.blocks import Measured
 from studies.clusters_data import CLUSTERS, SETTINGS
 from studies.clusters_training import EVERY
-from studies.intervals import half_width, intervals_of, shown
+from studies.intervals import half_width, intervals_of, shown, shown_with_deviation
 from studies.page import Summary, duration, table
 
 # The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
@@ -115,11 +115,7 @@ def published(summary: Summary, name: str, measure: str) -> str:
 
 def ours(summary: Summary, name: str, measure: str) -> str:
     """What we found: mean, standard deviation and interval."""
-    one, digits = summary["cells"][name][measure], DIGITS[measure]
-    if one["sd"] is None:
-        return shown(one, digits)
-    mean, _, limits = shown(one, digits).partition(" ")
-    return f"{mean} ± {one['sd']:.{digits}f} {limits}"
+    return shown_with_deviation(summary["cells"][name][measure], DIGITS[measure])
 
 
 def verdict(summary: Summary) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from studies.blocks import Measured
 from studies.heads import EXPERTS
-from studies.intervals import shown, with_interval
+from studies.intervals import shown, shown_with_deviation, with_interval
 from studies.page import Summary, duration, table
 
 # One run of each head on a ResNet-18, in percent of the validation images at the best epoch; and
@@ -66,7 +66,7 @@ def accuracies(summary: Summary) -> str:
                 str(len(one["accuracy"]["values"])),
                 f"{summary['published'][name]:.2f}",
                 shown(one["best"], 2),
-                with_deviation(one["accuracy"]),
+                shown_with_deviation(one["accuracy"], 2),
                 shown(summary["differences"][name], 3) if name in summary["differences"] else "",
             ]
             for name, one in summary["cells"].items()
@@ -76,12 +76,6 @@ def accuracies(summary: Summary) -> str:
         "Accuracy in percent, the published on validation images and ours on all test images; and "
         f"the difference to the dense head, seed by seed:\n\n{rows}"
     )
-
-
-def with_deviation(one: dict[str, Any]) -> str:
-    """A mean with standard deviation and interval, as ``99.63 ± 0.02 [99.58, 99.68]``."""
-    mean, *rest = shown(one, 2).split(" ", 1)
-    return " ".join([mean, *([] if one["sd"] is None else [f"± {one['sd']:.2f}"]), *rest])
 
 
 def verdict(summary: Summary) -> str:

@@ -51,3 +51,10 @@ def shown(one: dict[str, Any], digits: int) -> str:
     if one["low"] is None:
         return f"{one['mean']:.{digits}f}"
     return f"{one['mean']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+
+
+def shown_with_deviation(one: dict[str, Any], digits: int) -> str:
+    """With its standard deviation, too, such as ``99.46 ± 0.02 [99.07, 99.85]``."""
+    mean, *limits = shown(one, digits).split(" ", 1)
+    deviation = [] if one["sd"] is None else [f"± {one['sd']:.{digits}f}"]
+    return " ".join([mean, *deviation, *limits])
