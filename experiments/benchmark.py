@@ -50,8 +50,8 @@ class Suite(NamedTuple):
 
     Attributes:
         run: ``(rounds, quick) -> results``.
-        show: prints one of them.
-        conclude: prints what all of them come to.
+        show: prints one result.
+        conclude: prints what all results come to.
     """
 
     run: Callable[[int, bool], Iterator[Result]]
@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """A result without what is not known."""
+    """A result without the values that are not known."""
     records = [
         {name: value for name, value in record.items() if value is not None}
         for record in result.records

@@ -4,10 +4,10 @@
     python experiments/clusters.py --seeds 10 --single-seeds 10 --resume
     python experiments/clusters.py --seeds 3 --settings 1 --out runs/clusters_small
 
-Four settings of synthetic data with four clusters; in each, mixtures of eight cubic and eight
-linear experts, and one network alone of both kinds. Tables show test accuracy and dispatch entropy
-beside the published; a picture and summary.json go to --out. A run that was killed goes on with
---resume, and so does one that is to have more seeds.
+Four settings of synthetic data with four clusters; in each, a mixture of eight cubic experts, one
+of eight linear experts, and a single network of either kind. Tables show test accuracy and dispatch
+entropy beside the published values; a picture and summary.json go to --out. A run that was killed
+goes on with --resume, and so does one that is to have more seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from studies.clusters_models import CUBIC, LINEAR
 from studies.clusters_training import Sizes, train_mixture, train_single
 from studies.command import Study, main, seeds_option
 
-BLOCK = 2  # seeds that are lost, at the most, if a run is killed
+BLOCK = 2  # the most seeds that are lost if a run is killed
 SINGLE_RATES = {"nonlinear": 1e-2, "linear": 3e-3}
 KINDS = {"nonlinear": CUBIC, "linear": LINEAR}
 

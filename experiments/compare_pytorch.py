@@ -54,7 +54,7 @@ LOSS_TOLERANCE = {"toy": 1e-12, "dense": 1e-9, "soft": 1e-9, "sparse": 1e-9, "la
 
 
 def compare_numbers(name: str, twin: Twin, problem: Problem, out: Path) -> dict[str, Any]:
-    """The same run in both frameworks, in float64 and in float32: how far they are apart."""
+    """The same run in both frameworks, in float64 and in float32: how far apart they are."""
     study = STUDIES[name]
     start = initial_state(study, seed=0)
     record: dict[str, Any] = {"steps": len(problem.order)}
@@ -137,7 +137,7 @@ def compare_speed(name: str, twin: Twin, problem: Problem, size: Size) -> dict[s
     start = initial_state(STUDIES[name], seed=0)
     running = contenders(name, twin, start, problem.astype(np.float32))
     if size == QUICK:
-        running.pop(COMPILED, None)  # it compiles longer than all else takes
+        running.pop(COMPILED, None)  # its compilation takes longer than all the rest
     record = races.verdict(races.race(running, size.rounds))
     batch_size = BATCH_SIZE.get(name)
     record["steps"] = -(-len(problem.x) // batch_size) if batch_size else len(problem.order)
@@ -226,7 +226,7 @@ def work(args: argparse.Namespace) -> None:
 
     # A cache from an earlier run would hide what compilation costs.
     jax.config.update("jax_enable_compilation_cache", False)
-    torch.set_num_threads(1)  # small tensors; and it leaves the other cores to XLA
+    torch.set_num_threads(1)  # tensors are small, and the other cores are left to XLA
     say("largest differences of the same run in PyTorch and moejax")
     for name, twin in models.items():
         record["numbers"][name] = compare_numbers(name, twin, problems[name], args.out)

@@ -45,7 +45,7 @@ from parts.progress import progress
 from parts.records import versions, write_json
 
 PROMPT = "def "
-# What a run may be resumed with: its place, its company, and what is done with it afterwards.
+# What may differ when a run is resumed: its place, its company, and what is done afterwards.
 FREE_TO_DIFFER = {"out", "text", "resume", "seeds", "model", "mesh", "no_cache"} | {
     "sample",
     "sample_length",
@@ -64,7 +64,7 @@ def compiled(
     taking = jax.jit(take, out_shardings=places(state, mesh), donate_argnums=0)
     return Programs(
         begin=lambda seed: place(begin(seed), mesh),
-        # Compiled here and not in the first call, whose seconds are those of its steps.
+        # Compiled here, not in the first call, whose seconds are to count its steps only.
         advance=taking.lower(state, text, np.int32(0)).compile(),
         evaluate=jax.jit(partial(evaluate, network), out_shardings=everywhere(mesh)),
     )
@@ -152,13 +152,13 @@ def report(
 
 
 def written(args: argparse.Namespace, network: Network, params: Any, prompt: str) -> Sample:
-    """What a model writes on from a prompt."""
+    """What a model writes after a prompt."""
     characters = jnp.asarray(encode(prompt))
     return sample(network, params, characters, args.sample_length, args.temperature)
 
 
 def write_samples(args: argparse.Namespace, networks: dict[str, Network]) -> None:
-    """Prints what the trained models write on from --sample, and how fast."""
+    """Prints what the trained models write after --sample, and how fast."""
     optimize = optimizer(args.learning_rate, args.steps)
     for name, network in networks.items():
         like = jax.eval_shape(partial(start, network, optimize, 0))
@@ -169,7 +169,7 @@ def write_samples(args: argparse.Namespace, networks: dict[str, Network]) -> Non
 
 
 def main() -> None:
-    """Trains what was asked for, reports and draws; or writes text by what was trained."""
+    """Trains what was asked for, reports and draws; or writes text with models already trained."""
     parser, args = arguments(__doc__.splitlines()[0])
     check(parser, args)
     with ending.one_line_errors():

@@ -5,7 +5,7 @@
 
 Four heads of equal size on a small convolutional trunk learn MNIST. Where training ends, Lanczos
 gives the largest eigenvalue of the Hessian and its spectral density, Hutchinson's estimator the
-trace, on training and on test images. Tables show them beside the published; a picture and
+trace, on training and on test images. Tables show them beside the published values; a picture and
 summary.json go to --out. A run that was killed goes on with --resume.
 """
 
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """Every head; a run after the other, as each has the machine to itself."""
+    """Every head, one run after another: each has the machine to itself."""
     images = images_of(args, loaded(args.data_dir))
     sizes = Sizes(
         args.epochs, args.batch_size, args.learning_rate, args.starts, args.steps, args.probes

@@ -179,8 +179,8 @@ def run(task: Task, data: Points, steps: int, initial: TrainState) -> dict[str, 
     """A whole run as a pure function of how it starts: full-batch steps under one scan.
 
     Returns:
-        ``loss`` after 0..steps steps, the last ``accuracy``, that of each point's top expert
-        ``alone``, and ``frames``, the parameters after each of `frame_steps`.
+        ``loss`` after 0..steps steps, the last ``accuracy``, the accuracy if each point's top
+        expert decides ``alone``, and ``frames``, the parameters after each of `frame_steps`.
     """
     step = train_step(partial(objective, task), optax.adam(LEARNING_RATE))
 
@@ -208,14 +208,14 @@ def fit(task: Task, data: Points, steps: int, key: jax.Array) -> dict[str, jax.A
 
 
 def frame_steps(steps: int) -> np.ndarray:
-    """The steps that are shown, closer together at first, when most happens; the last is last."""
+    """The steps that are shown, closer together at first, when most happens; the last is shown."""
     return np.unique(np.rint(steps * np.linspace(0, 1, FRAMES) ** 1.5).astype(int))
 
 
 def train(
     task: Task, data: Points, steps: int, initial: TrainState
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """A run from each of stacked states, all by one program; and what they took."""
+    """A run from each of the stacked states, all by one program; and how fast they were."""
     count = len(initial.step)
     size = min(count, GROUP)
 
@@ -336,7 +336,7 @@ def arguments() -> argparse.Namespace:
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Bytes that the run takes, at the least: points with their scores, and the history."""
+    """The least bytes that the run takes: points with their scores, and the history."""
     points = args.samples * (8 * args.experts + 20)
     history = args.steps * (8 * args.experts + 14 + args.seeds)
     return 4 * (points + history)
@@ -385,7 +385,7 @@ def work(args: argparse.Namespace) -> None:
 def begin(
     task: Task, samples: int, seeds: int, seed: np.uint32
 ) -> tuple[Points, TrainState, jax.Array]:
-    """The points; how this run and those of the seeds start, stacked; and this run's key."""
+    """The points; the first states of this run and of the seeds', stacked; and this run's key."""
     data_key, model_key, seeds_key = jax.random.split(jax.random.key(seed), 3)
     keys = jnp.concatenate([model_key[None], jax.random.split(seeds_key, seeds)])
     return toy(data_key, samples), jax.vmap(partial(start, task))(keys), model_key

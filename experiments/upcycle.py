@@ -5,7 +5,7 @@
 
 A dense network learns MNIST. Then three go on: the network itself, the network upcycled to 8
 experts, and the same with noise on the copies. A mixture from scratch takes as many steps as all
-of that. A table says how accurate the tests were at the end; curves and summary.json go to --out.
+of that. A table shows the test accuracy at the end; curves and summary.json go to --out.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def objective(
 
 
 def accuracy(apply: Apply, params: Any, test: Split) -> jax.Array:
-    """On all test images."""
+    """The accuracy on all test images."""
     logits, _ = apply(params, flat(test.images))
     return jnp.mean(jnp.argmax(logits, axis=-1) == test.labels)
 
@@ -85,7 +85,7 @@ def accuracy(apply: Apply, params: Any, test: Split) -> jax.Array:
 def trainer(
     apply: Apply, optimizer: optax.GradientTransformation, data: Dataset, batch_size: int
 ) -> Train:
-    """A function that trains for some epochs and says how accurate the tests were after each."""
+    """A function that trains for some epochs and returns the test accuracy after each."""
     step = train_step(partial(objective, apply), optimizer)
     train, test = (jax.tree.map(jnp.asarray, split) for split in (data.train, data.test))
 
@@ -105,7 +105,7 @@ def trainer(
 
 
 def measurer(args: argparse.Namespace, data: Dataset) -> Callable[[int], dict[str, Curve]]:
-    """A function of a seed that makes the curves of `curves_of`, by programs that all share."""
+    """A function of a seed that makes the curves of `curves_of`; all seeds share its programs."""
     optimizer = optax.adam(1e-3)
     train_dense, train_mixture = (
         trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
@@ -135,7 +135,7 @@ def curves_of(
     }
     curves = {"dense": begun + train_dense(first, args.more_epochs)[1]}
     for name, params in goes_on.items():
-        # The order of later epochs is that of the dense network: it is counted from its steps.
+        # Steps count on from the dense network's, so that later epochs have its order of images.
         state = init_state(params, optimizer, run_key)._replace(step=first.step)
         curves[name] = [float(begins(params)), *train_mixture(state, args.more_epochs)[1]]
     scratch = init_state(MIXTURE.init(init_key), optimizer, run_key)

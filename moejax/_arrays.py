@@ -1,4 +1,4 @@
-"""Small functions of arrays that several modules share."""
+"""Small array functions that several modules share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Array = jax.Array
 
 @compiled("num_experts")
 def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
-    """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where none was made."""
+    """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where there is no choice."""
     num_choices = values.shape[1]
     if num_choices * num_experts <= 64:
-        # XLA fuses comparisons with what is around them, which it does not do for a scatter.
+        # XLA fuses comparisons with the operations around them, but not a scatter.
         ids = jnp.arange(num_experts, dtype=experts.dtype)[None]  # [1, E]
         if num_choices > 2:
             same = experts[:, :, None] == ids[None]  # [T, K, E]
@@ -40,7 +40,7 @@ def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
 
 @jax.custom_jvp
 def normal_cdf(x: Array) -> Array:
-    """``P(N(0, 1) < x)``. The derivative of JAX 0.12's own fails in a checked `shard_map`."""
+    """``P(N(0, 1) < x)``. JAX 0.12 has one whose derivative fails in a checked `shard_map`."""
     return jax.lax.erfc(-x * math.sqrt(0.5)) / 2
 
 
@@ -61,10 +61,10 @@ def vary_together(tree: Any) -> Any:
 
 
 def separate_zeros(like: Any, number: Array) -> Any:
-    """Zeros like each leaf, ``min(number + i, 0)`` for a number that is never negative.
+    """Zeros like each leaf, made as ``min(number + i, 0)`` from a number that is never negative.
 
-    The number is known at run time alone. XLA would make equal constants once, and copy them for
-    every loop that writes to one of them. Zeros that it cannot tell to be equal are written where
+    The number is known only at run time. XLA would make equal constants once, and copy them for
+    every loop that writes to one of them. Zeros that it cannot know to be equal are written where
     the loops need them.
     """
     leaves, structure = jax.tree.flatten(like)
@@ -83,8 +83,8 @@ def along(mask: Array, ndim: int) -> Array:
 def gradient_where(used: Array, tree: Any) -> Any:
     """The leaves [E, ...] themselves, but gradients reach only the experts that are used [E].
 
-    An expert that nobody chose runs on tokens that it may overflow on; times zero, the gradient
-    would still not be a number.
+    An expert that nobody chose may overflow on the tokens that it runs on, and an infinite gradient
+    times zero is not a number.
     """
 
     def one(leaf: Array) -> Array:
@@ -95,9 +95,9 @@ def gradient_where(used: Array, tree: Any) -> Any:
 
 
 def gradient_if(present: Array, tree: Any) -> Any:
-    """The leaves themselves, but gradients reach them only if there is a token that is no padding.
+    """The leaves themselves, but gradients reach them only if some token is not padding.
 
-    Without one, what stands in for the tokens is zero, where a function may have no derivative.
+    Otherwise zeros stand in for the tokens, and a function may have no derivative at zero.
     """
     return jax.tree.map(lambda leaf: jnp.where(present, leaf, jax.lax.stop_gradient(leaf)), tree)
 
@@ -113,7 +113,7 @@ def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
 
 
 def padded_by_example(tokens: Array, mask: Array) -> Array:
-    """The tokens [T, ...], with a copy of the first real one in the place of every masked one.
+    """The tokens [T, ...], with a copy of the first real one in place of every masked one.
 
     Padding may hold anything, and a function may be undefined at zero. A copy of a token that is
     computed anyway brings no new value and no new gradient.
@@ -121,12 +121,12 @@ def padded_by_example(tokens: Array, mask: Array) -> Array:
     if tokens.shape[0] == 0:
         return tokens
     first = mask & (jnp.arange(tokens.shape[0]) == jnp.argmax(mask))
-    # A sum and no index, which a token that is spread over a mesh does not take.
+    # A sum, not an index: tokens that are spread over a mesh do not take one.
     example = jnp.where(along(first, tokens.ndim), tokens, 0).sum(axis=0, keepdims=True)
     example = jax.lax.stop_gradient(example.astype(tokens.dtype))  # [1, ...]
     return jnp.where(along(mask, tokens.ndim), tokens, example)
 
 
 def where_kept(mask: Array, values: Array) -> Array:
-    """The values [..., ...] of tokens that are no padding [...], and zeros for the others."""
+    """The values [..., ...] of tokens that are not padding [...], and zeros for the others."""
     return jnp.where(along(mask, values.ndim), values, 0)

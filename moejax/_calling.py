@@ -1,4 +1,4 @@
-"""Who is given a key, a mask or a matrix product: what a function's signature asks for."""
+"""Gives a key, a mask or a matrix product to the functions whose signature asks for it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> E
 def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself if it can be a static argument of `jit`, or something around it.
 
-    A bound method is equal to itself although what its object holds may have changed, so a program
-    compiled for it is not found again.
+    A bound method is equal to itself even if its object has changed since. So a new function is
+    made around it each time, and no program compiled for it earlier is found again.
     """
     fixed = isinstance(function, Hashable) and not inspect.ismethod(function)
     return function if fixed else lambda *args: function(*args)
 
 
 def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
-    """The key as a keyword argument for a router that takes one, and nothing for another."""
+    """The key as a keyword argument for a router that takes one, and nothing for any other."""
     return {"key": key} if accepts(router.apply, "key") else {}
 
 

@@ -31,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def takes(*kinds: type) -> Callable[[Function], Function]:
     """Refuses decisions of other kinds, and stacks of decisions, before wrong numbers come out.
 
-    A decision of the caller's own type is let through: it may have what the function reads.
+    A decision of the caller's own type is let through: it may have the fields that are read.
     """
     expected = " or ".join(kind.__name__ for kind in kinds)
 
@@ -68,19 +68,19 @@ def _of(decision: Any, table: Mapping[type, str]) -> str:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a number that the caller gives is an integer: Python's or NumPy's, no array."""
+    """Whether a value from the caller is an integer of Python or NumPy, and not an array."""
     return isinstance(value, numbers.Integral)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number of Python or NumPy, and no array, which may be traced."""
+    """Whether a value is a real number of Python or NumPy, not an array, which may be traced."""
     return isinstance(value, numbers.Real)
 
 
 def positive_like(name: str, value: Array | float, of: str, array: Array) -> Array:
     """The value in the dtype and rank of an array to which it broadcasts, or a scalar.
 
-    A number must be positive; of an array that may be traced nothing is known.
+    A number must be positive; an array is not checked, because it may be traced.
     """
     converted = jnp.asarray(value).astype(array.dtype)
     sizes = zip(converted.shape[::-1], array.shape[::-1], strict=False)
@@ -104,7 +104,7 @@ def check_mask(mask: Array, shape: tuple[int, ...]) -> None:
 
 
 def check_count(name: str, count: int) -> None:
-    """Refuses a number of things that is no positive integer."""
+    """Refuses a count that is not a positive integer."""
     if not (is_integer(count) and count >= 1):
         raise ValueError(f"`{name}` must be an integer, at least 1, got {count!r}.")
 
@@ -130,7 +130,7 @@ def check_stacked(params: Params, num_experts: int) -> None:
 
 
 def check_widths(name: str, *widths: int) -> None:
-    """Refuses widths that are no positive integers."""
+    """Refuses widths that are not positive integers."""
     if not all(is_integer(width) and width > 0 for width in widths):
         raise ValueError(f"The widths of `{name}` must be positive integers, got {widths}.")
 
@@ -141,7 +141,7 @@ def check_input(x: Array, kernel: Array) -> None:
         raise ValueError(
             f"`linear({d_in}, {d_out})` takes inputs of width {d_in}, got {list(x.shape)}."
         )
-    # The kernel is cast to the dtype of x: to integers, it would be zeros.
+    # The kernel is cast to the dtype of x; cast to integers, it would become zeros.
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(f"`linear` takes floats, got {x.dtype}: cast with x.astype(jnp.float32).")
 
@@ -156,7 +156,7 @@ def check_gate(gate: Array, y: Array) -> None:
 
 
 def checked_logits(logits: Array) -> Array:
-    """Logits in float32 at the least, once their shape and dtype are known to be right."""
+    """The logits in float32 or wider, once their shape and dtype are known to be right."""
     if logits.ndim != 2 or logits.shape[-1] < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
             "`logits` must be a float array of shape [tokens, experts], got "
@@ -176,7 +176,7 @@ def check_k(k: int, logits: Array) -> None:
 
 
 def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Params, Array]:
-    """Refuses parameters or tokens that do not fit a decision: an index too large reads the last.
+    """Refuses params or tokens that do not fit a decision: too large an index reads the last one.
 
     Returns:
         The parameters and tokens as JAX's arrays: NumPy's cannot be indexed by traced choices.
@@ -220,7 +220,7 @@ def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
 
 
 def check_layer(name: str, layer: Any) -> None:
-    """Refuses what is no layer where it is given, and says how to make one of it."""
+    """Refuses what is not a layer, and says how to make one of it."""
     of_flax = any(cls.__module__.startswith("flax.") for cls in type(layer).__mro__)
     if not of_flax and callable(getattr(layer, "init", None)) and callable(layer.apply):
         return
@@ -237,7 +237,7 @@ def check_layer(name: str, layer: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Refuses what is no PRNG key, such as a seed."""
+    """Refuses what is not a PRNG key, such as a seed."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     old = dtype == jnp.uint32 and key.ndim == 1

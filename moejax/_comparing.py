@@ -1,4 +1,4 @@
-"""Layers that compare: two that are made in the same way are equal, and give one trace.
+"""Layers that can be compared: two that are made in the same way are equal, and share one trace.
 
 A closure compares by identity, so a freshly built layer would be a new key to every cache of JAX.
 """
@@ -14,7 +14,7 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 class Made:
-    """A function that a maker returned; equal to what it returned for equal arguments."""
+    """A function that a maker returned; equal to what the maker returns for equal arguments."""
 
     def __init__(self, function: Callable[..., Any], key: Hashable) -> None:
         functools.update_wrapper(self, function)
@@ -32,7 +32,7 @@ class Made:
 
 
 class _Itself:
-    """Stands for what has no hash, such as an array: equal to itself alone."""
+    """Stands for a value that has no hash, such as an array; equal only to itself."""
 
     def __init__(self, value: Any) -> None:
         self._value = value

@@ -1,8 +1,8 @@
 """Functions that are compiled as a whole, wherever they are called.
 
-Outside of `jax.jit`, JAX compiles each operation by itself, which takes several times as long as
-the function at once: a notebook would wait for it at every first call. Inside of `jax.jit` the
-function is one call, which XLA inlines; so its backward pass is one program without `jit`, too.
+Outside of `jax.jit`, JAX compiles each operation separately, which takes several times as long as
+compiling the whole function: a notebook would wait at every first call. Inside of `jax.jit` the
+function is one call, which XLA inlines. The backward pass is one program, too, even without `jit`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(*static: str) -> Callable[[Function], Function]:
     """Compiles a function once for each shape of its arrays and each value of its ``static``.
 
-    A static argument that cannot be hashed, such as an array where a number is due, goes to the
-    function uncompiled, which refuses it in its own words.
+    A static argument that cannot be hashed, such as an array where a number is due, is given to
+    the uncompiled function, which refuses it with its own message.
     """
 
     def decorate(function: Function) -> Function:

@@ -9,11 +9,11 @@ from urllib.parse import unquote
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of what is on this machine, given with ``file:``, ``~`` or neither.
+    """The absolute path of something on this machine, given with ``file:``, ``~`` or neither.
 
     Raises:
-        ValueError: if it is the address of something else; as a path, it would make a folder
-            called ``s3:`` here.
+        ValueError: if it is an address elsewhere, such as ``s3://bucket``; taken as a path, it
+            would make a folder called ``s3:`` here.
     """
     text = os.fspath(path)
     if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):

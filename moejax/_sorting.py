@@ -29,7 +29,7 @@ def sort_by_expert(experts: Array, weights: Array, num_experts: int) -> Sorted:
     Choices of weight zero come after all others of their expert.
 
     Args:
-        experts: expert ids, of which any outside of [0, E) means nowhere, shape [T, K].
+        experts: expert ids; an id outside of [0, E) means nowhere, shape [T, K].
         weights: their gates, shape [T, K].
         num_experts: E.
 
@@ -56,7 +56,7 @@ def sort_queue(queue: Array, idle: Array, num_experts: int) -> Sorted:
     check_num_choices(queue.size)
     ids, size = _ids(queue, num_experts), queue.size
     ranks = 2 * ids + idle.astype(jnp.int32)
-    # Under `jax.export` the size may be a symbol, whose product nobody can compare.
+    # Under `jax.export` the size may be a symbol, whose multiples cannot be compared with a number.
     if isinstance(size, int) and 2 * (num_experts + 1) * size < 2**31:
         # Expert and place in one integer: sorting one array of integers is several times as fast
         # on CPU as a stable sort of pairs.
@@ -78,10 +78,10 @@ def places_in_queue(queue: Array, idle: Array, num_experts: int) -> Array:
         num_experts: E.
 
     Returns:
-        Places from 0, int32 [N]; choices that go nowhere wait for one another.
+        Places from 0, int32 [N]; choices that go nowhere share one queue of their own.
     """
     order, starts = sort_queue(queue, idle, num_experts)
-    # A sort and not a cumulative sum over a one-hot [N, E]: it is exact, and takes less memory.
+    # A sort, not a cumulative sum over a one-hot array [N, E]: it is exact and takes less memory.
     places = jnp.arange(queue.size, dtype=jnp.int32) - starts[_ids(queue, num_experts)[order]]
     return jnp.zeros(queue.size, jnp.int32).at[order].set(places, unique_indices=True)
 

@@ -1,4 +1,4 @@
-"""The vocabulary that every other module speaks; no algorithm is in this file.
+"""The vocabulary of every other module; there is no algorithm in this file.
 
     tokens -> router -> rule -> decision -> schedule -> sum
 
@@ -26,8 +26,8 @@ Matmul = Callable[[Array, Array], Array]  # (x [T, D], kernel [D, O]) -> [T, O]
 class Expert(Protocol):
     """One expert, ``(params, x [T, ...]) -> y [T, ...]``: a token's output depends on it alone.
 
-    A schedule decides which rows an expert sees together, so it must treat tokens (axis 0 of x)
-    independently of each other.
+    A schedule decides which rows an expert sees together, so the expert must treat tokens (axis 0
+    of x) independently of each other.
 
     Example:
         >>> def fourier(params, x):
@@ -44,8 +44,8 @@ class Rule(Protocol):
     """A rule, ``logits -> decision``: which token goes to which expert. It has no parameters.
 
     The first argument is the router's output, [T, E]. A router that returns several arrays gives
-    the rule as many arguments. A rule that draws noise names ``key``, and one that must know the
-    padding names ``mask``; `moe` passes these two by name, where they are asked for.
+    the rule as many arguments. A rule that draws noise has an argument ``key``, and one that must
+    know the padding has ``mask``; `moe` passes these two by name to the rules that have them.
 
     Example:
         >>> def second_best(logits):
@@ -63,8 +63,8 @@ class Rule(Protocol):
 class Schedule(Protocol):
     r"""A schedule, ``(expert, params, x, decision) -> y``: one way to compute the gated sum.
 
-    Every schedule of one kind of decision returns the same sum and differs from the others in
-    cost alone. The leaves of ``params`` have a leading axis E.
+    All schedules for one kind of decision return the same sum, and differ only in cost. The leaves
+    of ``params`` have a leading axis E.
 
     .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
 
@@ -85,7 +85,7 @@ class Schedule(Protocol):
 
 
 class Layer(NamedTuple):
-    """A pair of pure functions: whatever owns parameters is one.
+    """A pair of pure functions; everything that has parameters is a layer.
 
     Attributes:
         init: ``key -> params``, where params is a pytree of arrays.
@@ -131,7 +131,7 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """E, from the shape of the scores. Whatever reads the ids reads E first, so it checks them.
+        """E, from the shape of the scores; checks the ids, as whatever reads them reads E first.
 
         Raises:
             ValueError: if the ids cannot hold E, "nowhere", which would wrap round to an expert.
@@ -152,7 +152,7 @@ class Routing(NamedTuple):
 
     @property
     def gates(self) -> Array:
-        """``g_te``, the weights laid out by expert, zero where none was chosen, shape [T, E]."""
+        """``g_te``, the weights laid out by expert, zero for an expert not chosen, shape [T, E]."""
         return by_expert(self.experts, self.weights, self.num_experts)
 
     @property
@@ -169,12 +169,12 @@ class Routing(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Which tokens are no padding, since they go to an expert at all, shape [T]."""
+        """Which tokens are not padding: those that go to an expert at all, shape [T]."""
         return self.chosen.any(axis=-1)
 
 
 class DenseRouting(Routing):
-    """A token-choice decision in which every token that is no padding goes to every expert.
+    """A token-choice decision in which every token that is not padding goes to every expert.
 
     K = E. The type says so, since a shape cannot: `relu` has K = E, too, and leaves most experts
     out. `moe` computes this decision with `dense` by default, and any other with `dropless`.
@@ -208,7 +208,7 @@ class ExpertChoice(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Which tokens are no padding, shape [T]."""
+        """Which tokens are not padding, shape [T]."""
         return self.scores.any(axis=-1)
 
 
@@ -216,8 +216,8 @@ class SoftSlots(NamedTuple):
     """A decision in which every slot takes a mean of all tokens; its schedule is `mix_slots`.
 
     Attributes:
-        dispatch: share of a token in a slot, sums to one over tokens, shape [T, E, C].
-        combine: share of a slot in a token's output, sums to one over slots, shape [T, E, C].
+        dispatch: share of a token in a slot, which sums to one over tokens, shape [T, E, C].
+        combine: share of a slot in a token's output, which sums to one over slots, shape [T, E, C].
         logits: the router's output, shape [T, E, C].
 
     Example:
@@ -232,5 +232,5 @@ class SoftSlots(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Which tokens are no padding, shape [T]."""
+        """Which tokens are not padding, shape [T]."""
         return self.combine.any(axis=(1, 2))

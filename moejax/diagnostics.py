@@ -1,8 +1,8 @@
 """What a decision shows: load, entropy, specialisation. Pure functions; masked tokens do not count.
 
 Read them off the decision before capacity drops any choice, or a collapse looks balanced.
-A choice of weight zero is none: a token of `relu` without a positive logit chooses no expert, and
-the means of gates leave it out.
+A choice of weight zero does not count: a token of `relu` without a positive logit chooses no
+expert, and the means of gates leave it out.
 Entropies and information are in nats.
 """
 
@@ -65,7 +65,7 @@ def share_dropped(before: Routing, after: Routing) -> Array:
     .. math:: 1 - \frac{n_{after}}{n_{before}}
 
     Args:
-        before: the decision of the rule.
+        before: the rule's decision.
         after: what `limit_capacity` left of it.
 
     Returns:
@@ -134,7 +134,7 @@ def effective_experts(routing: Routing) -> Array:
 
     .. math:: \exp H\left( \frac{1}{T} \sum_t g_t \right)
 
-    The mean is over the T tokens that have a gate, each one's gates normalised to sum to one.
+    The mean is over the T tokens that have a gate; each token's gates are normalised to sum to one.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -157,7 +157,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
     .. math:: \text{table}_{ec} = \sum_{t\,:\,\text{label}_t = c} g_{te}
 
     A token's gates are normalised to sum to one, so that a column sums to the number of tokens of
-    its class that reach an expert, which one without any gate does not.
+    its class that reach an expert. A token without any gate reaches none.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -217,5 +217,5 @@ def _active(routing: Routing) -> Array:
 
 
 def _mean_where_gated(gates: Array, values: Array) -> Array:
-    """The mean of values [T, ...] over the tokens that have a gate, as padding has none."""
+    """The mean of values [T, ...] over the tokens that have a gate, which padding does not."""
     return mean_over_kept(gates.any(axis=-1), values)

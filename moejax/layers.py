@@ -1,8 +1,8 @@
-"""Layers of which experts and routers are built: linear, mlp, glu, and what wraps and stacks them.
+"""The layers that experts and routers are built from: linear, mlp, glu, and their wrappers.
 
 Every built-in layer takes its matrix product as an argument, ``matmul``. One source then serves
 ``vmap`` (plain products, one per expert) and a grouped product over rows sorted by expert. Without
-one it is the plain product, compiled with what is around it.
+that argument it is the plain product, compiled with the operations around it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def linear(
         bias: whether to add ``b``.
         kernel_init: initializer of ``W``; uniform within ``±1/sqrt(D)`` by default.
         bias_init: initializer of ``b``; uniform within ``±1/sqrt(D)`` by default.
-        param_dtype: dtype in which ``W`` and ``b`` start. Layers made of linear ones take it by
+        param_dtype: dtype in which ``W`` and ``b`` start. Layers made of linear ones take it with
             their ``layer``: ``mlp(2, 4, layer=partial(linear, param_dtype=jnp.bfloat16))``.
 
     Returns:
@@ -134,8 +134,8 @@ def mlp(
     Args:
         *widths: D, the hidden widths, O.
         activation: applied between layers, not after the last.
-        layer: makes each layer from its two widths; ``partial(linear, bias=False)``, with another
-            initializer, or a layer of your own.
+        layer: makes each layer from its two widths: `linear` with other options, such as
+            ``partial(linear, bias=False)`` or another initializer, or a layer of your own.
 
     Returns:
         A layer with params ``{"layers": [{"kernel", "bias"}, ...]}``.
@@ -199,8 +199,8 @@ def glu(
         layer: makes each of the three layers from its two widths; `linear` without bias by default.
 
     Returns:
-        A layer with params ``{"gate": ..., "up": ..., "down": ...}``, each of a layer: by default
-        ``{"kernel": [D, F]}`` twice, and ``{"kernel": [F, D]}``.
+        A layer with params ``{"gate": ..., "up": ..., "down": ...}``, each the params of one layer:
+        by default ``{"kernel": [D, F]}`` twice, and ``{"kernel": [F, D]}``.
 
     Raises:
         ValueError: if a width is not a positive integer.
@@ -237,7 +237,7 @@ def gated(layer: Layer, gate: Layer) -> Layer:
 
     .. math:: y = \sigma(G(x)) \odot L(x)
 
-    It makes the shared expert of `with_shared` one that a token can switch off.
+    It lets a token switch off the shared expert of `with_shared`.
 
     Args:
         layer: L, any ``x -> [T, O]``.
@@ -277,9 +277,9 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
 
     Args:
         before: B, ``x [T, D] -> [T, D']``.
-        model: M, a mixture or any layer of width D'. What it returns beside its output, such as
-            the decision of `moe`, is returned, and ``key`` and ``mask`` are passed to it. Tokens
-            that are masked are not read, and their outputs are zero.
+        model: M, a mixture or any layer of width D'. What it returns besides its output, such as
+            the decision of `moe`, is returned, too; ``key`` and ``mask`` are passed to it. Masked
+            tokens are not read, and their outputs are zero.
         after: A, from the width of M's output to that of y.
 
     Returns:
@@ -320,7 +320,7 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
 
 
 def _with_matmul_of(layers: list[Layer], apply: Callable[..., Array]) -> Callable[..., Array]:
-    """``apply``, which names ``matmul`` only if all layers that it is made of do.
+    """``apply``, with an argument ``matmul`` only if all layers that it is made of have one.
 
     Where an expert names it, a grouped product may run it on the parameters of all experts.
     """

@@ -1,7 +1,7 @@
 """The mixture likelihood: experts that compete to explain a target, instead of blending for it.
 
-The error of the blend, ``(y - sum_e g_e mu_e)^2``, asks every expert to repair what the others
-leave over. The likelihood of the mixture, ``-log sum_e g_e p_e(y)``, gives each expert its own
+The error of the blend, ``(y - sum_e g_e mu_e)^2``, makes every expert correct the error that the
+others leave. The likelihood of the mixture, ``-log sum_e g_e p_e(y)``, gives each expert its own
 error, weighted by how well it explains the target compared with the others.
 """
 
@@ -25,8 +25,8 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
     Args:
         log_gates: log g, normalised, shape [T, E]: ``jax.nn.log_softmax(logits)``.
         log_likelihoods: log p_e(y | x) of every expert, shape [T, E].
-        mask: False for padding, booleans [T]. Such a row may hold anything here, but what it was
-            computed from must be finite, or the gradient of the likelihood itself is not.
+        mask: False for padding, booleans [T]. Such a row may hold anything here, but the values it
+            was computed from must be finite, or the gradient through that computation is not.
 
     Returns:
         A scalar in nats.
@@ -125,7 +125,7 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
 
     Args:
         logits: the experts' outputs l, shape [E, T, ..., classes], as from `stack`.
-        labels: y, integers [T, ...]; those of one token are independent. A label outside of
+        labels: y, integers [T, ...]; the labels of one token are independent. A label outside of
             [0, classes) gives NaN, which the ``mask`` of `mixture_nll` leaves out.
 
     Returns:

@@ -1,8 +1,8 @@
 """Balance losses: unweighted scalars, read off one layer's decision.
 
-One layer, one loss: pooled over layers, four of them each collapsed on another expert would look
-balanced. The caller adds them to the task's loss with weights of its own. Masked tokens enter
-neither sum nor count.
+One layer, one loss: if decisions were pooled, four layers that each collapse onto a different
+expert would look balanced. The caller adds the losses to the task's loss with its own weights.
+Masked tokens enter neither sums nor counts.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def importance_loss(routing: Routing) -> Array:
         I_e = \sum_t g_{te}, \qquad
         \frac{\operatorname{Var}(I)}{\operatorname{Mean}(I)^2 + 10^{-10}}
 
-    :math:`I_e` is the importance of expert e; the variance is the population's. Written so, and not
-    as ``(std / mean)^2``, its gradient is finite at perfect balance.
+    :math:`I_e` is the importance of expert e; the variance is the population's. Written this way,
+    rather than as ``(std / mean)^2``, it has a finite gradient at perfect balance.
 
     Args:
         routing: a decision of T tokens among E experts.
@@ -80,16 +80,16 @@ def importance_loss(routing: Routing) -> Array:
 @takes(Routing)
 @compiled()
 def load_loss(routing: Routing) -> Array:
-    r"""How unequally the experts are chosen, smoothly.
+    r"""How unequally the experts are chosen, as a smooth function.
 
     .. math::
         L_e = \sum_t P(e \in \text{top k of } t), \qquad
         \frac{\operatorname{Var}(L)}{\operatorname{Mean}(L)^2 + 10^{-10}}
 
-    The chance is over fresh noise on expert e, and unlike a count of choices has a gradient.
+    The probability is over fresh noise on expert e; unlike a count of choices, it has a gradient.
 
     Args:
-        routing: a decision of `noisy_top_k`, T tokens among E experts.
+        routing: a decision of T tokens among E experts, from `noisy_top_k`.
 
     Returns:
         A scalar, zero at perfect balance.
@@ -122,7 +122,7 @@ def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
     .. math:: \frac{1}{T} \sum_t \left( \log \sum_e \exp l_{te} \right)^2
 
     Args:
-        routing: a decision of T tokens of any kind; its logits are clean of noise, and the sum is
+        routing: a decision of any kind of T tokens; its logits are without noise, and the sum is
             over all experts and their slots.
 
     Returns:
@@ -166,8 +166,8 @@ def mutual_information_loss(routing: Routing) -> Array:
 
     .. math:: \frac{1}{T} \sum_t H(p_t) - H\left( \frac{1}{T} \sum_t p_t \right)
 
-    Minimised, it makes the router sure of each token and spreads the tokens over all experts: the
-    best value, ``-log E``, is that of a balanced hard assignment; collapse and indecision are 0.
+    Minimised, it makes the router sure of each token and spreads the tokens over all experts: a
+    balanced hard assignment has the best value, ``-log E``; collapse and indecision have 0.
 
     Args:
         routing: a decision of T tokens among E experts whose scores p sum to one.
@@ -196,7 +196,7 @@ def l1_loss(routing: Routing) -> Array:
     .. math:: \frac{1}{T} \sum_t \sum_e |g_{te}|
 
     Its coefficient is the state of `update_l1_coefficient`. To balance the experts as well, use
-    `load_balancing_loss` in its place: with the scores of `relu`, which are its gates, that
+    `load_balancing_loss` in its place: because the scores of `relu` are its gates, that loss
     weights every gate by the load of its expert.
 
     Args:
@@ -226,7 +226,7 @@ def mean_over_tokens(routing: Routing | ExpertChoice | SoftSlots, values: Array)
 
 
 def mean_over_kept(kept: Array, values: Array) -> Array:
-    """The mean of values [T, ...] over some of the tokens, [T]; zero over none."""
+    """The mean of values [T, ...] over the tokens that are kept, bool [T]; zero if none is."""
     count = jnp.maximum(kept.sum(), 1).astype(values.dtype)
     return where_kept(kept, values).sum(axis=0) / count
 

@@ -29,7 +29,7 @@ class Bank(NamedTuple):
         init: ``key -> params``.
         apply: ``(params, x [T, ...], routing) -> y``, the gated sum over these experts, of shape
             [T, ...], or a scalar zero; ids in routing count from this bank's first expert,
-            and an id of num_experts is an expert of another bank.
+            and an id of num_experts stands for an expert of another bank.
 
     Example:
         >>> bank = networks(moejax.linear(3, 2), 4)
@@ -50,8 +50,8 @@ def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None
         expert: the layer of one expert.
         num_experts: how many.
         execute: the schedule, ``(expert, params, x, routing) -> y``; by default as in `moe`.
-            `capacity` makes its slots of all T K choices, those of other banks too: multiply its
-            factor by the share of them that this bank is to serve.
+            `capacity` counts all T K choices for its slots, even those that go to other banks:
+            multiply its factor by the share of choices that this bank should serve.
 
     Returns:
         A bank whose params are those of ``stack(expert, num_experts)``.
@@ -168,8 +168,8 @@ def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> L
     Expert ids run through the banks in their order.
 
     Args:
-        *banks: of `networks`, `zero_experts`, `copy_experts`, `constant_experts`.
-        router: ``x [T, ...] -> logits [T, E]``, E the sum over all banks.
+        *banks: from `networks`, `zero_experts`, `copy_experts`, `constant_experts`.
+        router: ``x [T, ...] -> logits [T, E]``, where E counts the experts of all banks.
         route: the rule, ``logits -> Routing``.
         feature_ndim: how many trailing axes of x are one token.
 
@@ -215,7 +215,7 @@ def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> L
 
 
 def _check_one_shape(outputs: list[Array]) -> None:
-    shapes = {y.shape for y in outputs if y.ndim}  # what returns zero fits any
+    shapes = {y.shape for y in outputs if y.ndim}  # a scalar zero fits any
     if len(shapes) != 1:
         raise ValueError(
             "The banks must have outputs of one shape, and not all be `zero_experts`, got "

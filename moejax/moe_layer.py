@@ -42,14 +42,14 @@ def moe(
     .. math:: y_t = \sum_e g_{te}\, E_e(x_t)
 
     Differentiable in reverse mode any number of times. Forward mode (``jax.jvp``, and with it
-    ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; for it, pass
+    ``jax.hessian``) raises a TypeError where `dropless` or `capacity` runs; to use it, pass
     ``execute=moejax.dense``.
 
     Args:
         expert: the layer of one expert; any ``f(params, x)`` that treats tokens (axis 0 of x)
             independently of each other.
-        router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 at the least. What it
-            returns goes to the rule, several values as several arguments.
+        router: ``x [T, ...] -> logits [T, E]``. It is given x in float32 or wider. What it returns
+            goes to the rule, several values as several arguments.
         num_experts: E, how many there are.
         route: the rule, ``logits -> Routing``.
         execute: the schedule, ``(expert, params, x, routing) -> y``. By default `dense` for a
@@ -59,14 +59,14 @@ def moe(
     Returns:
         A layer with params ``{"router": ..., "experts": ...}``, every leaf of the experts with a
         leading axis E. ``apply(params, x, *, key=None, mask=None)`` takes x ``[..., D]`` and
-        returns ``(y, routing)``: y of the leading shape and the dtype of x, the decision over the
-        T flattened tokens. ``key`` goes to the router and the rule if they take one; without it
-        nothing is random. ``mask``, of x's leading shape, is False for padding: such a token goes
-        nowhere and gets zeros.
+        returns ``(y, routing)``: y has the leading shape and the dtype of x, and the decision is
+        over the T flattened tokens. ``key`` goes to the router and the rule if they take one;
+        without it nothing is random. ``mask``, with x's leading shape, is False for padding: such a
+        token goes nowhere and gets zeros.
 
     Raises:
-        ValueError: if the expert or the router is no layer; in apply, at trace time, if shapes do
-            not agree.
+        ValueError: if the expert or the router is not a layer; in apply, at trace time, if shapes
+            do not agree.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, 2), num_experts=2)
@@ -107,7 +107,7 @@ def routed(
     feature_ndim: int,
     check: Callable[[Params, int], None] = lambda params, num_experts: None,
 ) -> Layer:
-    """What `moe` is once its experts know how to run a decision.
+    """The layer of `moe`, once its experts know how to run a decision.
 
     Args:
         experts: all experts at once, ``apply(params, x [T, ...], decision) -> y [T, ...]``.
@@ -197,7 +197,7 @@ def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
 
 
 def default_schedule(decision: Any) -> Schedule:
-    """The schedule that fits what a decision says of itself."""
+    """The schedule that fits a decision's type."""
     if not isinstance(decision, Routing):
         raise ValueError(
             f"A decision of type {type(decision).__name__} needs its own schedule: pass it to "
@@ -208,19 +208,19 @@ def default_schedule(decision: Any) -> Schedule:
 
 @comparable
 def outputs_of(layer: Layer) -> Layer:
-    """A layer that returns its output alone: a mixture as an expert of a mixture.
+    """A layer that returns only its output, so that a mixture can be an expert of a mixture.
 
     Only the outer decision then remains as evidence: the losses cannot read the inner ones.
 
     Args:
-        layer: whose apply returns ``(y, decision)``, as from `moe`; its y has the shape [T, ...]
-            for x [T, ...].
+        layer: one whose apply returns ``(y, decision)``, as from `moe`; its y has the shape
+            [T, ...] for x [T, ...].
 
     Returns:
         A layer with the same params, and ``apply(params, x) -> y``.
 
     Raises:
-        ValueError: in apply, if the layer returns its output alone.
+        ValueError: in apply, if the layer returns only its output.
 
     Example:
         >>> inner = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 2), num_experts=2)
@@ -254,7 +254,7 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
 
     Args:
         model: the mixture, as from `moe`.
-        shared: the layer of the shared expert, of the mixture's input and output width.
+        shared: the layer of the shared expert, with the mixture's input and output width.
         feature_ndim: how many trailing axes of x are one token, as in ``model``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Routers beyond a plain layer: what they return goes to the rule."""
+"""Routers beyond a plain layer; what they return goes to the rule."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
 def biased(router: Layer, num_experts: int) -> Layer:
     """A router with a balance bias beside its logits, ``(l(x), b)``: what `sigmoid_top_k` takes.
 
-    The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` makes the
-    next step's. In a Flax module (``moejax.interop.flax``) it is a variable of its own; keep it
-    from an optimizer that decays weights.
+    The bias is state, not a parameter: its gradient is zero, and `update_balance_bias` computes it
+    for the next step. In a Flax module (``moejax.interop.flax``) it is a separate variable; keep it
+    away from an optimizer that decays weights.
 
     Args:
         router: ``x [T, D] -> logits [T, E]``.
@@ -108,7 +108,7 @@ def biased(router: Layer, num_experts: int) -> Layer:
 def cosine(
     d_model: int, d_projected: int, num_experts: int, *, param_dtype: jnp.dtype = jnp.float32
 ) -> Layer:
-    r"""Logits by direction alone: the cosine of a projected token and a vector per expert.
+    r"""Logits from direction alone: the cosine between a projected token and each expert's vector.
 
     .. math:: l_e = e^{\min(\tau, \log 100)} \cos(x W + b, v_e)
 
@@ -121,8 +121,8 @@ def cosine(
         param_dtype: dtype in which the params start.
 
     Returns:
-        A layer with ``apply(params, x [T, D]) -> logits [T, E]`` and three params: ``projection``,
-        those of a `linear` layer, ``directions`` [P, E] and the scalar ``log_scale``.
+        A layer with ``apply(params, x [T, D]) -> logits [T, E]`` and three params: ``projection``
+        (the params of a `linear` layer), ``directions`` [P, E] and the scalar ``log_scale``.
 
     Raises:
         ValueError: if a number is not a positive integer.
@@ -164,7 +164,7 @@ def cosine(
 def slots(
     d_model: int, num_experts: int, slots_per_expert: int, *, param_dtype: jnp.dtype = jnp.float32
 ) -> Layer:
-    r"""The router of `soft_slots`: the cosine of a token and a vector per slot.
+    r"""The router of `soft_slots`: the cosine between a token and each slot's vector.
 
     .. math:: l_{tec} = \text{scale} \cdot \cos(x_t, \mu_{ec})
 
@@ -257,7 +257,7 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
     r"""A router with logits :math:`l / \text{temperature}`: below 1 sharper, above 1 softer.
 
     Args:
-        router: ``x [T, D] -> logits``; of several values only the first is divided.
+        router: ``x [T, D] -> logits``; if it returns several values, only the first is divided.
         temperature: positive; a traced one may be annealed or learned.
 
     Returns:
@@ -277,12 +277,12 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
 
 @comparable
 def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
-    r"""A router with bounded logits, within ``±cap`` and the same near zero.
+    r"""A router whose logits stay within ``±cap`` and hardly change near zero.
 
     .. math:: \text{cap} \cdot \tanh(l / \text{cap})
 
     Args:
-        router: ``x [T, D] -> logits``; of several values only the first is capped.
+        router: ``x [T, D] -> logits``; if it returns several values, only the first is capped.
         cap: the bound, positive, such as 30.
 
     Returns:
@@ -310,7 +310,7 @@ def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
 
 
 def _check_positive(name: str, value: Array | float) -> None:
-    # Numbers alone: what an array holds is not known while it is traced.
+    # Numbers only: what an array holds is not known while it is traced.
     if is_number(value) and not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 

@@ -33,7 +33,7 @@ def shardings(tree: Params, mesh: Mesh, *, axis: str = "expert") -> Params:
     and in an optimizer's state for them; its leading axis is E.
 
     Args:
-        tree: params, an optimizer's state, or a whole training state; `jax.eval_shape` of one too.
+        tree: params, an optimizer's state, a whole training state, or `jax.eval_shape` of one.
         mesh: the devices.
         axis: the mesh axis along which experts live.
 
@@ -92,13 +92,13 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
 def tokenwise(route: Rule, mesh: Mesh) -> Rule:
     """A rule that decides on each device for that device's own tokens.
 
-    The decision is the same, for a rule that treats tokens independently of each other. Left to
-    itself, XLA gathers all logits on every device for `jax.lax.top_k`. A rule that draws noise
-    draws another on each device, so not the noise that one device would.
+    The decision is the same if the rule treats each token independently of the others. With the
+    plain rule, XLA gathers all logits on every device for `jax.lax.top_k`. A rule that draws noise
+    draws different noise on each device, and not what it would draw on a single one.
 
     Args:
         route: a rule, ``(logits [T, E], ...) -> decision`` with a leading axis T on every leaf.
-            What else the router returns has an entry per token, or is one number per expert, [E].
+            Whatever else the router returns has one entry per token, or one number per expert, [E].
         mesh: the devices; their number must divide T.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Parameters of one mixture from those of another model: pure functions on pytrees.
+"""Parameters of one mixture made from another model's: pure functions on pytrees.
 
 All of them take and return the params of `moe`, ``{"router": ..., "experts": ...}``, or any pytree
-of that structure. An optimizer's moments follow by `take_experts` and `prune`, and by `grow` to a
-multiple without offset and noise; see `map_mixtures`.
+of that structure. `take_experts` and `prune` also work on an optimizer's moments, and so does
+`grow`, if it grows to a multiple without offset and noise; see `map_mixtures`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def upcycle(
 ) -> Params:
     """A mixture of E copies of one layer, which computes what the layer does.
 
-    Every expert starts as the dense layer, and the last layer of the router with zeros, so that all
+    Every expert starts as the dense layer, and the router's last layer starts at zero, so that all
     experts are equally likely. Weights that sum to one then give the layer's own output, for every
-    K. Raw weights of a softmax sum to K/E instead: with ``total=K / E`` the last layer of each
-    expert is divided by it, and the sum is the layer's output again.
+    K. Raw weights of a softmax sum to K/E instead: ``total=K / E`` divides the last layer of each
+    expert by that sum, and the mixture's output is the layer's again.
 
     Args:
-        dense: params of the layer; its last linear layer is found by its names.
+        dense: params of the layer; its last linear layer is found by name.
         router: params of the router, which must end in a linear layer.
         num_experts: E, how many there are.
         total: the sum of a token's weights at the start: 1 if they are renormalised, K/E for the
             raw probabilities of `top_k`, 1/E for `switch`, K/2 for raw sigmoids.
         noise: standard deviation of what is added to every copy but the first, relative to the
-            standard deviation of each leaf; copies that are equal and chosen alike never differ.
+            standard deviation of each leaf; copies that are equal and chosen alike stay equal.
         key: a PRNG key, for noise.
 
     Returns:
@@ -50,7 +50,7 @@ def upcycle(
 
     Raises:
         ValueError: if a number is out of range, if there is noise and no key, or if no last layer
-            is found: of the router, or of the layer where ``total`` is not 1.
+            is found in the router, or in the layer when ``total`` is not 1.
 
     Example:
         >>> layer, router = moejax.mlp(2, 4, 3), moejax.linear(2, 8)
@@ -74,7 +74,7 @@ def upcycle(
     )
     if noise and key is not None:
         experts = _perturbed(experts, noise, key)
-    # The last layer alone: with zeros all through, no gradient would reach an `mlp`.
+    # Only the last layer: with zeros throughout, no gradient would reach an `mlp`.
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return {"router": _with_last(router, zeros, what="router"), "experts": experts}
 
@@ -89,7 +89,7 @@ def grow(
 ) -> Params:
     """The same mixture with more experts: copies of the old ones, in turn.
 
-    A copy has the column of the router that its original has. The function stays the same:
+    A copy gets its original's column of the router. The mixture computes the same function:
 
     - under `softmax`, where all experts are in the sum; if some have more copies than others, the
       router's bias is lowered by the logarithm of their number, which is right unless the logits
@@ -97,11 +97,11 @@ def grow(
     - under top-k, if K grows with E: ``k=2`` of 4 becomes ``k=4`` of 8;
     - under every rule that ranks logits, with the same K and a large ``offset``: the copies rank so
       low that no token chooses them yet. Lower the offset to bring them in. Where a router is
-      `biased`, the offset lowers that bias instead of the logits; above 1 plus the spread of the
-      biases it is large, and `update_balance_bias` brings the copies in step by step.
+      `biased`, the offset lowers that bias instead of the logits; an offset above 1 plus the spread
+      of the biases is large, and `update_balance_bias` brings the copies in step by step.
 
-    What lowers a bias, and noise, is for parameters: added to the moments of an optimizer, it makes
-    a mean of squares negative and the updates NaN. The moments follow by `take_experts`, with
+    Lowering a bias and adding noise are for parameters only: in an optimizer's moments they would
+    make a mean of squares negative and the updates NaN. For the moments, use `take_experts` with
     ``ids=np.arange(num_experts) % E``.
 
     Args:
@@ -135,7 +135,7 @@ def grow(
     origin = np.arange(num_experts) % old
     grown = take_experts(params, origin)
     if offset is None:
-        # By the logarithm of how many each expert is one of.
+        # Each by the logarithm of how many copies there are of its expert.
         grown["router"] = _lower_logits(grown["router"], np.log(np.bincount(origin)[origin]))
     else:
         by = np.where(np.arange(num_experts) < old, 0, offset)
@@ -150,9 +150,9 @@ def grow(
 def prune(params: Params, keep: Any) -> Params:
     """The mixture without some of its experts.
 
-    Dropping an expert that no token chooses changes nothing where weights are those of the chosen:
-    `top_k` renormalised, or any sigmoid. `expert_load` measures who is chosen, and
-    ``jnp.argsort(-load)[:n]`` are the n with the largest load.
+    Dropping an expert that no token chooses changes nothing where the weights depend on the chosen
+    experts alone: `top_k` renormalised, or any sigmoid. `expert_load` measures which experts are
+    chosen, and ``jnp.argsort(-load)[:n]`` are the n with the largest load.
 
     Args:
         params: of a mixture whose router ends in a linear layer.
@@ -183,8 +183,8 @@ def prune(params: Params, keep: Any) -> Params:
 def merge(params: Params, load: Array) -> Params:
     """One layer from all experts of a mixture: their mean, weighted by load.
 
-    The result is exact where experts are equal, or linear layers with constant gates; elsewhere it
-    is a start from which a dense layer is trained on.
+    The result is exact where experts are equal, or linear layers with constant gates; otherwise it
+    is a starting point for training a dense layer.
 
     Args:
         params: of a mixture.
@@ -194,7 +194,7 @@ def merge(params: Params, load: Array) -> Params:
         Params of one expert.
 
     Raises:
-        ValueError: if the load is not one number per expert, or sums to nothing.
+        ValueError: if the load is not one number per expert, or its sum is not positive.
 
     Example:
         >>> experts = {"kernel": jnp.stack([jnp.zeros((2, 1)), jnp.ones((2, 1))])}
@@ -209,7 +209,7 @@ def merge(params: Params, load: Array) -> Params:
         raise ValueError(
             f"`load` must hold one number per expert, [{num_experts}], got {list(load.shape)}."
         )
-    # By NumPy, as known loads may be used in a function that is traced.
+    # With NumPy, because known loads may be used in a function that is traced.
     if not isinstance(load, jax.core.Tracer) and not np.asarray(load).sum() > 0:
         raise ValueError("`load` must be positive for one expert at least, got a sum of 0.")
 
@@ -224,8 +224,8 @@ def merge(params: Params, load: Array) -> Params:
 def take_experts(params: Params, ids: Any) -> Params:
     """Some experts of a mixture, in any order and any number of times, with their logits.
 
-    `prune` takes distinct ones, `grow` takes all of them in turn. An optimizer's moments follow
-    whichever function made the parameters by taking the same experts: nothing is added to them.
+    `prune` takes distinct ones, `grow` takes all of them in turn. Whichever function made the
+    parameters, an optimizer's moments follow by taking the same experts: nothing is added to them.
 
     Args:
         params: of a mixture whose router ends in a linear layer, or a pytree like them.
@@ -251,13 +251,15 @@ def take_experts(params: Params, ids: Any) -> Params:
 
 
 def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
-    """Applies a function to whatever has the structure of a mixture's params, wherever it is.
+    """Applies a function to every subtree that has the structure of a mixture's params.
 
-    An optimizer's moments have it, so they follow their parameters; everything else is unchanged.
+    An optimizer's moments have that structure, so they change with their parameters; everything
+    else is unchanged.
 
     Args:
         operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``; for moments,
-            one that only takes experts, as `grow` does to a multiple without offset and noise.
+            one that only takes experts, as `grow` does if it grows to a multiple without offset
+            and noise.
         tree: any pytree, such as the params of a whole model or an optimizer's state.
 
     Returns:
@@ -304,9 +306,9 @@ def _taken(leaf: Array, ids: np.ndarray, *, axis: int) -> Array:
 
 
 def _columns(router: Params, ids: np.ndarray) -> Params:
-    """These logits of a router, in this order."""
+    """The router with only these logits, in this order."""
     if not (isinstance(router, dict) and jax.tree.leaves(router)):
-        return _taken(router, ids, axis=-1)  # a bias that chooses
+        return _taken(router, ids, axis=-1)  # the bias of `biased`
     if "router" in router:  # `noisy`, or a router beside its bias
         return {name: _columns(node, ids) for name, node in router.items()}
     take = lambda layer: {name: _taken(leaf, ids, axis=-1) for name, leaf in layer.items()}  # noqa: E731
@@ -319,14 +321,14 @@ def _check_noise(noise: float, key: Array | None) -> None:
 
 
 def _ranked_lower(router: Params, by: np.ndarray) -> Params:
-    """A router whose experts rank lower: by the bias that chooses, or else by their logits."""
+    """A router whose experts rank lower: by its balance bias, or without one by its logits."""
     if isinstance(router, dict) and "balance_bias" in router:
         return _with_lower(router, "balance_bias", by)
     return _lower_logits(router, by)
 
 
 def _lower_logits(router: Params, by: np.ndarray) -> Params:
-    """A router with lower logits; itself where all would be lowered alike."""
+    """A router with lower logits; the same router where all would be lowered alike."""
     if by.min() == by.max():
         return router
     return _with_last(router, lambda layer: _with_lower(layer, "bias", by), what="router")
@@ -351,7 +353,7 @@ def _divided(dense: Params, total: float) -> Params:
 
 
 def _with_last(params: Params, change: Callable[[Params], Params], *, what: str) -> Params:
-    """Params with their last linear layer changed: of `linear`, `mlp`, `glu`, or what wraps one."""
+    """Params of `linear`, `mlp`, `glu`, or what wraps one, with the last linear layer changed."""
     if isinstance(params, dict):
         if "kernel" in params:
             return change(params)

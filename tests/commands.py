@@ -22,7 +22,7 @@ ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
 
 @contextmanager
 def process_given_back():
-    """A script sets the signals of its process, and its collector: here both are given back."""
+    """Restores the signal handlers and the garbage collector's thresholds, which a script sets."""
     thresholds = gc.get_threshold()
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -18,7 +18,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax
 import pytest
 
-# Tracing makes many objects and few cycles, so they are looked for rarely.
+# Tracing makes many objects and few cycles, so the collector looks for cycles rarely.
 gc.set_threshold(200_000, 100, 1000)
 # No test reads which line of Python an instruction comes from.
 jax.config.update("jax_traceback_in_locations_limit", 0)
@@ -28,7 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Compiled programs are kept between runs, beside pytest's own cache."""
+    """Keeps compiled programs between runs, beside pytest's own cache."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -49,7 +49,7 @@ def loop(expert, params, x, routing):
 
 
 def loop_over_taken(expert, params, x, decision):
-    """Runs one expert on one of the tokens it took at a time."""
+    """Runs each expert on the tokens it took, one token at a time."""
     rows = [0.0] * len(x)
     for e, c in np.ndindex(decision.tokens.shape):
         t = int(decision.tokens[e, c])
@@ -59,7 +59,7 @@ def loop_over_taken(expert, params, x, decision):
 
 
 def loop_over_slots(expert, params, x, decision):
-    """Fills one slot of one expert at a time with its mean of the tokens, and runs it."""
+    """Fills one slot at a time with its mean of the tokens, and runs the slot's expert on it."""
     rows = [0.0] * len(x)
     for e, c in np.ndindex(decision.dispatch.shape[1:]):
         slot = _mean_of_tokens(decision.dispatch, x, e, c)
@@ -87,7 +87,7 @@ LOOPS = {
 
 
 def obvious(expert, params, x, decision):
-    """The mixture by the loop of the decision's kind."""
+    """The mixture by the loop for the decision's kind."""
     return LOOPS[type(decision)](expert, params, x, decision)
 
 
@@ -104,7 +104,7 @@ def _array(value):
 
 
 def by_expert(routing):
-    """Choices sorted by expert id: the order of choices is nobody's contract."""
+    """Choices sorted by expert id, because nothing promises an order of choices."""
     order = np.argsort(routing.experts, axis=-1)
     return (
         np.take_along_axis(np.asarray(routing.experts), order, axis=-1),

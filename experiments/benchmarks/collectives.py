@@ -23,10 +23,10 @@ class Collective(NamedTuple):
     Attributes:
         kind: such as ``"all-to-all"``.
         group: how many devices take part in one exchange.
-        sent: bytes that leave every device, with the fewest that the operation can do with: for
-            results of b bytes, ``b (g - 1) / g`` for an all-to-all or an all-gather, twice that
-            for an all-reduce, ``b (g - 1)`` for a reduce-scatter, and b for a permutation.
-        always: whether it runs whenever the program does, and not in a branch alone.
+        sent: the fewest bytes that can leave every device for this operation: for results of b
+            bytes, ``b (g - 1) / g`` for an all-to-all or an all-gather, twice that for an
+            all-reduce, ``b (g - 1)`` for a reduce-scatter, and b for a permutation.
+        always: whether it runs whenever the program does, not only in a branch.
     """
 
     kind: str
@@ -86,7 +86,7 @@ def bytes_sent(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of every computation by its name; the program's own has the name ``ENTRY``."""
+    """The lines of every computation, by its name; the program's own is called ``ENTRY``."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -97,7 +97,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _reached(bodies: dict[str, list[str]]) -> set[str]:
-    """The computations that run whenever the program does: the branches of no conditional."""
+    """The computations that run whenever the program does: all but the branches of conditionals."""
     reached, left = set(), ["ENTRY"]
     while left:
         name = left.pop()

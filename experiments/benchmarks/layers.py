@@ -14,7 +14,7 @@ import moejax
 from benchmarks.peers import Shape, one_hot, ragged_dot, torch_layers
 from benchmarks.timing import BACKWARD, FORWARD, Contender, Result, both_modes, measure
 
-OPERATIONS = 10**12  # forward, from which a peer that computes too much is left out
+OPERATIONS = 10**12  # forward; a peer that needs more is left out
 SHAPES = [
     Shape(T=4096, D=512, F=1024, E=8, K=2),
     Shape(T=4096, D=256, F=512, E=64, K=2),
@@ -89,7 +89,7 @@ def grouped_suite(rounds: int, quick: bool) -> Iterator[Result]:
 def loop_over_experts(
     known: tuple[int, ...], x: jax.Array, kernel: jax.Array, sizes: jax.Array
 ) -> jax.Array:
-    """The plain loop, with the advantage of group sizes that are known when it compiles."""
+    """The plain loop, with the advantage that group sizes are known when it compiles."""
     ends = np.cumsum(known)
     groups = zip(ends - known, ends, kernel, strict=True)
     return jnp.concatenate([x[start:end] @ own for start, end, own in groups])
@@ -177,7 +177,7 @@ def products_alone(shape: Shape) -> list[Contender]:
 
 
 def forced(shape: Shape, chosen: jax.Array, logits: jax.Array) -> moejax.Routing:
-    """Top-k with logits so far raised that the tokens go to the chosen experts [T, K]."""
+    """Top-k with logits raised far enough that the tokens go to the chosen experts [T, K]."""
     raised = 100 * jax.nn.one_hot(chosen, shape.E, dtype=logits.dtype).sum(1)  # [T, E]
     return moejax.top_k(logits + raised, k=shape.K)
 
@@ -193,7 +193,7 @@ def collapsed(shape: Shape) -> jax.Array:
 
 
 def torch_contenders(shape: Shape) -> tuple[list[Contender], dict[str, str]]:
-    """The peers in PyTorch, or why they are not there."""
+    """The peers in PyTorch, or why they are missing."""
     if not torch_is_there():
         return [], {"torch": 'not installed: pip install -e ".[bench]"'}
     contenders = [

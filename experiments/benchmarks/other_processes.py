@@ -1,4 +1,4 @@
-"""How much of the machine other processes take: a timing is worth little where it is much."""
+"""How much of the machine other processes take: where they take much, a timing is worth little."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def one_hot(
 def gathered(
     expert: Callable[..., jax.Array], params: Any, x: jax.Array, routing: moejax.Routing
 ) -> jax.Array:
-    """The weights of every token's experts gathered, and one small product per choice."""
+    """Gathers the weights of every token's experts, for one small product per choice."""
     chosen = jax.tree.map(lambda a: a[routing.experts], params)  # [T, K, ...]
     per_choice = jax.vmap(jax.vmap(expert, in_axes=(0, None)))
     outputs = per_choice(chosen, x[:, None])[:, :, 0]  # [T, K, D]
@@ -70,9 +70,9 @@ def gathered(
 
 
 def torch_layers(shape: Shape) -> dict[str, Callable[[bool], None]]:
-    """Mixtral's block in PyTorch as a loop over experts, eager and by grouped products.
+    """Mixtral's block in PyTorch: transformers' eager and grouped_mm, and a loop over experts.
 
-    Each function runs once, forward or, if told so, forward and backward.
+    Each function runs its block once: forward, or forward and backward if told so.
     """
     import torch
 

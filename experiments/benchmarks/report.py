@@ -58,7 +58,7 @@ def print_traffic(result: Result) -> None:
 
 
 def row(record: dict[str, Any], buffer: int | None) -> str:
-    """One line of the table; a dash is something that is not known or makes no sense."""
+    """One line of the table; a dash stands for what is not known or makes no sense."""
     name = ", ".join(filter(None, (record["contender"], record["mode"])))
     own, peak = record.get("temporary_bytes"), record.get("peak_bytes")
     buffers = own / buffer if record["mode"] and own is not None and buffer else None
@@ -99,7 +99,7 @@ def draw(results: list[Result], folder: Path) -> list[str]:
 
 
 def longest(results: list[Result], axis: str, other: str) -> list[Result]:
-    """The most results that differ in one size alone."""
+    """The largest group of results that differ in one size only, sorted by it."""
     groups: dict[Any, list[Result]] = {}
     for result in results:
         groups.setdefault(result.sizes[other], []).append(result)

@@ -18,7 +18,7 @@ FULL, QUICK = Shape(T=2048, D=128, F=256, E=16, K=16), Shape(T=64, D=16, F=32, E
 
 
 def relu_suite(rounds: int, quick: bool) -> Iterator[Result]:
-    """`dense` and `dropless` under `relu` routing, for some shares of gates that are zero."""
+    """`dense` and `dropless` under `relu` routing, for several shares of gates that are zero."""
     shape = QUICK if quick else FULL
     for sparsity in SPARSITIES[2:3] if quick else SPARSITIES:
         route = partial(relu_of_sparsity, sparsity)
@@ -32,5 +32,5 @@ def relu_suite(rounds: int, quick: bool) -> Iterator[Result]:
 
 
 def relu_of_sparsity(sparsity: float, logits: jax.Array) -> moejax.Routing:
-    """`relu` of logits shifted so that this share of them is negative, and its gate zero."""
+    """`relu` of logits shifted so that this share of them is negative and their gates are zero."""
     return moejax.relu(logits - jax.lax.stop_gradient(jnp.quantile(logits, sparsity)))

@@ -32,7 +32,7 @@ KEPT, GATHERED = f"{DROPLESS}, keep_gradients", "gathered weights"
 PEERS = (GROUPED_MM, GATHERED)
 COLUMNS = ((FORWARD, DROPLESS), (BACKWARD, DROPLESS), (STEP, DROPLESS), (STEP, KEPT))
 LEARNING_RATE = 1e-3
-COPIES = 8  # of all experts' weights: the most that gathering them may take
+COPIES = 8  # the most copies of all experts' weights that gathering may take
 SMALL = [Shape(T=tokens, D=256, F=512, E=64, K=2) for tokens in (256, 64, 16, 1)]
 QUICK = [Shape(T=64, D=32, F=64, E=16, K=2)]
 
@@ -41,7 +41,7 @@ def step_suite(rounds: int, quick: bool) -> Iterator[Result]:
     """A layer of GLU experts with its router, forward, with backward, and in a whole step.
 
     Each shape has a process of its own, as a training run has: what ran before in a process decides
-    where arrays lie, and that can take twice the time.
+    where arrays lie, which can double the time.
     """
     shapes = QUICK if quick else [*SHAPES[:3], *SMALL]
     fresh = get_context("spawn")
@@ -123,7 +123,7 @@ def print_ratios(results: Sequence[Result]) -> None:
 
 
 def ratio(result: Result, mode: str, name: str) -> str:
-    """The fastest peer's time by that of one of moejax's contenders, and the peer's name."""
+    """The fastest peer's time divided by this contender's, and the peer's name."""
     timed = {one["contender"]: one["seconds"] for one in result.records if one["mode"] == mode}
     peers = [peer for peer in PEERS if peer in timed]
     if not peers:

@@ -1,4 +1,4 @@
-"""Timing in turns: everyone once per round, beside the machine's limits in the same rounds."""
+"""Timing in turns: each contender once per round, with the machine's limits in the same rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parts.compiling import compiled
 
 SIDE = 2048  # of the product whose rate is the limit
 READ = 2**26  # numbers whose sum shows how fast memory is read: 256 MiB
-TURN = 0.02  # seconds that a turn lasts at least; short contenders run several times in it
+TURN = 0.02  # the least seconds of a turn; short contenders run several times in it
 PATIENCE = 4.0  # seconds after which a contender has taken part in enough rounds
 FORWARD, BACKWARD, STEP = "forward", "with backward", "whole step"
 
@@ -28,8 +28,8 @@ class Contender(NamedTuple):
         name: who it is.
         run: computes it once and waits for the result.
         mode: what is computed, where there is more than one thing to compute.
-        flops: operations that the problem takes, of matrix products alone.
-        bytes: of parameters that have to be read.
+        flops: operations that the problem takes, counting matrix products only.
+        bytes: how many bytes of parameters have to be read.
         runs: how many runs one call makes; times are given for one of them.
         compile_seconds: how long compilation took, if it is known.
         temporary_bytes: what XLA plans to take besides inputs and outputs, if it is known.
@@ -48,7 +48,7 @@ class Contender(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one problem gave.
+    """The results of one problem.
 
     Attributes:
         suite: the suite's name.
@@ -83,7 +83,7 @@ def planned_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
 def both_modes(
     name: str, function: Callable[..., jax.Array], args: Sequence[Any], *, flops: int, **known: Any
 ) -> list[Contender]:
-    """A function forward, and with the gradients of all its arguments, at 3 times the products."""
+    """A function forward, and with the gradients of all arguments, which triples the products."""
     forward = jax_contender(name, function, args, mode=FORWARD, flops=flops, **known)
     both = forward_and_backward(function)
     return [forward, jax_contender(name, both, args, mode=BACKWARD, flops=3 * flops, **known)]
@@ -117,7 +117,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]
     faults: list[list[float]] = [[] for _ in everyone]
     orders = random.Random(0)
     for _ in range(rounds):
-        # In another order each time: who follows a contender that fills the cache is slower.
+        # In another order each time: whoever follows a contender that fills the cache is slower.
         for index in orders.sample(range(len(everyone)), len(everyone)):
             if sum(seconds[index]) < PATIENCE:
                 turn = _turn(everyone[index], calls[index])

@@ -33,7 +33,7 @@ BYTES = 4  # float32
 def traffic_suite(rounds: int, quick: bool) -> Iterator[Result]:
     """Bytes that every device sends in one step, on meshes of up to eight devices.
 
-    In a process of its own: this one has its devices already.
+    It runs in a process of its own, because this one has its devices already.
     """
     del rounds  # compiled programs do not vary
     shape, meshes = (QUICK, MESHES[3:5]) if quick else (FULL, MESHES)
@@ -86,7 +86,7 @@ def program(
     Args:
         shape: of the layer, and its tokens per device.
         mesh: with the axes ``data`` and ``expert``.
-        spread: makes a rule for the mesh of the layer's rule.
+        spread: turns the layer's rule into a rule for the mesh.
         execute: the schedule.
     """
     layer = moejax.moe(
@@ -124,7 +124,7 @@ def placed_like(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStr
 def least_exchange(shape: Shape, shards: int) -> float:
     """Bytes of the rows whose expert lives elsewhere: there and back, forward and backward.
 
-    With balanced routing; x needs no gradient in a model of one layer, which saves one journey.
+    For balanced routing. In a model of one layer x needs no gradient, which saves one journey.
     """
     return 3 * shape.T * shape.K * (shards - 1) / shards * shape.D * BYTES
 

@@ -79,7 +79,7 @@ def epoch_contender(name: str, split: data.Split, hidden: int, active: int) -> C
     metrics = empty_metrics(step, state, masked, batch_size=BATCH)
     order = epoch_order(state, 0, len(split.labels))
     args = (state, metrics, masked, order, np.int32(len(metrics["loss"])))
-    # Forward, the kernels' gradients, and the input's gradient of the second layer alone.
+    # Forward, the kernels' gradients, and the input's gradient in the second layer only.
     expert = 2 * hidden * (2 * PIXELS + 3 * DIGITS)
     router = 0 if name == "dense" else 4 * PIXELS * EXPERTS
     flops = len(split.labels) * (active * expert + router)

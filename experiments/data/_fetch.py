@@ -17,7 +17,7 @@ def main(folder: Path) -> None:
     from tensorflow_datasets.core.download import downloader
 
     logging.disable(logging.WARNING)  # each retry would be announced
-    downloader.MAX_RETRIES = 2  # its own number makes it retry for minutes without a network
+    downloader.MAX_RETRIES = 2  # its default makes it retry for minutes without a network
     tfds.disable_progress_bar()
     catalogue = tfds.builder_cls("mnist").url_infos
     manager = tfds.download.DownloadManager(

@@ -40,7 +40,7 @@ MOST_PER_BYTE = 1040  # bytes that one byte of gzip can inflate to, rounded up
 
 
 class Kind(NamedTuple):
-    """What a file can hold: its name in errors, its magic number, the sizes behind the first."""
+    """What a file can hold: its name in errors, magic number, sizes after the first, and shape."""
 
     words: str
     magic: int
@@ -53,7 +53,7 @@ LABELS = Kind("IDX labels", 0x801, (), "[N]")
 
 
 class IdxFile(NamedTuple):
-    """One file that passed every check it can pass alone."""
+    """One file that passed every check that needs no other file."""
 
     path: Path
     values: np.ndarray  # uint8, [N, 28, 28] or [N]
@@ -61,7 +61,7 @@ class IdxFile(NamedTuple):
 
 
 def holds_idx(folder: Path) -> bool:
-    """Whether any of the four files is there, or something of its name."""
+    """Whether any of the four files is there, or anything else with such a name."""
     return any(find(folder, name) for name in NAMES)
 
 
@@ -104,7 +104,7 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split, bool]:
 def read_idx(path: Path, name: str) -> IdxFile:
     """Reads one file, raw or gzip by content, as the images or labels that its name promises.
 
-    No more is read, and nothing inflated, beyond the size that the header announces.
+    Nothing is read or inflated beyond the size that the header announces.
     """
     kind = IMAGES if "images" in name else LABELS
     with _opened(path) as file:

@@ -30,7 +30,7 @@ def flat(images: A) -> A:
 
 
 def channels_first(images: A) -> A:
-    """Images in [0, 1] with one channel before height and width, as PyTorch's convolutions read.
+    """Images in [0, 1] with one channel before height and width, as in PyTorch's convolutions.
 
     Args:
         images: uint8, shape [..., H, W].
@@ -49,7 +49,7 @@ def channels_first(images: A) -> A:
 
 
 def channels_last(images: A) -> A:
-    """Images in [0, 1] with one channel after height and width, as Flax's convolutions read.
+    """Images in [0, 1] with one channel after height and width, as in Flax's convolutions.
 
     Args:
         images: uint8, shape [..., H, W].

@@ -26,7 +26,7 @@ def kinds_of(text: str) -> np.ndarray:
     """The kind of every character, an index into `KINDS`.
 
     Args:
-        text: a source file; of what is no Python, keywords, strings and comments stay letters.
+        text: a source file; where it is not Python, keywords, strings and comments stay letters.
 
     Returns:
         Kinds, uint8 [number of characters].

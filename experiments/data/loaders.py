@@ -28,14 +28,14 @@ def mnist(data_dir: str | Path | None = None) -> Dataset:
     pixel for pixel, and "custom" otherwise.
 
     Args:
-        data_dir: the folder to read, and no other source if it is given.
+        data_dir: the folder to read; if it is given, no other source is tried.
 
     Returns:
         The dataset, images as uint8 [N, 28, 28] and labels as int32 [N].
 
     Raises:
         ValueError: naming the file or folder that is missing, damaged or not MNIST's.
-        ConnectionError: if MNIST is neither on disk nor to be downloaded, with what to do.
+        ConnectionError: if MNIST is not on disk and cannot be downloaded, with what to do.
     """
     folder = _given_folder(data_dir)
     if folder is None:
@@ -47,16 +47,16 @@ def mnist(data_dir: str | Path | None = None) -> Dataset:
 
 
 def load(data_dir: str | Path | None = None) -> Dataset:
-    """Loads a given folder, or MNIST, or without a network a sample of MNIST.
+    """Loads a given folder, else MNIST, or a sample of MNIST where there is no network.
 
     A folder that is given, as ``data_dir`` or ``$MOEJAX_DATA_DIR``, must be valid; it may hold
-    other data than MNIST in MNIST's format (Fashion-MNIST, a sample), then named "custom".
-    Without a folder it is MNIST from the cache or the network. Where neither has it, it is the
-    5,000 images that `mnist_sample` loads, with a ``notice``: a box that says what the figures can
-    be compared with, to be printed beside them.
+    other data than MNIST in MNIST's format (Fashion-MNIST, a sample), which is named "custom".
+    Without a folder, MNIST comes from the cache or the network. Where neither has it, the 5,000
+    images that `mnist_sample` loads take its place, with a ``notice`` to print beside the figures:
+    a box that says what they can be compared with.
 
     Args:
-        data_dir: the folder to read, and no other source if it is given.
+        data_dir: the folder to read; if it is given, no other source is tried.
 
     Returns:
         The dataset, images as uint8 [N, 28, 28] and labels as int32 [N].

@@ -24,12 +24,12 @@ def toy(key: jax.Array, num_samples: int = 1000) -> Points:
     """Samples the toy problem, which no single linear boundary solves.
 
     Half of the points come from ``N([3, 2], I)``, half from ``N([-3, 2], I)``. The label is
-    ``y = 1`` where ``|x|^2 > 13``, and only then is 2 subtracted from the second coordinate, so
-    that the clouds lie at ``[3, 0]`` and ``[-3, 0]`` and the boundary is the circle of radius
+    ``y = 1`` where ``|x|^2 > 13``; after that, 2 is subtracted from the second coordinate, so that
+    the clouds lie at ``[3, 0]`` and ``[-3, 0]`` and the boundary is the circle of radius
     ``sqrt(13)`` around ``[0, -2]``.
 
     The two clouds alternate, so that every run of consecutive points is balanced and the order
-    carries nothing to learn from; the first cloud has one point more where the number is odd.
+    carries nothing to learn from; if the number is odd, the first cloud has one point more.
 
     Args:
         key: the PRNG key; the same key gives the same points.

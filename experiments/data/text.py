@@ -1,4 +1,4 @@
-"""Characters to learn a language from: Python's own standard library, or files of one's own."""
+"""Characters to learn a language from: Python's own standard library, or files of your own."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Text(NamedTuple):
 
     Attributes:
         train: ids, uint8 [N].
-        validation: ids, uint8 [M]; of files that are no part of the training text.
-        kinds: of the validation characters, uint8 [M], indices into `data.kinds.KINDS`.
+        validation: ids, uint8 [M], from files that are no part of the training text.
+        kinds: kinds of the validation characters, uint8 [M], indices into `data.kinds.KINDS`.
         source: where the text came from, in words.
     """
 
@@ -54,16 +54,17 @@ def decode(ids: np.ndarray) -> str:
 
 
 def standard_library() -> Text:
-    """The modules of Python's standard library, a tenth of the files for validation."""
+    """The modules of Python's standard library, with a tenth of the files for validation."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(folder.glob("*.py"))
     return from_files(paths, f"{len(paths)} modules of Python's standard library in {folder}")
 
 
 def from_files(paths: list[Path], source: str) -> Text:
-    """Whole files to train and others to validate, a tenth by the SHA-256 of what is in them.
+    """Whole files to train on, and a tenth of them, chosen by SHA-256 of their text, to validate.
 
-    So two copies of a file are on one side. A single file is split at nine tenths of its length.
+    So all copies of a file are on the same side. A single file is split at nine tenths of its
+    length.
 
     Raises:
         ValueError: if there is too little text on one side.
@@ -73,7 +74,7 @@ def from_files(paths: list[Path], source: str) -> Text:
     if len(texts) == 1:
         cut = len(texts[0]) * 9 // 10
         train, validation = [texts[0][:cut]], [texts[0][cut:]]
-        kinds = kinds_of(texts[0])[cut:]  # of the whole: a cut may fall into a string
+        kinds = kinds_of(texts[0])[cut:]  # of the whole text: the cut may fall inside a string
     else:
         train = [text for text in texts if not _is_held_out(text)]
         validation = [text for text in texts if _is_held_out(text)]

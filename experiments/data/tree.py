@@ -46,7 +46,7 @@ def is_stray(name: str) -> bool:
 
 
 def read_tree(folder: Path) -> tuple[Split, Split, bool]:
-    """Decodes every image of the folder, or reads what was decoded of the very same files before.
+    """Decodes every image of the folder, or reuses what was decoded from the very same files.
 
     The decoded images are cached, one file per folder, and belong to the path, size, modification
     and change time of every image. Examples are ordered by digit, then by file name.
@@ -131,7 +131,7 @@ def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def _named(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The folders of these names, in whatever case."""
+    """The folders of these names, in upper or lower case."""
     return [path for path in folder.iterdir() if path.name.lower() in names and path.is_dir()]
 
 
@@ -156,7 +156,7 @@ def _scan_digit(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether to read an entry of a digit's folder; what might be meant to be read is refused."""
+    """Whether to read an entry of a digit's folder; refuses what may be meant as an image."""
     if entry.name.startswith(".") or (entry.is_dir() and is_stray(entry.name)):
         return False
     if entry.is_dir() or entry.name.lower().endswith(OTHER_IMAGES):

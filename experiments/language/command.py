@@ -94,7 +94,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
 
 
 def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses options that change nothing beside the others."""
+    """Refuses options that have no effect beside the others."""
     if args.model not in NETWORKS:
         return
     if args.top_k is not None and args.model not in TAKE_K:
@@ -104,7 +104,7 @@ def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Nam
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what cannot be, before anything is made."""
+    """Refuses what cannot work, before anything is made."""
     if args.model in NOT_CAUSAL:
         parser.error(
             f"--model {args.model} cannot be used in a language model: {NOT_CAUSAL[args.model]}"
@@ -156,7 +156,7 @@ def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Network]:
     """The networks that compete.
 
     Raises:
-        RefusedError: for options of which the library can make no network.
+        RefusedError: if the library can make no network of these options.
     """
     sizes = Sizes(VOCABULARY, args.width, args.layers, args.heads, args.context)
     mixture = Mixture(args.experts, args.top_k, args.hidden)

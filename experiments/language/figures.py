@@ -95,7 +95,7 @@ def wrapped(text: str, columns: int) -> list[list[tuple[int, str]]]:
 
 
 def _letter(ax: Any, column: int, row: int, character: str, shade: str) -> None:
-    # Not drawn as mathematics: a dollar would start it.
+    # Not parsed as mathematics, which a dollar sign would start.
     ax.text(
         column,
         row + 0.8,

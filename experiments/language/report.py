@@ -36,7 +36,7 @@ def steps(runs: list[Run]) -> np.ndarray:
 
 
 def summarize(runs: list[Run], network: Network, tokens_per_step: int) -> dict[str, Any]:
-    """What summary.json says of a model."""
+    """What summary.json says about a model."""
     active, total = count(network)
     per_step = float(np.median(seconds(runs)[:, -1])) / int(steps(runs)[-1])
     final = losses(runs)[:, -1]
@@ -70,8 +70,8 @@ def time_to(target: float, runs: list[Run]) -> tuple[int | None, float | None]:
 
 
 def add_times(summaries: dict[str, dict[str, Any]], runs: Runs) -> float:
-    """Adds steps and seconds to equal loss: the worst of the final losses, which all reach."""
-    # The mean as `time_to` takes it: another order of its sum may differ in the last bit.
+    """Adds the steps and seconds to equal loss: to the worst final loss, which all models reach."""
+    # The mean as `time_to` takes it: summing in another order may change the last bit.
     target = max(losses(each).mean(axis=0)[-1] for each in runs.values())
     for name, each in runs.items():
         to_target = time_to(target, each)

@@ -20,7 +20,7 @@ from parts.records import check_same_run, rounded, write_lines
 KEEP = 2  # checkpoints
 SHAPING = [
     f"--{name}" for name in "width layers heads context hidden experts top-k".split()
-]  # options of what a network computes
+]  # options that shape the network
 LINE = (
     "{name:<12} {seed:>4} {step:>7,} {train_loss:>11.4f} {validation_loss:>16.4f} {seconds:>9.1f}"
 )
@@ -117,7 +117,7 @@ def record(
     results: dict[str, jax.Array],
     seconds: float,
 ) -> dict[str, Any]:
-    """A line of the history; its seconds are those of training, from the first step on."""
+    """A line of the history; its seconds count training only, from the first step on."""
     before = history[-1]["seconds"] if history else 0.0
     one = {
         "step": step,
@@ -156,7 +156,7 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
 def trained(plan: Plan, like: TrainState) -> Any:
     """The params in the newest checkpoint of a run, if it had the network of the plan.
 
-    Sizes alone do not tell: those of the params do not depend on the number of heads.
+    The sizes of the params alone do not tell: they do not depend on the number of heads.
     """
     try:
         saved = checkpoint.read_config(plan.folder)["identity"]

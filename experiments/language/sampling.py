@@ -1,4 +1,4 @@
-"""Text from a model, one character at a time, with the keys and values of those before."""
+"""Text from a model, one character at a time; the keys and values of earlier ones are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Sample(NamedTuple):
 
     Attributes:
         characters: ids, [N]; the prompt first.
-        experts: with most weight for each character by block, [L, N]; None without routers.
+        experts: the one with most weight for each character, by block, [L, N]; None without
+            routers.
         tokens_per_second: of the whole, prompt included.
     """
 
@@ -39,7 +40,7 @@ def write(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The prompt [P] and what follows, ``length`` characters in all, with their experts.
 
-    Every step reads one character. So a mixture runs its K experts for it, and no others.
+    Every step reads one character, so a mixture runs that character's K experts and no others.
     """
     given = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt[:length])
     model = network.module(params)

@@ -46,7 +46,7 @@ def start(network: Network, optimize: optax.GradientTransformation, seed: Any) -
 
 
 def cross_entropies(logits: jax.Array, characters: jax.Array) -> jax.Array:
-    """Of every next character, in nats, [B, S]."""
+    """The cross-entropy of every next character, in nats, [B, S]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, characters[:, 1:])
 
 
@@ -79,7 +79,8 @@ def advance(
 ) -> tuple[TrainState, jax.Array]:
     """Steps until ``stop``; the state, and the mean cross-entropy of these steps.
 
-    One compiled program takes however many steps, so a run gives the same bits in whatever pieces.
+    One compiled program takes any number of steps, so a run gives the same bits however it is
+    divided.
     """
     step = train_step(partial(objective, network), optimize)
     first = state.step
@@ -110,7 +111,7 @@ def evaluate(network: Network, params: Any, windows: Windows) -> dict[str, jax.A
 
     Returns:
         ``loss``, and for a mixture ``load`` [L, E], ``dead_experts`` [L] and ``by_kind``
-        [L, E, kinds], the gate's sums.
+        [L, E, kinds], sums of the gate.
     """
 
     def one(batch: Windows) -> dict[str, jax.Array]:

@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of the network: all but those of its feed-forward layers."""
+    """All sizes of the network, except those of its feed-forward layers."""
 
     vocabulary: int
     width: int
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     def step(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """One more token, x [B, 1, D], beside the keys and values of those before."""
+        """One more token, x [B, 1, D], beside the keys and values of the earlier ones."""
         query, key, value = self._projected(x, length[None])
         context = keys.shape[1]
         place = (0, length % context, 0, 0)
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
 
 
 def rotated(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary positions: products of queries and keys depend on their distance alone."""
+    """Rotary positions: products of queries and keys depend only on how far apart they are."""
     half = x.shape[-1] // 2
     rates = 1000.0 ** (-jnp.arange(half, dtype=x.dtype) / half)
     angles = positions.astype(x.dtype)[:, None] * rates  # [S, W / 2]
@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
             sizes.vocabulary,
             sizes.width,
             embedding_init=nnx.initializers.normal(sizes.width**-0.5),
-            # Else it casts to the precision that it was made in, which params may not have.
+            # By default it casts to the precision it was made in, which may not be the params'.
             promote_dtype=lambda arrays, **_: arrays,
             rngs=rngs,
         )
@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
         return self.embedding.attend(self.norm(x)), decisions
 
     def step(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Decisions, Cache]:
-        """Logits [B, V] after one more token [B], the cache with it."""
+        """Logits [B, V] after one more token [B], the decisions, and the cache with that token."""
         x = self._embedded(token[:, None])
         decisions, all_keys, all_values = [], [], []
         for number, block in enumerate(self.blocks):
@@ -166,5 +166,5 @@ class Transformer(nnx.Module):
         return Cache(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((), jnp.int32))
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
-        # The embedding is small, so that it can serve as the last layer too.
+        # The embedding is small, so that it can serve as the last layer too; hence the factor.
         return self.embedding(tokens) * self.sizes.width**0.5

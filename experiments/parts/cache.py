@@ -1,8 +1,8 @@
 """Compiled programs, kept between runs in the user's cache folder.
 
-A folder belongs to one processor and one version of JAX, so that no other ever reads it. JAX reads
-a damaged program as far as its compression notices; so each has its SHA-256 beside it, and what
-does not match, or was left behind by a run that was killed, is deleted and compiled again.
+A folder belongs to one processor and one version of JAX, so that no other ever reads it. JAX
+notices damage to a program only as far as its compression does; so each has its SHA-256 beside it,
+and one that does not match, or that a killed run left behind, is deleted and compiled again.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import jax
 from parts.ending import EndedError, RefusedError
 from parts.folders import local_folder
 
-LARGEST_SEED = 2**32 - 1  # a larger one would be cut, and be the seed of another run
+LARGEST_SEED = 2**32 - 1  # a larger one would be cut to the seed of another run
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -127,8 +127,8 @@ def check_memory(needed: int, options: str) -> None:
     """Refuses a run that the machine could not hold.
 
     Args:
-        needed: bytes, at the least.
-        options: which options to choose smaller.
+        needed: the least bytes that the run takes.
+        options: the options to choose smaller.
 
     Raises:
         RefusedError: with what it would take, and what there is.
@@ -155,7 +155,7 @@ def in_words(size: int) -> str:
 
 
 def say(text: str = "") -> None:
-    """Prints at once, also into a pipe; a reader that has gone away stops no training."""
+    """Prints at once, also into a pipe; a reader that has gone away does not stop training."""
     try:
         print(text, flush=True, file=sys.stdout)
     except BrokenPipeError:

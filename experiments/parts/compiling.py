@@ -13,14 +13,14 @@ from parts.cache import sign_programs
 
 T = TypeVar("T")
 
-# For what runs for a moment, above all the drawing of first parameters: more time to compile would
-# save less. From JAX 0.11 on there is one way to fuse.
+# For programs that run for a moment, above all those that draw first parameters: compiling them for
+# longer would not pay. From JAX 0.11 on there is one way to fuse.
 QUICK_TO_COMPILE: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
-# For programs of small sums on CPU: XLA's own code for them, instead of that of YNNPACK, to which
-# jaxlib 0.10.2 to 0.12 hands sums over the last axis: a softmax of 8,000 x 2 takes 34 us, not 206.
+# For programs of small sums on CPU: XLA's own code for them. jaxlib 0.10.2 to 0.12 hands sums over
+# the last axis, as in a softmax over a few values, to YNNPACK, which takes several times as long.
 OWN_REDUCTIONS: dict[str, str] = {}
 if jax.__version_info__ < (0, 13):
     OWN_REDUCTIONS["xla_cpu_experimental_ynn_fusion_type"] = ""
@@ -51,7 +51,7 @@ def compile_in_background(
         return lowered.compile(), time.perf_counter()
 
     pool = ThreadPoolExecutor(len(jobs))
-    # Tracing holds the interpreter's lock and needs this thread's settings; XLA does neither.
+    # Tracing holds the interpreter's lock and needs this thread's settings; compiling does neither.
     coming = [pool.submit(finish, function.lower(*args)) for function, args in jobs]
     pool.shutdown(wait=False)
 
@@ -68,7 +68,7 @@ def timed(program: Callable[..., T], *work: Callable[[], object]) -> Callable[..
 
     Args:
         program: the program.
-        work: what its first call does in Python while the device computes; it does not count.
+        work: what the first call does in Python while the device computes; its time does not count.
 
     Returns:
         A function of the program's arguments: its results, and seconds.

@@ -45,7 +45,7 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--processes needs --mesh and --coordinator, such as 127.0.0.1:9876")
     if args.inspect:
         parser.error("--inspect reads every parameter, so it works in one process only")
-    # Its handler of SIGTERM would take the place of the one that saves.
+    # The service's SIGTERM handler would replace the one that saves.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         args.coordinator,
@@ -94,10 +94,10 @@ def spread(model: Model, mesh: Mesh | None) -> Model:
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts experts, and what the optimizer keeps of them, on their devices, all else on each."""
+    """Puts experts, with their optimizer state, on their devices, and all else on every device."""
     if mesh is None:
         return tree
-    # A jitted identity and not `jax.device_put`, which gives no PRNG key to several processes.
+    # A jitted identity, because `jax.device_put` gives no PRNG key to several processes.
     return jax.jit(lambda tree: tree, out_shardings=shardings(tree, mesh))(tree)
 
 

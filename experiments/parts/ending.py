@@ -49,8 +49,8 @@ class _Watch:
 def prepare() -> None:
     """From here on a signal ends the process with one line, and no terminal can stop a run.
 
-    Python runs a handler between two of its instructions, and XLA compiles for seconds in one. So
-    the handlers do nothing; a thread reads of the signal from a pipe, and acts at once.
+    Python runs a handler only between two of its instructions, and one that compiles with XLA takes
+    seconds. So the handlers do nothing; a thread reads the signal from a pipe, and acts at once.
     """
     os.environ["MPLBACKEND"] = "agg"  # no picture needs a window, whatever a notebook has set
     for stream in (sys.stdout, sys.stderr):
@@ -106,7 +106,7 @@ def signals() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives another name to write a file under; it gets its own name when it is complete."""
+    """Gives another name to write a file under; the file gets its own name once it is complete."""
     other = path.with_name(f".{path.stem}.partial{path.suffix}")
     _Watch.unfinished.add(other)
     try:
@@ -120,7 +120,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turns what the library or a loader says of the options into the end of the command.
+    """Ends the command with what the library or a loader says about its options.
 
     Raises:
         RefusedError: for a ValueError.
@@ -147,7 +147,7 @@ def one_line_errors() -> Iterator[None]:
         _exit(1, str(error))
     except MemoryError as error:
         _exit(1, f"out of memory: {error}")
-    except RuntimeError as error:  # XLA's, of which jax.errors.JaxRuntimeError is a kind
+    except RuntimeError as error:  # XLA's errors, among them jax.errors.JaxRuntimeError
         if not _is_of_the_machine(str(error)):
             raise
         _exit(1, str(error).splitlines()[0])

@@ -41,7 +41,7 @@ def output_of_one_run(folder: Path) -> Iterator[None]:
 
 
 def make_writable(folder: Path) -> None:
-    """Makes the folder, and finds out now and not after training whether it can be written.
+    """Makes the folder, and finds out now, not after training, whether it can be written.
 
     Raises:
         RefusedError: if it cannot.

@@ -1,4 +1,4 @@
-"""What a run writes of itself: its numbers, its versions, and what makes it the same run."""
+"""What a run writes about itself: its numbers, its versions, and what makes it the same run."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def rounded(value: Any) -> Any:
 
 
 def check_same_run(now: dict[str, Any], was: dict[str, Any]) -> None:
-    """Refuses to go on with a run of other settings.
+    """Refuses to go on with a run that had other settings.
 
     Raises:
-        RefusedError: naming the first that differs.
+        RefusedError: naming the first setting that differs.
     """
     for name in now | was:
         if now.get(name) != was.get(name):
@@ -54,7 +54,7 @@ def check_same_run(now: dict[str, Any], was: dict[str, Any]) -> None:
 
 
 def data_identity(data: Dataset) -> dict[str, str]:
-    """What makes a run of other images another run: a digest of all of them, and of the labels."""
+    """What tells runs on different data apart: a digest of all images and labels."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves((data.train, data.test)):
         digest.update(np.asarray(leaf).tobytes())

@@ -1,7 +1,7 @@
 """Runs that survive: saved between steps, stopped politely, resumed where they were.
 
-Random numbers are functions of the run's key and the step, and one compiled program takes however
-many steps; so a resumed run takes the same steps, bit by bit, as one that was never interrupted.
+Random numbers are functions of the run's key and the step, and one compiled program takes any
+number of steps; so a resumed run takes the same steps, bit by bit, as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from parts.ending import EndedError, RefusedError, signals
 from parts.records import check_same_run, data_identity, versions, write_lines
 
 KEEP = 3  # checkpoints
-PATIENCE = 25  # most steps between two looks at whether a signal has come
+PATIENCE = 25  # the most steps between two looks at whether a signal has come
 NEWEST = -1
 FREE_TO_DIFFER = {"out", "resume", "epochs", "checkpoint_every", "inspect", "no_cache"} | {
     "data_dir",  # the images themselves are compared
@@ -125,7 +125,7 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
     Raises:
         RefusedError: if there are checkpoints of another run, or a damaged one, or none of the
             step that is asked for.
-        OSError: if there is no room for those to come.
+        OSError: if there is no room for the checkpoints to come.
     """
     newest = checkpoint.latest(plan.folder)
     if resume is None and newest is not None:

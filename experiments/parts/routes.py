@@ -1,7 +1,7 @@
 """The rules that suit a classifier of images, each with its router and its balance losses.
 
-Left out are those that do not: hash routing has no token ids here, and expert choice and Soft MoE
-let the images of a batch see one another, so that a prediction would depend on its batch.
+The others are left out: hash routing would need token ids, and expert choice and Soft MoE let the
+images of a batch see one another, so that a prediction would depend on its batch.
 """
 
 from __future__ import annotations

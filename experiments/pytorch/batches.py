@@ -1,4 +1,4 @@
-"""Ways of a PyTorch user to go through the data: an epoch's batches, anew in every call."""
+"""The ways in which a PyTorch user goes through the data: each call gives an epoch's batches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def repeated(inputs: Tensor, labels: Tensor, steps: int) -> Batches:
 
 
 def loaded(inputs: Tensor, labels: Tensor, batch_size: int) -> Batches:
-    """Shuffled, by a DataLoader."""
+    """Shuffled batches from a DataLoader."""
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
     return lambda: iter(loader)
 
 
 def indexed(inputs: Tensor, labels: Tensor, batch_size: int) -> Batches:
-    """Shuffled, by indexing."""
+    """Shuffled batches by indexing."""
 
     def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(inputs)).split(batch_size):

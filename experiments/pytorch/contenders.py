@@ -23,7 +23,7 @@ Contender = Callable[[], Any]  # one epoch, or one run of the toy
 
 
 def contenders(name: str, twin: Twin, start: StateDict, problem: Problem) -> dict[str, Contender]:
-    """Every way of PyTorch, and one scan; an epoch of the toy is full-batch steps.
+    """Every way in PyTorch, and one scan; an epoch of the toy is full-batch steps.
 
     Args:
         name: of the model.

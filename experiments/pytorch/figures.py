@@ -14,7 +14,7 @@ PYTORCH, MOEJAX = plot.color(1), plot.color(0)
 
 
 def overlay(title: str, runs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Loss curves of both frameworks over each other, and under them how far they are apart.
+    """Loss curves of both frameworks over each other, and under them how far apart they are.
 
     Args:
         title: of the figure.
@@ -28,7 +28,7 @@ def overlay(title: str, runs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figur
         above.set(title=name, ylabel="training loss")
         above.legend(frameon=False)
         gap = np.abs(np.asarray(theirs, np.float64) - np.asarray(ours, np.float64))
-        # Equal losses have no logarithm; they are left out, and said to be.
+        # The difference of equal losses has no logarithm; they are left out, and the axis says so.
         equal = np.mean(gap == 0)
         below.semilogy(steps[gap > 0], gap[gap > 0], ".", markersize=3, color="black")
         decades(below, gap[gap > 0])
@@ -73,7 +73,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
 
 
 def speed(races: dict[str, dict[str, Any]]) -> Figure:
-    """A bar per contender, the median time, beside each other for every model.
+    """One bar per contender, its median time, side by side for every model.
 
     Args:
         races: records of `races.race`, by model, with the number of steps that were timed.

@@ -26,12 +26,12 @@ STEPS = 100  # of an epoch of the toy
 
 
 def kept(name: str) -> str:
-    """The name of a script that finds the programs which it has compiled before."""
+    """The name of a script that finds the programs it compiled before."""
     return f"{name}, programs kept"
 
 
 def scripts(name: str, folder: str, without: set[str]) -> dict[str, list[str]]:
-    """What takes part, in an order in which whoever keeps programs has compiled them."""
+    """The scripts that take part; one that finds programs kept follows the one that keeps them."""
     given = [folder, str(EPOCHS), str(BATCH_SIZE.get(name, STEPS))]
     found: dict[str, list[str]] = {}
     for label, way in ways(name).items():
@@ -65,7 +65,7 @@ def waits(name: str, problem: Problem, rounds: int, without: set[str]) -> dict[s
         np.save(Path(folder, "y.npy"), problem.y)
         for number in progress(range(rounds), f"processes of {name}"):
             for way, command in commands.items():
-                programs = Path(folder, "programs", str(number))  # of this round alone
+                programs = Path(folder, "programs", str(number))  # for this round only
                 seconds[way].append(wait(command, programs))
     medians = {
         way: [statistics.median(part) for part in zip(*times, strict=True)]

@@ -22,7 +22,7 @@ Turns = tuple[Tensor, Tensor]  # each [S, W / 2]
 
 
 class Sizes(NamedTuple):
-    """The sizes of the network and of its mixtures, those of `language_model.py` by default."""
+    """The sizes of the network and of its mixtures, by default those of `language_model.py`."""
 
     vocabulary: int = 97
     width: int = 64
@@ -150,5 +150,5 @@ def sparse(sizes: Sizes = Sizes(), run: Run = one_by_one) -> Transformer:  # noq
 
 
 def cross_entropy(logits: Tensor, characters: Tensor) -> Tensor:
-    """Of every next character, logits [B, S, V] and characters [B, S]."""
+    """The mean over all next characters, for logits [B, S, V] and characters [B, S]."""
     return F.cross_entropy(logits.flatten(0, 1), characters.flatten())

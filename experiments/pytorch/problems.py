@@ -21,11 +21,11 @@ class Size(NamedTuple):
 
     Attributes:
         toy_steps: steps of the toy, full batch.
-        steps: most steps of the others in the comparison of numbers; an epoch at most.
+        steps: the most steps of the other models in the comparison of numbers; an epoch at most.
         seeds: runs of the toy in the comparison of distributions.
         rounds: of the comparison of speed, after the first.
-        images: most images of an epoch.
-        windows: of text in an epoch of the language model.
+        images: the most images in an epoch.
+        windows: windows of text in an epoch of the language model.
         processes: rounds of whole processes.
     """
 

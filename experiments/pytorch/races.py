@@ -25,8 +25,8 @@ from pytorch.ways import MOEJAX
 def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
     """Everyone once per round: the first, which compiles, and the median of the others.
 
-    The total is the time of all rounds, compilation included. A contender that raises, such as a
-    compiler that does not work, leaves its reason and takes no further part.
+    The total is the time of all rounds, compilation included. A contender that raises, such as one
+    whose compiler does not work, leaves its reason and takes no further part.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}
@@ -100,7 +100,7 @@ def operation_times(data: jax.profiler.ProfileData) -> Counter[str]:
     for plane in data.planes:
         for line in plane.lines:
             for event in line.events:
-                # The time of a loop is that of the operations in it, which are events too.
+                # A loop's time is the time of the operations in it, which are events too.
                 if "hlo_op" in dict(event.stats) and not event.name.startswith("while"):
                     spent[event.name] += event.duration_ns
     return spent

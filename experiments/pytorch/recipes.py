@@ -28,7 +28,7 @@ class Study(NamedTuple):
 
 
 def squared_error(score: Tensor, y: Tensor) -> Tensor:
-    """Between the sigmoid of the score [N, 1] and the label [N]."""
+    """The mean squared error between the sigmoid of the score [N, 1] and the label [N]."""
     return F.mse_loss(torch.sigmoid(score[:, 0]), y)
 
 

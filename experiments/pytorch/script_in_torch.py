@@ -2,8 +2,8 @@
 
     python -m pytorch.script_in_torch FOLDER EPOCHS NUMBER soft indexed eager
 
-FOLDER has the inputs and labels, x.npy and y.npy. NUMBER is the examples of a batch; of the toy it
-is the steps of an epoch. The last three are a `Way`.
+FOLDER has the inputs and labels, x.npy and y.npy. NUMBER is how many examples a batch has; for the
+toy, how many steps an epoch has. The last three are a `Way`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def waits(runs: dict[str, Any]) -> str:
 
 
 def best_pytorch(times: dict[str, float], *, kept: bool) -> tuple[str, float]:
-    """The fastest way in PyTorch and its seconds; what is kept counts only beside what is."""
+    """The fastest way in PyTorch and its seconds; ways that keep programs count if ``kept``."""
     theirs = {
         way.removeprefix("PyTorch, "): seconds
         for way, seconds in times.items()
@@ -130,7 +130,7 @@ def best_pytorch(times: dict[str, float], *, kept: bool) -> tuple[str, float]:
 
 
 def disturbed(races: dict[str, Any]) -> list[str]:
-    """A warning where the machine was not the contenders' own."""
+    """A warning where other processes took part of the machine."""
     shares = [race["busy_elsewhere"] for race in races.values() if race["busy_elsewhere"]]
     worst = max(shares, default=0)
     if worst < 0.05:

@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     Attributes:
         x: inputs, shape [N, D]: numbers, or characters as integers.
-        y: labels, shape [N]: probabilities, or classes; of characters [N, D].
+        y: labels, shape [N]: probabilities, or classes; for characters [N, D].
         order: the rows of each step's batch, shape [S, B].
     """
 
@@ -184,7 +184,7 @@ def run_moejax(
 def trace(
     twin: Twin, params: Any, data: tuple[jax.Array, ...], order: jax.Array
 ) -> tuple[Any, ...]:
-    """A run as a pure function: a `Trace` of which gradients and parameters are still pytrees."""
+    """A run as a pure function: a `Trace` whose gradients and parameters are still pytrees."""
     x, y = (leaf[order[0]] for leaf in data)
     gradients = jax.grad(lambda p: twin.loss(twin.apply(p, x), y))(params)
     state = init_state(params, twin.optimizer, jax.random.key(0))

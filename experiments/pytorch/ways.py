@@ -25,7 +25,8 @@ class Way(NamedTuple):
     compiled: bool = False
 
 
-# By model and by what a way is called; torch.compile takes the last, in float32 no grouped product.
+# By model, then by the name of a way. torch.compile takes the last of them; in float32 it cannot
+# take a grouped product.
 EAGER = {
     name: {"PyTorch, DataLoader": Way(name, "loaded"), "PyTorch, indexing": Way(name, "indexed")}
     for name in IMAGES

@@ -24,7 +24,7 @@ class Method(NamedTuple):
         penalty: ``(decision, memory) -> scalar``, added to the cross-entropy.
         update: ``(memory, decision) -> memory`` of the next step.
         chosen: ``decision -> booleans [N, E]``, which image goes to which expert.
-        schedule: that of `moejax.moe`, where it is not the default.
+        schedule: for `moejax.moe`, where it is not the default.
     """
 
     rule: Callable[[Any], Callable[..., Any]]
@@ -56,7 +56,7 @@ def controlled(first: float, factor: float) -> Method:
 
 
 def biased(bias: jax.Array) -> Callable[..., Any]:
-    """Sigmoid scores, of which a bias only chooses the best two."""
+    """Sigmoid scores and two experts per image; the bias affects only which two."""
     return partial(moejax.sigmoid_top_k, bias=bias, k=K)
 
 
@@ -87,6 +87,6 @@ METHODS = {
         update=partial(moejax.update_balance_bias, rate=RATE),
     ),
     "expert choice": Method(expert_choice, chosen=taken, schedule=moejax.gather_slots),
-    "ReLU, by 1.2": controlled(1e-8, 1.2),  # as published, for a training thirty times as long
+    "ReLU, by 1.2": controlled(1e-8, 1.2),  # as published, for training thirty times as long
     "ReLU, by 1.02": controlled(1e-5, 1.02),
 }

@@ -30,12 +30,12 @@ COLUMNS = {  # heading: measure, digits
 
 
 def cell_name(method: str) -> str:
-    """Of a method: a name for files."""
+    """The name of a method's files."""
     return method.replace(",", "").replace(" ", "-").lower()
 
 
 def summarize(measured: dict[str, Measured]) -> Summary:
-    """Every measure with its interval, and errors minus that without any method, seed by seed."""
+    """Every measure with its interval, and each error minus the reference's, seed by seed."""
     base = measured[cell_name(REFERENCE)]["error"]
     return {
         "cells": intervals_of(measured),

@@ -46,8 +46,8 @@ def train(
     Args:
         key: from which the run follows.
         data: images and labels to learn from.
-        test: those to measure on.
-        method: of balance.
+        test: images and labels to measure on.
+        method: how the experts are balanced.
         steps: how many, a multiple of `POINTS`.
 
     Returns:
@@ -90,8 +90,8 @@ def measure(method: Method, run: Run, test: Split) -> dict[str, jax.Array]:
 
     Returns:
         ``error``, percent; ``cross_entropy``, nats; ``violation``, the largest load over the mean
-        one, less 1, and that of one expert where no image has any; ``experts`` per image;
-        ``left_out``, percent of the images that go to none.
+        one, less 1 (where no image has an expert, as if one expert had them all); ``experts`` per
+        image; ``left_out``, percent of the images that go to none.
     """
     logits, decision = layer(method, run.memory).apply(run.params, flat(test.images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, test.labels)

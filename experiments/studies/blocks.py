@@ -61,7 +61,7 @@ def collect(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.key(seed), np.arange(max(cell.seeds for cell in cells))
     )
-    # First blocks first: what a killed run leaves is then every cell, with fewer seeds.
+    # First blocks first: a killed run then leaves every cell, with fewer seeds.
     todo = sorted(
         ((cell, rows) for cell in cells for rows in rows_of(cell)), key=lambda one: one[1].start
     )
@@ -78,7 +78,7 @@ def collect(
 
 
 def one_by_one(run: Callable[..., dict[str, jax.Array]]) -> jax.stages.Wrapped:
-    """One run after the other: each stops by itself, and its arrays stay in cache.
+    """One run after the other: each stops when it is done, and its arrays stay in cache.
 
     Args:
         run: ``(key, *shared) -> measures``.
@@ -139,7 +139,7 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path) -> RefusedError:
-    """What is said of a file that no run has written."""
+    """The error for a file that no run has written."""
     return RefusedError(f"{path} is damaged: delete it to go on without it")
 
 

@@ -1,4 +1,4 @@
-"""Chen et al.'s networks: a convolution over patches alone, and eight behind a noisy router."""
+"""Chen et al.'s networks: a single convolution over patches, and eight behind a noisy router."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import moejax
 from studies.clusters_data import PATCHES, WIDTH
 
-EXPERTS, FILTERS, CLASSES = 8, 8, 2  # filters per class, of an expert
-SINGLE_FILTERS = 40  # per class, of a network alone
+EXPERTS, FILTERS, CLASSES = 8, 8, 2  # filters per class of an expert
+SINGLE_FILTERS = 40  # per class of a single network
 SMALL = 1e-3  # what the experts' first weights are multiplied by
 
 
@@ -59,7 +59,7 @@ def convolution(kind: Kind, filters: int, scale: float = 1.0) -> moejax.Layer:
     Args:
         kind: cubic or linear.
         filters: per class.
-        scale: of the first weights, beside PyTorch's ``U(-1/sqrt(D), 1/sqrt(D))``.
+        scale: of the first weights, relative to PyTorch's ``U(-1/sqrt(D), 1/sqrt(D))``.
     """
 
     def init(key: jax.Array) -> Any:

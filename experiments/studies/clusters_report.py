@@ -13,7 +13,7 @@ from studies.intervals import half_width, intervals_of, shown, shown_with_deviat
 from studies.page import Summary, duration, table
 
 # The outputs stored in the authors' notebooks synthetic_demo_s1 to s4: ten runs of a mixture, with
-# standard deviations, and one run of a network alone.
+# standard deviations, and one run of a single network.
 PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
     "1-nonlinear": {"accuracy": (99.46, 0.55), "entropy": (0.098, 0.088)},
     "1-linear": {"accuracy": (93.0, 2.11), "entropy": (1.300, 0.044)},
@@ -80,7 +80,7 @@ def render(summary: Summary) -> str:
 
 
 def ordered(summary: Summary) -> list[str]:
-    """The cells by setting, and in it by contender."""
+    """The cells by setting, then by contender."""
     contenders = list(CONTENDERS)
     parts = [name.partition("-")[::2] for name in summary["cells"]]
     parts.sort(key=lambda part: (part[0], contenders.index(part[1])))
@@ -140,10 +140,10 @@ def verdict(summary: Summary) -> str:
 
 
 def missing(summary: Summary, name: str, measure: str) -> str:
-    """A mean that is not within its goal, with what stands behind it."""
+    """A mean that is not within its goal, with the range and median of the seeds behind it."""
     setting, network = place(name)
     values, digits = summary["cells"][name][measure]["values"], DIGITS[measure]
-    # Adding zero makes 0 of a -0 that rounding has left.
+    # Adding zero turns a -0 that rounding has left into 0.
     low, middle, high = np.round(np.quantile(values, [0, 0.5, 1]), digits) + 0.0
     return (
         f"{measure} of {network} in setting {setting} "
@@ -152,7 +152,7 @@ def missing(summary: Summary, name: str, measure: str) -> str:
 
 
 def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
-    """Accuracy with intervals beside the published, and the entropy as routers learn."""
+    """Accuracy with intervals beside the published one, and the entropy as routers learn."""
     from moejax.plot import color, new_figure
 
     settings = sorted({name.partition("-")[0] for name in summary["cells"]})

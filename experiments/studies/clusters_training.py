@@ -1,6 +1,6 @@
 """Chen et al.'s training: whole-batch steps, of equal length for every expert that has a gradient.
 
-All of a run, its data included, is one pure function of its key.
+A whole run, its data included, is one pure function of its key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from studies.clusters_data import CLUSTERS, Examples, Setting, directions, examp
 from studies.clusters_models import SINGLE_FILTERS, Kind, convolution, mixture
 
 EXPERT_RATE, ROUTER_RATE = 1e-3, 0.1
-# A mixture ends once its loss has come as low and rises, or rises by so much.
+# A mixture ends once its loss rises while it is this low, or rises by so much above its least.
 LOW_ENOUGH, RISE = 0.314, 0.02
 NEVER_BEFORE = 500  # steps of a single network
 EVERY = 10  # steps between two points of the curve of the entropy
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run under way; ``entropy`` and ``curve`` are those of a mixture."""
+    """A run under way; only mixtures use ``entropy`` and ``curve``."""
 
     params: Any
     state: Any
@@ -80,12 +80,12 @@ def cross_entropy(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def accuracy(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """In percent."""
+    """The accuracy in percent."""
     return 100 * jnp.mean(scores.argmax(axis=-1) == labels)
 
 
 def data_of(key: jax.Array, setting: Setting, kind: Kind, count: int) -> tuple[Examples, Examples]:
-    """Examples to train and to test, of the same directions, as tokens of a kind of network."""
+    """Examples to train and to test, from the same directions, as tokens of a kind of network."""
     basis_key, examples_key = jax.random.split(key)
     both = examples(examples_key, directions(basis_key), setting, 2 * count)
     both = both._replace(x=kind.tokens(both.x))
@@ -116,7 +116,7 @@ def stepped(
     gradients: Any,
     ended: jax.Array,
 ) -> Run:
-    """The run after a step, which is not taken if it has ended."""
+    """The run after a step, which is not taken if the run has ended."""
     updates, state = optimizer.update(gradients, run.state, run.params)
     moved = optax.apply_updates(run.params, updates)
     params = jax.tree.map(lambda old, new: jnp.where(ended, old, new), run.params, moved)
@@ -173,7 +173,7 @@ def train_mixture(
 
     Returns:
         ``accuracy`` on the test examples with the router's noise, as published, and
-        ``accuracy_without_noise``; ``entropy``, that of the dispatch at the last step, and its
+        ``accuracy_without_noise``; the ``entropy`` of the dispatch at the last step, and its
         ``curve``, a point for every `EVERY` steps; the number of ``steps``.
     """
     data_key, init_key, noise_key, test_key = jax.random.split(key, 4)

@@ -22,8 +22,8 @@ from parts.records import rounded, versions, write_json
 from studies.blocks import Cell, Measured, collect
 from studies.page import Summary, check_page, publish
 
-# What a run may be resumed with: its place, that of its data, which cells and seeds, and what is
-# done afterwards.
+# What may differ when a run is resumed: its place, its data's place, which cells and seeds, and
+# what is done afterwards.
 FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {
     "settings",
     "correlations",

@@ -29,9 +29,9 @@ def trained_and_tested(
     """Trains on fresh points and tests on as many others.
 
     Returns:
-        In percent of the test points: the ``accuracy`` of the blend; ``top_alone``, that of each
-        point's top expert by itself; ``best_everywhere``, that of the better expert by itself on
-        all points. And ``confidence``, the mean of a point's largest gate.
+        In percent of the test points: the ``accuracy`` of the blend; ``top_alone``, where each
+        point's top expert decides alone; ``best_everywhere``, where the better expert decides
+        alone on all points. And ``confidence``, the mean of a point's largest gate.
     """
     train_key, test_key, init_key = jax.random.split(key, 3)
     train, test = (sample(one, samples) for one in (train_key, test_key))
@@ -48,5 +48,5 @@ def trained_and_tested(
 
 
 def blend_accuracy(task: toy.Task, params: object, test: Points) -> jax.Array:
-    """The share of points on whose side the probability of label 1 is."""
+    """The share of points for which the probability of label 1 is on the right side of 1/2."""
     return jnp.mean((task.probability(params, test.x) > 0.5) == (test.y > 0.5))

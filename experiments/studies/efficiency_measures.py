@@ -56,7 +56,7 @@ def drawn(head: Head, batch: int, key: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """The median over the calls of one turn."""
+    """The median seconds of a call in one turn."""
     times: list[float] = []
     while sum(times) < TURN:
         began = time.perf_counter()

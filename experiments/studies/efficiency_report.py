@@ -13,12 +13,12 @@ from studies.sharpness_models import HEADS
 
 
 def cell_name(head: str, batch: int) -> str:
-    """Of a head with a batch."""
+    """The name of the cell of a head at a batch size."""
     return f"{head}-at-{batch}"
 
 
 def batches(cells: Any) -> list[int]:
-    """Those measured."""
+    """The batch sizes that were measured."""
     return sorted({int(name.rpartition("-at-")[2]) for name in cells})
 
 

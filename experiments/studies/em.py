@@ -1,9 +1,9 @@
 """Expectation and maximisation for a tree of experts, after Jordan and Jacobs.
 
-The E-step asks how much of each target is whose, ``h_ne ∝ g_ne p_e(y_n)``. The M-step then fits
-every gate and every leaf by itself to its share. Each fit is a weighted maximum likelihood of one
-layer, for which Newton's method is iteratively reweighted least squares. A step that would lower
-it is halved, so that the likelihood of the whole never falls.
+The E-step asks how much of each target belongs to which leaf, ``h_ne ∝ g_ne p_e(y_n)``. The M-step
+then fits every gate and every leaf separately to its share. Each fit is a weighted maximum
+likelihood of one layer, for which Newton's method is iteratively reweighted least squares. A step
+that would lower its likelihood is halved, so that the likelihood of the whole never falls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from studies.tree import Family, Tree, nll, outputs, parts
 
 NEWTON_STEPS = 2  # of each fit, in each M-step
 LEAST_RATE = 2.0**-20
-RIDGE = 1e-8  # a softmax does not change if all logits do, so its curvature has a zero
+RIDGE = 1e-8  # a softmax ignores a shift of all logits, so its curvature has a zero eigenvalue
 
 
 def fit(
@@ -73,7 +73,7 @@ def gate_likelihood(gate: moejax.Layer, x: jax.Array, share: jax.Array, params: 
 def fitted_leaves(
     tree: Tree, family: Family, params: Any, x: jax.Array, y: jax.Array, posterior: jax.Array
 ) -> dict[str, Any]:
-    """Every leaf fitted to its share: first what it says, then its variance."""
+    """Every leaf fitted to its share: first its output, then its variance."""
 
     def one(params: Any, log_variance: jax.Array, share: jax.Array) -> Any:
         def likelihood(params: Any) -> jax.Array:
@@ -108,7 +108,7 @@ def newton(objective: Callable[[Any], jax.Array], params: Any) -> Any:
         before = value(flat)
 
         def too_far(rate: jax.Array) -> jax.Array:
-            # Not "lower than": what is not a number is too far, too.
+            # Not "lower than", so that a value that is not a number counts as too far, too.
             return (rate > LEAST_RATE) & ~(value(flat + rate * direction) >= before)
 
         rate = jax.lax.while_loop(too_far, lambda rate: rate / 2, jnp.ones((), flat.dtype))

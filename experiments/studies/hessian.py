@@ -1,6 +1,7 @@
 """What the Hessian of a loss is like, from its products with vectors alone.
 
-Beside `hessian_vector`, parameters are one row [P], as `jax.flatten_util.ravel_pytree` makes them.
+Except in `hessian_vector`, parameters are one row [P], as `jax.flatten_util.ravel_pytree` makes
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import optax
 
 Loss = Callable[[Any], jax.Array]  # params -> scalar
 Product = Callable[[jax.Array], jax.Array]  # v [P] -> H v [P]
-LOST = 100  # in units of rounding: what is left of a vector that lies in the span of others
+LOST = 100  # in units of rounding: a vector of which less is left lies in the span of others
 
 
 def hessian_vector(loss: Loss, params: Any, vector: Any) -> Any:
@@ -57,8 +58,8 @@ def lanczos(product: Product, start: jax.Array, steps: int) -> Tridiagonal:
 
     .. math:: H q_j = \beta_{j-1} q_{j-1} + \alpha_j q_j + \beta_j q_{j+1}
 
-    Every vector is made orthogonal to all before it, twice: without that, rounding lets eigenvalues
-    that were found come back.
+    Every vector is made orthogonal to all before it, twice: otherwise rounding lets eigenvalues
+    that were already found come back.
 
     Args:
         product: ``v [P] -> H v [P]``.
@@ -99,11 +100,11 @@ def without(basis: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 class Ritz(NamedTuple):
-    """What a Krylov space says of the spectrum.
+    """What a Krylov space says about the spectrum.
 
     Attributes:
-        values: approximate eigenvalues, rising, [k].
-        weights: the share of the start in each of their vectors, of sum 1, [k].
+        values: approximate eigenvalues, in rising order, [k].
+        weights: the share of the start in each of their vectors, summing to 1, [k].
         vector: of the largest, of norm 1, [P].
         residual: ``|H v - value v|`` of the largest: an eigenvalue is at most that far from it.
     """
@@ -121,8 +122,8 @@ def ritz(found: Tridiagonal) -> Ritz:
         found: from `lanczos`, k steps.
 
     Returns:
-        Values, weights, vector and residual. If the space has fewer than k dimensions, the values
-        that are too many are below all others, with weight zero.
+        Values, weights, vector and residual. If the space has fewer than k dimensions, the surplus
+        values lie below all others, with weight zero.
     """
     there = found.basis.any(axis=1)
     below = -2 * (jnp.abs(found.alpha) + found.beta).sum() - 1  # of all eigenvalues (Gershgorin)

@@ -1,4 +1,4 @@
-"""What is measured of a tree of experts, fitted by EM or by a gradient."""
+"""The measures of a tree of experts, fitted by EM or by a gradient."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def circle(key: jax.Array, count: int) -> Pairs:
 
 
 def relative_error(mean: jax.Array, y: jax.Array) -> tuple[str, jax.Array]:
-    """Mean squared error, of the variance of the target."""
+    """Mean squared error, relative to the variance of the target."""
     return "relative_error", jnp.mean((mean - y[:, 0]) ** 2) / jnp.var(y)
 
 

@@ -1,4 +1,4 @@
-"""The images of the studies that learn from some."""
+"""The images for the studies that learn from images."""
 
 from __future__ import annotations
 

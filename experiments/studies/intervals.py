@@ -42,7 +42,7 @@ def intervals_of(measured: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[s
 
 
 def half_width(one: dict[str, Any]) -> float:
-    """Of an interval, as an error bar shows it; of one seed there is none."""
+    """Half the width of an interval, as an error bar shows it; one seed has none."""
     return 0.0 if one["low"] is None else one["high"] - one["mean"]
 
 
@@ -54,7 +54,7 @@ def shown(one: dict[str, Any], digits: int) -> str:
 
 
 def shown_with_deviation(one: dict[str, Any], digits: int) -> str:
-    """With its standard deviation, too, such as ``99.46 ± 0.02 [99.07, 99.85]``."""
+    """A mean with its deviation and interval, such as ``99.46 ± 0.02 [99.07, 99.85]``."""
     mean, *limits = shown(one, digits).split(" ", 1)
     deviation = [] if one["sd"] is None else [f"± {one['sd']:.{digits}f}"]
     return " ".join([mean, *deviation, *limits])

@@ -17,7 +17,7 @@ BETTER = [("shared-bottom", "multi-gate"), ("one-gate", "multi-gate")]  # worse,
 
 
 def cell_name(model: str, correlation: float) -> str:
-    """Of a model at a correlation."""
+    """The name of the cell of a model at a correlation."""
     return f"{model}-at-{written(correlation)}"
 
 
@@ -27,12 +27,12 @@ def written(correlation: float) -> str:
 
 
 def correlations(cells: Any) -> list[float]:
-    """Those measured."""
+    """The correlations that were measured."""
     return sorted({float(name.rpartition("-at-")[2]) for name in cells})
 
 
 def summarize(measured: dict[str, Measured]) -> Summary:
-    """Every loss with its interval, and by how much more gates are better, seed by seed."""
+    """Every loss with its interval, and how much lower a gate per task makes it, seed by seed."""
     every = correlations(measured)
     return {
         "cells": {name: {"loss": with_interval(one["loss"])} for name, one in measured.items()},

@@ -1,4 +1,4 @@
-"""The page of docs that studies write: numbers come from stored summaries, never from a hand.
+"""The page of docs that studies write: numbers come from stored summaries, never by hand.
 
 Between two marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``, stands what `render` makes of
 ``studies/NAME.json``. The prose around the marks is for people to write.

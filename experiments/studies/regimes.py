@@ -1,4 +1,4 @@
-"""One-dimensional regression with four regimes, each with a line and a noise of its own."""
+"""One-dimensional regression with four regimes, each with its own line and noise."""
 
 from __future__ import annotations
 

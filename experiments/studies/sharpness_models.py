@@ -1,4 +1,4 @@
-"""The four heads on a trunk so small that its Hessian can be looked at, for images of digits."""
+"""The four heads on a trunk small enough that its Hessian can be studied, for images of digits."""
 
 from __future__ import annotations
 

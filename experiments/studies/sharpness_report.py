@@ -40,7 +40,7 @@ MEASURES = [f"{split}_{measure}" for measure in TITLES for split in SPLITS]
 
 
 def summarize(measured: dict[str, Measured]) -> Summary:
-    """Every number with its interval, beside the published, and ratios to the one network's."""
+    """Every number with its interval, beside the published, and ratios to the dense head's."""
     others = [name for name in measured if name != BASE and BASE in measured]
     return {
         "cells": intervals_of(measured),
@@ -57,7 +57,7 @@ def summarize(measured: dict[str, Measured]) -> Summary:
 
 def ratio(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     """Ratios by seed; their geometric mean, deviation and interval, through logarithms."""
-    known = (values > 0) & (base > 0)  # a trace that is estimated to be negative has none
+    known = (values > 0) & (base > 0)  # a trace whose estimate is negative has no logarithm
     if not known.any():
         return {"values": [], **dict.fromkeys(("mean", "sd", "low", "high"))}
     found = interval(np.log(values[known] / base[known]))
@@ -95,7 +95,7 @@ def fits(summary: Summary) -> str:
 
 
 def beside_published(summary: Summary, measure: str, ours: dict[str, tuple[str, int]]) -> str:
-    """A measure on both kinds of images.
+    """The table of a measure on both kinds of images.
 
     Args:
         summary: of the study.
@@ -154,7 +154,7 @@ def ratios(summary: Summary) -> str:
 
 
 def ratio_published(summary: Summary, name: str, measure: str) -> str:
-    """What the paper's one run of either head makes of it."""
+    """The ratio of the paper's one run of a head to its one run of the dense head."""
     theirs, base = (summary["published"][each].get(measure) for each in (name, BASE))
     return "" if theirs is None else f"{theirs / base:.2f}"
 

@@ -1,7 +1,7 @@
 """Trains a head with its trunk, and measures the Hessian where training ends.
 
-The Hessian is that of the mean cross-entropy in all parameters, those of the trunk included; the
-balance loss of training is not part of it.
+The Hessian is that of the mean cross-entropy in all parameters, including the trunk's; the balance
+loss of training is not part of it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Images(NamedTuple):
     Attributes:
         train: images to learn from.
         test: images to test on.
-        measured: as many of both, at which the Hessian is taken, [2, N, ...]: training images
-            first, then test images.
+        measured: images at which the Hessian is taken, as many of both kinds, [2, N, ...]:
+            training images first, then test images.
     """
 
     train: Split
@@ -112,7 +112,7 @@ def curvature(
     """What the Hessian is like at these parameters, on these images.
 
     Returns:
-        ``largest`` eigenvalue, its ``residual``, at most as far from it as an eigenvalue is;
+        ``largest`` eigenvalue; its ``residual``, the most that it is away from an eigenvalue;
         ``trace``, its standard ``error``; ``loss``; approximate eigenvalues ``values`` and
         their ``weights`` [starts, steps]; and ``line``, the loss at `DISTANCES` along the top
         eigenvector, up the steeper side.
@@ -146,11 +146,11 @@ def curvature(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array | np.ndarray) -> jax.Array:
-    """The mean over images."""
+    """The mean cross-entropy over the images."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def accuracy(model: moejax.Layer, params: Any, data: Split) -> jax.Array:
-    """Percent of images."""
+    """Accuracy in percent of the images."""
     logits, _ = model.apply(params, data.images)
     return 100 * jnp.mean(jnp.argmax(logits, axis=-1) == data.labels)

@@ -19,7 +19,7 @@ LEAST_VARIANCE = 1e-4  # a leaf that fits one point exactly would have none
 
 
 class Family(NamedTuple):
-    """What leaves say of a target.
+    """What leaves say about a target.
 
     Attributes:
         log_likelihood: ``(outputs [E, N, 1], y, log_variance [E]) -> log p_e(y) [N, E]``.

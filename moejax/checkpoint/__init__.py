@@ -3,8 +3,8 @@
 A checkpoint is a folder named after its step, with two items that orbax alone can read too:
 ``state``, the leaves of a pytree by name (``params.router.kernel``), and ``manifest``, JSON with
 the configuration, the versions of the libraries, and the shape, dtype and SHA-256 of every leaf.
-It gets its name when it is complete, so a run that is killed while it saves leaves the checkpoint
-before untouched. Nothing in it is pickled.
+It gets its name when it is complete, so a run that is killed while it saves leaves the previous
+checkpoint untouched. Nothing in it is pickled.
 """
 
 from moejax.checkpoint.folder import discard, latest

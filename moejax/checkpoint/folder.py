@@ -58,14 +58,14 @@ def discard(folder: str | Path, *, after: int) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint; a process killed meanwhile leaves none that is half deleted."""
+    """Deletes a checkpoint; if the process is killed meanwhile, none is left half deleted."""
     remains = checkpoint.with_name(f"{checkpoint.name}.deleted{UNFINISHED}")
     shutil.rmtree(remains, ignore_errors=True)
     shutil.rmtree(checkpoint.rename(remains))
 
 
 def clear(folder: Path) -> None:
-    """Deletes what processes that were killed have left behind."""
+    """Deletes what killed processes have left behind."""
     for remains in folder.glob(f"*{UNFINISHED}*"):
         if remains.is_dir():
             shutil.rmtree(remains)
@@ -85,9 +85,9 @@ def steps_in(folder: Path) -> list[int]:
 @contextmanager
 def orbax() -> Iterator[ModuleType]:
     """Orbax, loaded where it is used, leaving the logging of the process as it was."""
-    # absl, with which orbax logs, installs a root handler for the whole process at its first
-    # message if there is none. While orbax works, stand in for Python's last resort instead, which
-    # can be taken back; what orbax would print is raised as an exception anyway.
+    # Orbax logs with absl, which installs a root handler for the whole process at its first message
+    # if there is none. While orbax works, a handler like Python's last resort prevents that, and is
+    # removed afterwards; what orbax would print is raised as an exception anyway.
     stand_in = logging.StreamHandler()
     stand_in.setLevel(logging.WARNING)
     stand_in.addFilter(lambda record: "orbax" not in record.pathname)
@@ -115,8 +115,8 @@ def _imported() -> ModuleType:
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function of orbax in a thread of its own, and waits.
 
-    In the caller's thread it would take away the event loop, and patch a running one; nor can a
-    signal that the caller handles interrupt it half way.
+    In the caller's thread it would take away the event loop, and patch a running one; and a signal
+    that the caller handles could interrupt it halfway.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *args, **kwargs).result()

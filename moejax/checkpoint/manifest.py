@@ -31,7 +31,7 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that differs from what was written."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def stored(leaf: Any) -> Any:
-    """What is stored of a leaf: itself, in this machine's byte order, or the data of PRNG keys."""
+    """What is stored for a leaf: itself, in this machine's byte order, or the data of PRNG keys."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array):
@@ -77,7 +77,7 @@ def stored(leaf: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that a result depends on and that are there."""
+    """The versions of Python and of the installed libraries that a result depends on."""
     found = {"moejax": VERSION, "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # flax may be absent
@@ -121,7 +121,7 @@ def check_manifest(manifest: Manifest, step: int) -> None:
 
 
 def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:
-    """Checks that leaves are those that were saved, before any is read.
+    """Checks that the leaves wanted are the ones that were saved, before any is read.
 
     Raises:
         ValueError: naming a leaf that is missing, or has another shape or dtype.
@@ -145,7 +145,7 @@ def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:
 
 
 def _check_width(name: str, leaf: Any) -> None:
-    # JAX would make half as wide numbers of them without a word.
+    # JAX would silently make the numbers half as wide.
     if is_key(leaf):
         return
     narrowed = jax.dtypes.canonicalize_dtype(leaf.dtype)
@@ -157,7 +157,7 @@ def _check_width(name: str, leaf: Any) -> None:
 
 
 def check_leaf(name: str, array: Any, entry: Manifest) -> None:
-    """Checks what was read of a leaf, bit by bit.
+    """Checks a leaf that was read, bit by bit.
 
     Raises:
         DamagedError: if it is not what was saved.
@@ -179,7 +179,7 @@ def digest(array: Any) -> str:
 
 
 def dtype_name(leaf: Any) -> str:
-    """The name of a leaf's dtype, which does not tell in which order its bytes are in memory."""
+    """The name of a leaf's dtype, whatever the order of its bytes in memory."""
     return str(leaf.dtype if is_key(leaf) else np.dtype(leaf.dtype).newbyteorder("="))
 
 

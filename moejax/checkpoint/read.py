@@ -1,4 +1,4 @@
-"""Reading checkpoints, and refusing those that are not what was written."""
+"""Reading checkpoints, and refusing those that differ from what was written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
         state: the pytree that was saved.
         config: what was saved with it.
         versions: of Python and the libraries that wrote it; the same steps give the same bits
-            with the same versions only.
+            only with the same versions.
 
     Example:
         >>> import tempfile
@@ -52,13 +52,13 @@ class Checkpoint(NamedTuple):
 
 
 def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoint:
-    """Reads a checkpoint back, bit by bit what was saved, and weakly typed where that was.
+    """Reads a checkpoint back, bit for bit as it was saved, weak types included.
 
     Args:
         folder: where the checkpoints of a run are.
-        like: a pytree of the structure, shapes and dtypes that were saved, of arrays or of
-            ``jax.ShapeDtypeStruct``. A leaf that is placed (committed, or with a sharding) says
-            where the restored one goes; the number of devices may differ from when it was saved.
+        like: a pytree of arrays or ``jax.ShapeDtypeStruct``, with the structure, shapes and dtypes
+            that were saved. A leaf that is placed (committed, or with a sharding) says where the
+            restored one goes; the number of devices may differ from when it was saved.
         step: which one; by default the newest.
 
     Returns:
@@ -66,8 +66,8 @@ def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkp
 
     Raises:
         ValueError: if there is no such checkpoint; if it is damaged, naming the newest one before
-            it that is intact; if its structure, a shape or a dtype is not that of ``like``,
-            naming the leaf.
+            it that is intact; if its structure, a shape or a dtype differs from ``like``, naming
+            the leaf.
 
     Example:
         >>> import tempfile
@@ -85,7 +85,7 @@ def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkp
 
 
 def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any]:
-    """Reads the configuration alone: from it, make what `restore` is to be like.
+    """Reads only the configuration, from which to build the ``like`` of `restore`.
 
     Args:
         folder: where the checkpoints of a run are.
@@ -149,7 +149,7 @@ def _reader() -> Iterator[Callable[..., Any]]:
 
 
 def _read(path: Path, like: dict[str, Any] | None = None) -> tuple[Manifest, list[Any]]:
-    # Reads one checkpoint and checks it; without `like` that is all.
+    # Reads one checkpoint and checks it; without `like`, no leaves are returned.
     with _reader() as read:
         manifest = _read_manifest(read, path)
         entries = manifest["leaves"]
@@ -201,7 +201,7 @@ def _read_item(reader: Any, path: Path, **item: Any) -> Any:
 def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
     # The array, converted to the kind of `like` and placed on its devices.
     if isinstance(like, (np.ndarray, np.generic)):
-        return like if array is None else array.astype(like.dtype)  # in its order of bytes
+        return like if array is None else array.astype(like.dtype)  # in its byte order
     leaf: Any = array
     if array is None:
         leaf = jnp.zeros(like.shape, like.dtype)
@@ -213,7 +213,7 @@ def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
 
 
 def _weak(array: jax.Array) -> jax.Array:
-    # Weak are arrays filled with a number of Python, of the width that such numbers have here.
+    # An array filled with a Python number is weakly typed, and as wide as such numbers are here.
     weak = jnp.full(array.shape, np.zeros((), array.dtype).item())
     return weak.at[...].set(array) if weak.dtype == array.dtype else array
 

@@ -32,15 +32,15 @@ def save(
     Args:
         folder: where the checkpoints of a run are, on this machine; made if missing.
         state: any pytree of arrays: parameters, optimizer state, router state, PRNG keys.
-        step: its number, an integer of at least zero and larger than that of every checkpoint in
+        step: its number, an integer of at least zero, larger than the step of every checkpoint in
             the folder; a scalar array, such as ``state.step``, will do.
         config: anything that JSON can hold.
         keep: how many to keep; older ones are deleted. None keeps all.
 
     Raises:
         ValueError: if a leaf is not an array of a dtype that JAX has, the configuration is not
-            JSON, the step is not a number of a checkpoint, the folder holds a later one, or the
-            folder is the address of another machine.
+            JSON, the step is not an integer of at least zero, the folder holds a checkpoint of this
+            step or a later one, or the folder is an address on another machine.
         OSError: if it cannot be written. The checkpoints before it are untouched.
 
     Example:
@@ -71,7 +71,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         A context manager that gives ``save(state, *, step, config=None)``.
 
     Raises:
-        ValueError: if ``keep`` is less than one, or the folder is the address of another machine.
+        ValueError: if ``keep`` is less than one, or the folder is an address on another machine.
         OSError: if the folder cannot be made.
         RuntimeError: in ``save``, after the ``with`` block.
 
@@ -101,7 +101,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
 
 
 def _finish(background: Any, folder: Path, keep: int | None) -> None:
-    # Waits for the save that goes on, and deletes what it has made superfluous.
+    # Waits for the save in progress, and deletes the checkpoints that it makes superfluous.
     with _write_errors(folder):
         apart(background.wait_until_finished)
         for step in sorted(steps_in(folder), reverse=True)[keep:] if keep else []:
@@ -125,7 +125,7 @@ def _save(
 ) -> None:
     from orbax.checkpoint import args
 
-    if ended.is_set():  # orbax would return, and report on a thread of its own
+    if ended.is_set():  # orbax would return, and report in another thread
         raise RuntimeError(f"The writer of {folder} has ended: save inside the `with` block.")
     step = _number(step)
     leaves = named_leaves(state)

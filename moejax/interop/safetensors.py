@@ -27,12 +27,12 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes named arrays, such as `moejax.interop.torch.to_torch` makes, to one safetensors file.
 
     Args:
-        path: where; what stood there before is replaced only once the new file is complete.
+        path: where to write; an existing file is replaced only once the new one is complete.
         arrays: by name; booleans, integers, or floats of 16 to 64 bits.
 
     Raises:
         ValueError: if the path is not one on this machine, if a name is not a string, or an array
-            has a dtype that `load` cannot read; names them. Nothing is written then.
+            has a dtype that `load` cannot read; names them. Then nothing is written.
         ImportError: without safetensors; names the command that installs it.
 
     Example:
@@ -53,7 +53,7 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the arrays that `save` wrote, and checks that they are the same.
+    """Reads the arrays that `save` wrote, and checks that they are unchanged.
 
     Args:
         path: a file that `save` wrote. One from elsewhere has no checksum; read it with
@@ -135,7 +135,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def library() -> ModuleType:
-    """The safetensors library, imported when it is asked for."""
+    """The safetensors library, imported when it is needed."""
     try:
         import safetensors.numpy
     except ImportError as error:

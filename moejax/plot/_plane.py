@@ -109,8 +109,8 @@ def draw_boundary(ax: Axes, plane: Plane) -> Line2D:
 
 
 def _contour(ax: Axes, plane: Plane, values: np.ndarray, level: float, shade: str) -> Line2D:
-    # `Axes.contour` takes ten times as long to make its artists as to find this line. The pieces
-    # of the line are separated by NaN; one that misses the plane has none.
+    # `Axes.contour` takes far longer to make its artists than to find this line. The pieces
+    # of the line are separated by NaN; a line that misses the plane has none.
     lines = contour_generator(plane.x, plane.y, values, line_type=LineType.ChunkCombinedNan)
     [points] = lines.lines(level)[0]
     x, y = ([], []) if points is None else points.T
@@ -118,7 +118,7 @@ def _contour(ax: Axes, plane: Plane, values: np.ndarray, level: float, shade: st
 
 
 def add_key(figure: Figure, num_experts: int, truth: np.ndarray | None, model: bool) -> None:
-    """Says below the panels, where it covers no point, what each mark and line is."""
+    """Explains each mark and line below the panels, where the key covers no point."""
     handles = [
         Line2D([], [], color=shade, marker=marker, linestyle="", label=f"label {label}")
         for label, (shade, marker) in enumerate(CLASS_MARKS)

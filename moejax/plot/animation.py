@@ -1,4 +1,4 @@
-"""Figures, one after the other, as a moving picture."""
+"""Figures, one after another, as a moving picture."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
 
 
 def _palette(sample: Image.Image) -> Image.Image:
-    # One palette for all frames, so that colours do not flicker. It covers thin lines, too; and no
-    # shade of grey is tinted, as the nearest of few colours would be.
+    # One palette for all frames, so that colours do not flicker. It covers thin lines, too, and it
+    # has greys of its own, because the nearest of a few colours would be tinted.
     greys = [grey for grey in (*range(0, 252, 4), 255) for _ in range(3)]
     colours = sample.quantize(192, method=Image.Quantize.MAXCOVERAGE).getpalette() or []
     palette = Image.new("P", (1, 1))

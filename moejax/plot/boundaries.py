@@ -148,7 +148,7 @@ def boundary_frames(
     *,
     truth: np.ndarray | None = None,
 ) -> Iterator[Figure]:
-    """The panel of `boundary_frame`, one mixture after the other, for `save_animation`.
+    """The panel of `boundary_frame` for one mixture after another, for `save_animation`.
 
     Args:
         points: shape [N, 2].
@@ -157,7 +157,7 @@ def boundary_frames(
         truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
-        One figure again and again. Only what moves is drawn anew, so use it before the next.
+        The same figure each time, with only what moves drawn anew: use it before taking the next.
 
     Example:
         >>> x, y, _ = grid(np.zeros((1, 2)), size=4)
@@ -172,7 +172,7 @@ def boundary_frames(
     ax, shades = axes[0, 0], None
     moving: list[Line2D] = []
     for number, (plane, title) in enumerate(planes):
-        ax.set_title(title, y=1)  # where it would be put after a search for what is in its way
+        ax.set_title(title, y=1)  # where matplotlib would put it after a search
         if shades is None:
             shades = draw_probability(ax, plane)
             draw_points(ax, points, labels)
@@ -197,8 +197,8 @@ def _keep_places(figure: Figure) -> None:
 
 
 def _freeze(figure: Figure) -> None:
-    # Ticks, labels and the key take most of the time of a frame, and never change: a picture of
-    # them takes their place.
+    # Ticks, labels and the key take most of a frame's time and never change, so a picture of them
+    # takes their place.
     [ax] = figure.axes
     inside = [*ax.images, *ax.lines, *ax.collections, *ax.spines.values(), ax.title]
     for artist in inside:

@@ -11,7 +11,7 @@ from moejax.plot.style import new_figure
 
 
 def specialisation(by_class: np.ndarray, *, classes: str = "class") -> Figure:
-    """Which expert serves which class: of each class, the share of gate that each expert has.
+    """Which expert serves which class: each expert's share of the gates of each class.
 
     Args:
         by_class: gate mass, shape [E, classes].
@@ -88,7 +88,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
         num_experts: E, how many there are.
 
     Returns:
-        A figure with one row per expert; of an expert that serves no image it says so.
+        A figure with one row per expert; the row of an expert that serves no image says so.
 
     Example:
         >>> len(images_by_expert(np.ones((3, 2, 2)), np.zeros(3), 2).axes)
@@ -108,7 +108,7 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
 
 
 def _in_a_row(images: np.ndarray, indices: np.ndarray, room: int) -> np.ndarray:
-    """Some images side by side, with a gap before each but the first, in room for more."""
+    """Some images side by side, with gaps between them, in a row with room for ``room`` images."""
     _, height, width = images.shape
     gap = width // 6
     row = np.zeros((height, room, width + gap), images.dtype)

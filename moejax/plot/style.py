@@ -1,6 +1,6 @@
 """Colours by meaning, and the grid of axes that every picture starts from.
 
-A hue is an expert (or a model, where models are compared), in all pictures. Grey is everything
+In all pictures, a hue is an expert (or a model, where models are compared). Grey is everything
 else: labels, the whole model, what many runs have in common.
 """
 
@@ -47,7 +47,7 @@ def new_figure(
 ) -> tuple[Figure, Any]:
     """A figure with a grid of axes, laid out so that nothing is clipped.
 
-    It is drawn by its own canvas: no window system is asked for, whichever is set.
+    It is drawn by its own canvas, so no window system is used, whichever is set.
 
     Args:
         rows: of axes.

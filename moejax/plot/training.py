@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from moejax.plot.diagnostics import epoch_axis
 from moejax.plot.style import WHOLE_MODEL, color, new_figure
 
-STYLES = ("-", ":", "-.", "--")  # of runs: no hue, for none is an expert
+STYLES = ("-", ":", "-.", "--")  # of runs: no hues, which are for experts
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
@@ -96,7 +96,7 @@ def loss(
         ax.plot(losses, style, color=WHOLE_MODEL, linewidth=1.6, label=name)
     longest = max(len(losses) for losses in (low, *runs.values()))
     ax.set(xlabel="steps taken", ylabel=ylabel, xlim=(0, max(longest - 1, 1)))
-    if ax.dataLim.ymin >= 0:  # a likelihood may be below
+    if ax.dataLim.ymin >= 0:  # minus a log-likelihood may be negative
         ax.set_ylim(0, None)
     ax.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)

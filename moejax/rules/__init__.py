@@ -1,6 +1,6 @@
 """Rules: pure functions ``logits -> decision`` that say which token goes to which expert.
 
-A rule has no parameters. Its arithmetic is in float32 at the least, whatever the router returns.
+A rule has no parameters. Its arithmetic is in float32 or wider, whatever the router returns.
 Ties go to the lower index. Without a key nothing is random.
 """
 

@@ -25,20 +25,20 @@ def sigmoid_top_k(
     r"""Sends every token to the k experts with the largest ``sigmoid(logits) + bias``.
 
     `by_score` with a sigmoid, normalised by logarithms: it stays exact where scores underflow.
-    Without a bias or groups it ranks by the logits, which tell experts apart whose sigmoids are
-    rounded to one.
+    Without a bias or groups it ranks by the logits, which still tell experts apart when their
+    sigmoids are rounded to one.
 
     .. math::
         s_t = \sigma(l_t), \qquad e \in \text{top k of } s_t + b, \qquad
         g_{te} = \text{scale} \cdot \frac{s_{te}}{\sum_{j \in \text{top k}} s_{tj}}
 
-    The choice is by s + b, the weights are s without b. With groups, experts compete only within
-    the ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
+    Experts are chosen by s + b, and weighted by s without b. With groups, experts compete only
+    within the ``kept_groups`` groups whose two best ``s + b`` have the largest sum.
 
     Args:
         logits: router output, shape [T, E].
-        bias: b, shape [E], no part of the gradient: state that `update_balance_bias` maps to the
-            next step's; None for zero.
+        bias: b, shape [E], state without a gradient, which `update_balance_bias` updates after
+            each step; None for zero.
         k: experts per token.
         num_groups: number of equal groups of neighbouring experts, a divisor of E.
         kept_groups: how many groups a token may choose from.
@@ -94,13 +94,13 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
 
     .. math:: b_e \leftarrow b_e + \text{rate} \cdot \operatorname{sign}(\bar n - n_e)
 
-    :math:`n_e` counts the choices that go to expert e, masked tokens left out. At exact balance
+    :math:`n_e` counts the choices that go to expert e, without masked tokens. At exact balance
     nothing changes.
 
     One step of the optimizer may take several decisions: with gradient accumulation, or where
-    each device routes tokens of its own. Sum their ``routing.counts`` first, and pass the sum.
-    Several layers have a bias each: ``jax.vmap(partial(update_balance_bias, rate=rate))`` maps
-    biases and counts [layers, E] to the next biases.
+    each device routes its own tokens. Sum their ``routing.counts`` first, and pass the sum. With
+    several layers, each has its own bias: ``jax.vmap(partial(update_balance_bias, rate=rate))``
+    maps biases and counts [layers, E] to the next biases.
 
     Args:
         bias: b, shape [E].
@@ -147,17 +147,18 @@ def sinkhorn(
         \sum_t \pi_{te} = T / E
 
     The choice is the k largest of a token's row, and has no gradient. The weights are the raw
-    probabilities, ``p = softmax(logits)``. It works on logarithms, so that no logit overflows.
+    probabilities, ``p = softmax(logits)``. The plan is computed in logarithms, so that no logit
+    overflows.
 
     The assignment of a token depends on all others: in a causal decoder it leaks the future, and
-    evaluation mostly uses `top_k` with ``renormalize=False`` instead. To switch an expert off, set
+    evaluation usually uses `top_k` with ``renormalize=False`` instead. To switch an expert off, set
     its logits to -inf: the plan makes up for any finite offset.
 
     Args:
         logits: router output, shape [T, E].
         k: experts per token, between 1 and E.
         iterations: how often columns and rows are scaled, at least once.
-        mask: False for padding, booleans [T]; such a token goes nowhere and pushes no other.
+        mask: False for padding, booleans [T]; such a token goes nowhere and displaces no other.
 
     Returns:
         A decision with K = k; scores are p. Where -inf leaves a token fewer than k experts, its
@@ -182,7 +183,7 @@ def sinkhorn(
     check_k(k, logits)
     check_count("iterations", iterations)
     scores = jax.nn.softmax(logits)
-    # A token that is not a number must not spoil the plan of the others.
+    # A token whose logits are not numbers must not spoil the plan of the others.
     counted = ~jnp.isnan(scores).any(axis=-1)
     if mask is not None:
         check_mask(mask, counted.shape)
@@ -195,7 +196,7 @@ def sinkhorn(
 
 
 def _below_mean(counts: Array) -> Array:
-    """``sign(mean(n) - n_e)``, [E]; for integers exactly, whose sum may be too large for them."""
+    """``sign(mean(n) - n_e)``, [E]; exact for integers, even where their sum would overflow."""
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         return jnp.sign(counts.mean() - counts)
     num_experts = counts.size
@@ -205,7 +206,7 @@ def _below_mean(counts: Array) -> Array:
         rest = one[1] + other[1]
         return one[0] + other[0] + rest // num_experts, rest % num_experts
 
-    # The mean as an integer and so many E-ths, added up from n_e / E: no partial sum exceeds it.
+    # The mean as an integer plus a number of E-ths, summed over n_e / E: no partial sum exceeds it.
     parts = counts // num_experts, counts % num_experts
     mean, rest = jax.lax.reduce(parts, (nothing, nothing), add, (0,))
     return jnp.where(

@@ -13,7 +13,7 @@ from moejax._checks import check_count, check_k, checked_logits
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
-Score = Callable[[Array], Array]  # logits [T, E] -> scores [T, E], not negative
+Score = Callable[[Array], Array]  # logits [T, E] -> non-negative scores [T, E]
 
 
 class Groups(NamedTuple):
@@ -22,7 +22,7 @@ class Groups(NamedTuple):
     Attributes:
         num: how many groups there are.
         kept: how many a token may choose from.
-        best: a group is worth the sum of its ``best`` best experts.
+        best: groups are ranked by the sum of their ``best`` best experts.
     """
 
     num: int = 1
@@ -48,20 +48,20 @@ def by_score(
         s_t = \text{score}(l_t), \qquad e \in \text{top k of } s_t + b, \qquad
         g_{te} = \text{scale} \cdot \frac{s_{te}}{\sum_{j \in \text{top k}} s_{tj}}
 
-    The choice is by s + b, the weights are s without b. With groups, experts compete only within
-    the ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
+    Experts are chosen by s + b, and weighted by s without b. With groups, experts compete only
+    within the ``kept_groups`` groups whose ``group_best`` best ``s + b`` have the largest sum.
 
-    `top_k` is this with a softmax and `sigmoid_top_k` with a sigmoid; both work on logarithms, so
-    that they also rank and normalise scores that underflow. Here such scores tie, and weights that
-    all underflow are zero; where the largest is about to, they have no gradient.
+    `top_k` is this rule with a softmax and `sigmoid_top_k` with a sigmoid; both work on logarithms,
+    so that they also rank and normalise scores that underflow. Here such scores tie. If all weights
+    of a token underflow, they are zero; if the largest nearly does, they have no gradient.
 
     Args:
         logits: router output, shape [T, E].
-        bias: b, shape [E], no part of the gradient: state that `update_balance_bias` maps to the
-            next step's; None for zero.
+        bias: b, shape [E], state without a gradient, which `update_balance_bias` updates after
+            each step; None for zero.
         k: experts per token.
-        score: ``logits -> s``, not negative, shape [T, E]: ``jax.nn.softmax``, ``jax.nn.sigmoid``,
-            `root_softplus` or one's own.
+        score: ``logits -> s``, non-negative, shape [T, E]: ``jax.nn.softmax``, ``jax.nn.sigmoid``,
+            `root_softplus` or your own.
         num_groups: number of equal groups of neighbouring experts, a divisor of E.
         kept_groups: how many groups a token may choose from.
         group_best: how many of its best experts a group is judged by; 1 for its maximum.
@@ -113,12 +113,12 @@ def _by_score(
 
 
 def root_softplus(logits: Array) -> Array:
-    r"""A score for `by_score`, the root of softplus, with a gradient where it is zero.
+    r"""A score for `by_score`, the root of softplus, with a finite gradient where it is zero.
 
     .. math:: s = \sqrt{\log(1 + e^x)}
 
-    A score that underflows, as an expert's that -inf switches off, has the gradient zero; the
-    root alone would have none.
+    A score that underflows, as for an expert that -inf switches off, has a gradient of zero; a
+    plain root would have none there.
 
     Args:
         logits: x, any shape.
@@ -149,9 +149,9 @@ def choose(logits: Array, scores: Array, bias: Array | None, k: int, groups: Gro
 
 
 def k_best(ranked_by: Array, k: int) -> Array:
-    """The k experts that rank highest, [T, K]; E, nowhere, instead of those that rank at -inf.
+    """The k experts that rank highest, [T, K]; one that ranks at -inf becomes E, nowhere.
 
-    But a token's first choice stays, so that one with no expert left shows up as not a number.
+    But a token's first choice stays, so that a token with no expert left shows up as not a number.
     """
     ranks, experts = jax.lax.top_k(ranked_by, k)
     switched_off = (ranks == -jnp.inf) & (jnp.arange(k) > 0)[None]
@@ -159,22 +159,24 @@ def k_best(ranked_by: Array, k: int) -> Array:
 
 
 def of_choices(values: Array, experts: Array, nowhere: float) -> Array:
-    """The values [T, E] of chosen experts, [T, K], and this one for choices that go nowhere."""
+    """The values [T, E] of chosen experts, [T, K]; ``nowhere`` for choices that go nowhere."""
     num_experts = values.shape[-1]
     chosen = jnp.take_along_axis(values, jnp.minimum(experts, num_experts - 1), axis=-1)
     return jnp.where(experts < num_experts, chosen, nowhere)
 
 
 def to_sum_one(weights: Array) -> Array:
-    """Non-negative weights [T, K] over their sum over K; zeros where all of them underflow."""
+    """Non-negative weights [T, K] divided by their sum over K; zeros where they all underflow."""
     limits = jnp.finfo(weights.dtype)
     largest = jax.lax.stop_gradient(weights).max(axis=-1, keepdims=True)  # [T, 1]
     # Not ">=": a weight that is not a number must show up in the output.
     divisible = ~(largest < limits.tiny)
-    # The gradient is divided by it, too, and would overflow where it is nearly the smallest.
+    # The gradient is divided by the largest weight, too, and would overflow where that is nearly
+    # the smallest number.
     steep = largest < limits.tiny / limits.eps
     weights = jnp.where(steep, jax.lax.stop_gradient(weights), weights)
-    # By the largest first, as the derivative divides by the square of the sum: between 1 and K now.
+    # Divide by the largest first: the derivative divides by the square of the sum, which is then
+    # between 1 and K.
     weights = weights / jnp.where(divisible, largest, jnp.inf)
     return weights / jnp.where(divisible, weights.sum(axis=-1, keepdims=True), 1)
 
@@ -182,7 +184,7 @@ def to_sum_one(weights: Array) -> Array:
 def check_choice(
     name: str, logits: Array, bias: Array | None, k: int, groups: Groups, renormalize: bool
 ) -> None:
-    """Refuses what a choice by score cannot be made of."""
+    """Refuses arguments by which no choice can be made."""
     check_k(k, logits)
     num_experts = logits.shape[-1]
     if bias is not None:
@@ -217,7 +219,7 @@ def _only_best_groups(ranked_by: Array, groups: Groups) -> Array:
     # [T, E] -> [T, groups, E / groups], its last axis in full: no -1 can be inferred where T is 0.
     grouped = ranked_by.reshape(num_tokens, groups.num, num_experts // groups.num)
     best = jax.lax.top_k(grouped, min(groups.best, grouped.shape[-1]))[0]  # [T, groups, best]
-    # A group with fewer experts left counts for those; a group of none is out.
+    # A group with fewer experts left counts only those; a group with none left is out.
     left = best > -jnp.inf
     best = jnp.where(left.any(axis=-1), jnp.where(left, best, 0).sum(axis=-1), -jnp.inf)
     kept_ids = jax.lax.top_k(best, groups.kept)[1]

@@ -1,4 +1,4 @@
-"""Routing by a fixed table: nothing is learned, and balance is the table's."""
+"""Routing by a fixed table: nothing is learned, and the table alone decides the balance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
 
     .. math:: e_t = \text{table}[\text{id}_t]
 
-    The logits say how many experts there are and do not enter: a router that returns zeros is
-    enough.
+    The logits only say how many experts there are: a router that returns zeros is enough.
 
     Args:
         logits: router output, shape [T, E].

@@ -20,7 +20,7 @@ Priority = Callable[[Routing], Array]
 
 @takes(Routing)
 def by_token(routing: Routing) -> Array:
-    """The choices in the order of tokens, and a token's own in the order of its preference.
+    """The choices in the order of tokens, and within a token in its order of preference.
 
     Whether a choice is served depends on earlier tokens alone, so it is causal, which no other
     priority is for K >= 2.
@@ -115,16 +115,16 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
 
     A dropped choice goes nowhere and contributes nothing; the others keep their weight. Whatever
     the priority, a choice of weight zero is served last: `relu` gives one to a token that no expert
-    is active for. Every schedule runs the result. Losses read the decision before this: after it,
-    even a full collapse looks balanced. So limit inside the schedule of `moe`, which returns the
-    decision as it was.
+    is active for. Every schedule runs the result. Losses must read the decision before this: after
+    it, even a full collapse looks balanced. So limit inside the schedule of `moe`, which still
+    returns the decision as it was.
 
     Args:
         routing: a decision of T tokens with K choices each.
         capacity: C, slots per expert, such as ``capacity_for(routing, factor=1.25)``.
         priority: who is served first: `by_choice`, `by_token`, `by_token_weight`, `by_weight`, or
-            a function of your own. In a causal decoder use `by_token`: for K >= 2 every other one
-            lets later tokens decide who is dropped.
+            a function of your own. In a causal decoder use `by_token`: for K >= 2 every other
+            priority lets later tokens decide who is dropped.
 
     Returns:
         The decision with at most C choices per expert; `share_dropped` compares the two.
@@ -148,7 +148,7 @@ def limit_capacity(routing: Routing, *, capacity: int, priority: Priority = by_c
     served = positions(routing, priority=priority) < capacity
     experts = jnp.where(served, routing.experts, routing.num_experts)
     weights = jnp.where(served, routing.weights, 0)
-    # Not `_replace`: a `DenseRouting` of which choices were dropped is none.
+    # Not `_replace`: with choices dropped, a `DenseRouting` is no longer one.
     return Routing(experts, weights, *routing[2:])
 
 
@@ -158,8 +158,8 @@ def capacity_for(routing: Routing, *, factor: float) -> int:
 
     .. math:: C = \lceil \text{factor} \cdot T K / E \rceil
 
-    C grows with the number of tokens, later ones included: a causal decoder that is to drop the
-    same choices whatever follows takes a fixed C.
+    C grows with the number of tokens, later ones included: a causal decoder that must drop the
+    same choices whatever follows needs a fixed C.
 
     Args:
         routing: a decision; only its shapes are read, so C is a number under ``jax.jit``.
@@ -205,7 +205,7 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
 
     Returns:
         Places, int32 [T, K]. Choices of weight zero stand after all others of their expert, and
-        those that go nowhere count a queue of their own.
+        those that go nowhere are counted in a queue of their own.
 
     Example:
         >>> positions(moejax.top_k(jnp.array([[1.0, 2.0], [1.0, 2.0]]), k=2))
@@ -223,15 +223,15 @@ def positions(routing: Routing, *, priority: Priority = by_choice) -> Array:
 def mask_tokens(routing: Routing, mask: Array) -> Routing:
     """Sends masked tokens nowhere: expert id E, weight zero, scores zero.
 
-    `moe` does so by itself. A rule of one's own that does more after choosing, such as
-    `limit_capacity`, does it first, so that padding takes no place.
+    `moe` does this itself. A rule of your own that does more after choosing, such as
+    `limit_capacity`, must call it first, so that padding takes no slot.
 
     Args:
         routing: a decision of T tokens among E experts.
         mask: False for padding, booleans [T].
 
     Returns:
-        The decision in which a token that is False in ``mask`` takes part in nothing.
+        The decision, in which tokens that are False in ``mask`` take no part.
 
     Raises:
         ValueError: if the mask is not booleans [T].

@@ -34,8 +34,8 @@ def noisy_top_k(
         key: a PRNG key, or None for no noise.
 
     Returns:
-        A decision with K = k; scores are the softmax of the noisy logits, logits are the clean;
-        chances are the probability of every expert to be among the k, which `load_loss` reads.
+        A decision with K = k; scores are the softmax of the noisy logits, logits are the clean
+        ones; chances are each expert's probability of being among the k, which `load_loss` reads.
 
     Raises:
         ValueError: as for `top_k`; k = 1 is refused because its one weight is the constant 1. Also
@@ -84,12 +84,12 @@ def choose_noisy(clean: Array, noisy: Array, noise_scale: Array, *, k: int) -> R
 def _chance_above(threshold: Array, mean: Array, scale: Array) -> Array:
     """``P(mean + scale N(0, 1) > threshold)``, with finite gradients where it is 0 or 1.
 
-    It is so where an expert is switched off by a logit of -inf, where fewer than k others are left
-    to beat, and where there is no noise to speak of.
+    It is 0 or 1 where an expert is switched off by a logit of -inf, where fewer than k others are
+    left to beat, and where there is no noise to speak of.
     """
     smallest = math.sqrt(jnp.finfo(scale.dtype).tiny)  # its reciprocal can be squared
     settled = jnp.isinf(mean) | jnp.isinf(threshold) | (scale < smallest)
-    # Around the division and not after it: zero times an infinite derivative would be NaN.
+    # Around the division, not after it: zero times an infinite derivative would be NaN.
     distance = jnp.where(settled, 0, mean - threshold)
     chance = normal_cdf(distance / jnp.where(scale < smallest, 1, scale))
     return jnp.where(settled, (mean > threshold).astype(chance.dtype), chance)
@@ -98,7 +98,7 @@ def _chance_above(threshold: Array, mean: Array, scale: Array) -> Array:
 def gshard_top_2(
     logits: Array, *, threshold: Array | float = 0.2, key: Array | None = None
 ) -> Routing:
-    """Sends every token to its best expert, and to its second at random.
+    """Sends every token to its best expert and, at random, to its second best.
 
     The two weights are ``p_1`` and ``p_2`` divided by their sum. The second choice is kept with
     probability ``min(1, g_2 / threshold)``, and the first keeps its weight either way. Without a
@@ -113,7 +113,7 @@ def gshard_top_2(
         A decision with K = 2 in which a second choice that was left out goes nowhere.
 
     Raises:
-        ValueError: if logits is not a float array [T, E] with two experts at least, or if the
+        ValueError: if logits is not a float array [T, E] with at least two experts, or if the
             threshold is a number that is not positive.
 
     Example:
@@ -144,5 +144,5 @@ def _gshard_top_2(logits: Array, threshold: Array | float, key: Array | None) ->
     kept = jnp.stack([jnp.ones_like(kept), kept], axis=-1)  # [T, 2]
     experts = jnp.where(kept, decision.experts, decision.num_experts)
     weights = jnp.where(kept, decision.weights, 0)
-    # Not `_replace`: where E is 2 it would be a `DenseRouting`, of which choices were left out.
+    # Not `_replace`: where E is 2 it would be a `DenseRouting` with some choices left out.
     return Routing(experts, weights, *decision[2:])

@@ -16,16 +16,16 @@ def relu(logits: Array) -> Routing:
 
     .. math:: g_{te} = \max(l_{te}, 0)
 
-    How many these are differs between tokens and is held at k on average by a penalty, `l1_loss`
-    times a coefficient that `update_l1_coefficient` maps to the next step's. The gate is
-    continuous in the logits, where the output of top-k jumps.
+    Their number differs between tokens. A penalty holds it at k on average: `l1_loss` times a
+    coefficient, which `update_l1_coefficient` updates after each step. The gate is continuous in
+    the logits, whereas the output of top-k jumps.
 
     Args:
         logits: router output, shape [T, E].
 
     Returns:
         A decision with K = E in which an expert with weight zero goes nowhere; but a token with
-        no positive logit keeps its best expert, at weight zero, which tells it from padding.
+        no positive logit keeps its best expert, at weight zero, which sets it apart from padding.
         Scores are the gates, not normalised.
 
     Raises:
@@ -61,7 +61,7 @@ def update_l1_coefficient(
         coefficient: c, a scalar; the paper starts at 1e-8. A number counts as float32, and so does
             an array of integers.
         routing: the decision of this step.
-        k: active experts per token to hold on average: a sparsity of ``1 - k / E``.
+        k: the average number of active experts per token to hold: a sparsity of ``1 - k / E``.
         factor: by how much c changes in a step.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Rules by which slots of experts choose tokens, instead of tokens experts.
+"""Rules by which the slots of experts choose tokens, instead of tokens choosing experts.
 
 Both look at all tokens of a call at once. In a causal decoder they leak the future, and a batch
-of sequences must be mapped over, ``jax.vmap(model.apply, in_axes=(None, 0))``, for one sequence
-not to see another.
+of sequences must be mapped over, ``jax.vmap(model.apply, in_axes=(None, 0))``, so that no
+sequence sees another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
 
     Returns:
         A decision for `gather_slots`, the best token of an expert first. A token whose logits
-        are not numbers is taken by nobody, and an expert whose logits are -inf takes nobody.
+        are not numbers is taken by no expert, and an expert whose logits are -inf takes no token.
 
     Raises:
         ValueError: if logits is not a float array [T, E], if capacity is out of range, or if the
@@ -65,7 +65,7 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
     ranked_by = jnp.where(present[:, None], jax.nn.log_softmax(logits), -jnp.inf)
     rank, tokens = jax.lax.top_k(ranked_by.T, capacity)  # [E, C]
     weights = jnp.take_along_axis(scores.T, tokens, axis=-1)
-    # -inf is the rank of a token that is absent, and of every token at an expert switched off.
+    # -inf is the rank of an absent token, and of every token at an expert that is switched off.
     return ExpertChoice(jnp.where(rank > -jnp.inf, tokens, num_tokens), weights, scores, logits)
 
 
@@ -90,7 +90,7 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
         zeros.
 
     Raises:
-        ValueError: if logits is not a float array [T, E, C], or the mask not booleans [T].
+        ValueError: if logits is not a float array [T, E, C], or the mask is not booleans [T].
 
     Example:
         >>> decision = soft_slots(jnp.zeros((4, 2, 1)))
@@ -108,14 +108,14 @@ def soft_slots(logits: Array, *, mask: Array | None = None) -> SoftSlots:
         )
     logits = at_least_float32(logits)
     present = _present(logits, mask)[:, None, None]  # [T, 1, 1]
-    # A slot of -inf alone, of an expert switched off, takes no token.
+    # A slot whose logits are all -inf, as of an expert that is switched off, takes no token.
     dispatch = jax.nn.softmax(logits, axis=0, where=present & (logits > -jnp.inf))
     combine = jax.nn.softmax(logits, axis=(1, 2))
     return SoftSlots(dispatch, jnp.where(present, combine, 0), logits)
 
 
 def _present(logits: Array, mask: Array | None) -> Array:
-    # A token that is not a number must not take the place of others.
+    # A token whose logits are not numbers must not take the place of others.
     numbers = ~jnp.isnan(logits).any(axis=range(1, logits.ndim))
     if mask is None:
         return numbers

@@ -17,11 +17,11 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
 
     .. math:: \frac{\max z - z_e}{\max(|z_e|, \max z)} \le 2 \epsilon
 
-    The second is the same without the first. The two weights do not sum to one.
+    The second is chosen in the same way without the first. The two weights do not sum to one.
 
-    With a key, training: each expert is drawn from its softmax, and a draw that is not the best one
-    has a third of its weight with probability 3/4. The gradient is taken of the whole weight; the
-    two together are Heun's third-order estimate of the gradient through the draw.
+    With a key, for training, each expert is drawn from its softmax, and a draw other than the best
+    expert gets a third of its weight with probability 3/4. The gradient is taken of the whole
+    weight; together, the two give Heun's third-order estimate of the gradient through the draw.
 
     Args:
         logits: router output z, shape [T, E], E at least 2.
@@ -34,7 +34,7 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
         left, the others at -inf, has a second choice that goes nowhere.
 
     Raises:
-        ValueError: if logits is not a float array [T, E] with two experts at least, or if epsilon
+        ValueError: if logits is not a float array [T, E] with at least two experts, or if epsilon
             is a number that is not positive.
 
     Example:
@@ -74,7 +74,7 @@ def _one_expert(
     allowed = 2 * jnp.asarray(epsilon).astype(logits.dtype)
     far = best - logits > allowed * jnp.maximum(jnp.abs(logits), best)
     anyone = best > -jnp.inf  # [T, 1]
-    # Where no expert is left the softmax would be NaN, and so would its gradient.
+    # Where no expert is left, the softmax would be NaN, and so would its gradient.
     near = jnp.where(anyone, jnp.where(far, -jnp.inf, free), 0)
     chances = jax.nn.softmax(near)
     favourite = jnp.argmax(near, axis=-1).astype(jnp.int32)
@@ -83,7 +83,7 @@ def _one_expert(
     else:
         expert, factor = _drawn(near, favourite, key)
     weight = jnp.take_along_axis(chances, expert[:, None], axis=-1)[:, 0]
-    # The factor is in the value and not in the gradient.
+    # The factor is in the value but not in the gradient.
     weight = weight + jax.lax.stop_gradient((factor - 1) * weight)
     there = anyone[:, 0]
     return jnp.where(there, expert, logits.shape[-1]), jnp.where(there, weight, 0)

@@ -18,9 +18,9 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     .. math:: C = \lceil \text{factor} \cdot T K / E \rceil
 
     All first choices are placed before any second choice, and earlier tokens before later ones;
-    choices of weight zero, which add nothing, find a slot last. So for K >= 2 a later token can
-    take the slot of an earlier token's second choice, and C itself counts all tokens: a causal
-    decoder limits with `limit_capacity` and the priority `by_token` instead.
+    choices of weight zero, which add nothing, are placed last. So for K >= 2 a later token can
+    take the slot of an earlier token's second choice, and C itself counts all tokens: in a causal
+    decoder, use `limit_capacity` with the priority `by_token` instead.
 
     A dropped choice contributes nothing, and the token's other choices keep their weights. With
     ``factor >= E / K`` nothing is ever dropped.

@@ -54,7 +54,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     return _blend(hashable(expert), params, x, gates)
 
 
-# Under jit even where the caller's code is not: operations would be compiled one by one.
+# Under jit even where the caller's code is not, or operations would be compiled one by one.
 @partial(jax.jit, static_argnums=0)
 def _blend(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
     expert = with_matmul(expert, side_by_side)
@@ -71,9 +71,9 @@ def _blend(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
 def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """Runs every expert on every token and blends: exact for every rule, and never sparse.
 
-    An expert that a token did not choose is not given that token, on which it may overflow. Of a
-    `DenseRouting` every token is read, also one that `mask_tokens` has masked: it must be finite,
-    as `moe` makes sure.
+    An expert is not given a token that did not choose it, because it may overflow on that token.
+    Under a `DenseRouting` every token is read, even one that `mask_tokens` has masked, so all must
+    be finite; `moe` makes sure of that.
 
     Args:
         expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``.
@@ -92,7 +92,7 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
         (5, 2)
     """
     params, x = check_problem(params, x, routing.scores.shape)
-    # Without tokens there is none to guard, and none to stand in for the others.
+    # Without tokens there is nothing to guard, and no token to stand in for another.
     if isinstance(routing, DenseRouting) or x.shape[0] == 0:
         return mixture(expert, params, x, routing.gates)
     return _guarded(hashable(expert), params, x, routing)
@@ -102,8 +102,8 @@ def dense(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
 def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     """The same sum where an expert may overflow on tokens that did not choose it.
 
-    Zero times infinity is not zero, nor is the gradient. So an expert sees, in the place of such a
-    token, the first one that chose it; and one that nobody chose has no gradient.
+    Zero times infinity is not zero, nor is its gradient. So in place of such a token, an expert
+    sees the first token that chose it; an expert that nobody chose gets no gradient.
     """
     chosen = routing.chooses.T  # [E, T]
     first = jax.lax.stop_gradient(x[jnp.argmax(chosen, axis=1)])[:, None]  # [E, 1, D]

@@ -1,10 +1,11 @@
 """The dropless schedule: every choice is computed, at the cost of the choices alone.
 
-Experts compute about the mean load in a batched pass, which is as fast as matrix products get;
-with many experts, those with most choices compute more. The choices beyond it go through loops over
-blocks of one expert each, with as many trips as there are blocks. Balanced and random routing leave
-little to the loops; when collapsed routing would leave most of the batched pass empty, the loops do
-everything.
+Each expert computes about the mean load in a batched pass, which is as fast as matrix products get;
+with many experts, the ones with the most choices compute more. The remaining choices go through
+loops over blocks of one expert each, with as many trips as there are blocks. Balanced and random
+routing leave little to the loops; when collapsed routing would leave most of the batched pass
+empty, the loops do everything. On accelerators, experts that take ``matmul`` run once over all
+choices, with one grouped product for each of their products.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
     .. math:: y_t = \sum_k w_{tk}\, E_{e_{tk}}(x_t)
 
     Equal to `dense` in value and in gradient. Differentiable in reverse mode any number of times;
-    forward mode (``jax.jvp``) raises a TypeError. The backward pass computes the experts again, and
-    the forward pass keeps nothing of what is inside them.
+    forward mode (``jax.jvp``) raises a TypeError. The backward pass computes the experts again, so
+    the forward pass keeps none of their intermediate values.
 
     Args:
-        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]``, one row at a time: what
-            it makes of a token must not depend on the others.
+        expert: any pure function ``f(params, x [T, ...]) -> [T, ...]`` that treats each row alone:
+            its output for one token must not depend on the others.
         params: its parameters, every leaf with a leading axis E.
         x: tokens, shape [T, ...].
         routing: the decision.

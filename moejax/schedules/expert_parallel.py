@@ -30,16 +30,16 @@ def expert_parallel(
     local: Schedule = dropless,
     exchange: Exchange | None = None,
 ) -> Schedule:
-    r"""A schedule whose tokens are spread over the whole mesh and whose experts over one axis.
+    r"""A schedule that spreads tokens over the whole mesh and experts over one axis.
 
-    The sum is the same in any mesh. Along ``axis`` every pair of devices exchanges C rows per
+    The sum is the same on any mesh. Along ``axis`` every pair of devices exchanges C rows per
     round, for T tokens per device and S devices,
 
     .. math:: C = \lceil \text{factor} \cdot T K / S \rceil
 
     A balanced router needs one round. Rows that do not fit travel in further rounds, as many as the
-    fullest block needs, which recompute their forward pass in the backward pass. Nothing is ever
-    dropped, and a device holds at most ``4 factor T K`` rows in buffers, whatever the router does.
+    fullest block needs; the backward pass recomputes these. Nothing is ever dropped, and a device
+    holds at most ``4 factor T K`` rows in buffers, whatever the router does.
 
     Args:
         mesh: a mesh with Auto or Explicit axes; every axis but ``axis`` is data parallel.
@@ -88,7 +88,7 @@ def expert_parallel(
 
 
 class Way(NamedTuple):
-    """How the sum is spread over devices: what `expert_parallel` is given."""
+    """How the sum is spread over devices: the arguments of `expert_parallel`."""
 
     mesh: Mesh
     axis: str
@@ -97,7 +97,8 @@ class Way(NamedTuple):
     exchange: Exchange
 
 
-# Under jit even where the caller's code is not: each operation would be compiled for all devices.
+# Under jit even where the caller's code is not, or each operation would be compiled for all
+# devices.
 @partial(jax.jit, static_argnums=(0, 1))
 def _on_mesh(way: Way, expert: Expert, params: Params, x: Array, routing: Routing) -> Array:
     of_experts, of_tokens = jax.P(way.axis), jax.P(way.mesh.axis_names)
@@ -130,7 +131,7 @@ def check_axis(mesh: Mesh, axis: str) -> None:
 
 
 def placed(tree: Any, mesh: Mesh, spec: jax.P) -> Any:
-    """Moves arrays to where `jax.shard_map` wants them, which it does by itself on Auto axes."""
+    """Moves arrays to where `jax.shard_map` wants them; on Auto axes, it moves them itself."""
     if AxisType.Explicit not in mesh.axis_types:
         return tree
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)), tree)

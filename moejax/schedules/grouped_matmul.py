@@ -18,10 +18,10 @@ def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
     .. math:: y_i = x_i W_e, \qquad i \text{ in group } e
 
     The first ``group_sizes[0]`` rows belong to group 0, the next ``group_sizes[1]`` to group 1, and
-    so on. Rows past the sum of the group sizes belong to none and give zeros. This is the contract
-    of ``jax.lax.ragged_dot``, which computes it on accelerators; on CPU, where that primitive runs
-    every kernel on every row, the groups are computed by one batched product and a loop over the
-    rows of groups larger than the mean.
+    so on. Rows past the sum of the group sizes belong to no group and give zeros. This is the
+    contract of ``jax.lax.ragged_dot``, which is called on accelerators. On CPU that primitive runs
+    every kernel on every row, so there the groups are computed by one batched product and a loop
+    over the rows for which it has no room.
 
     Differentiable in reverse mode any number of times, and can be vmapped over any operand.
     Forward mode (``jax.jvp``) raises a TypeError.
@@ -29,14 +29,14 @@ def grouped_matmul(x: Array, kernel: Array, group_sizes: Array) -> Array:
     Args:
         x: rows sorted by group, shape [M, D].
         kernel: one matrix per group, shape [E, D, O], in the dtype of x.
-        group_sizes: rows per group, integers of sum at most M, shape [E].
+        group_sizes: rows per group, integers that sum to at most M, shape [E].
 
     Returns:
         Products, shape [M, O], in the dtype of x.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or if sizes known while tracing are
-            negative or sum to more than M. Sizes only known later must fit: rows beyond M
+            negative or sum to more than M. Sizes known only at run time must fit: rows beyond M
             do not exist and are not computed.
 
     Example:

@@ -13,13 +13,13 @@ from moejax.base import Array, Expert, Params, Routing, Schedule
 
 
 def scale_inputs(schedule: Schedule) -> Schedule:
-    r"""A schedule whose gate is inside the expert.
+    r"""A schedule that applies each gate to the expert's input instead of its output.
 
     .. math:: y_t = \sum_k E_{e_{tk}}(w_{tk}\, x_t)
 
     Every choice becomes a token of its own, with one expert and weight 1, and ``schedule`` runs
-    them; the K outputs of a token are added up. A choice that goes nowhere runs no expert, so that
-    a weight of zero is not an expert's output at zero.
+    them; the K outputs of a token are added up. A choice that goes nowhere runs no expert, so it
+    adds nothing, rather than an expert's output at zero.
 
     Args:
         schedule: `dense`, `dropless`, a `capacity`, an `expert_parallel`, or one of your own.
@@ -28,7 +28,7 @@ def scale_inputs(schedule: Schedule) -> Schedule:
         A schedule for `moe`'s ``execute``.
 
     Raises:
-        ValueError: in the schedule, if the params or tokens are not those of the decision, or if x
+        ValueError: in the schedule, if the params or tokens do not fit the decision, or if x
             holds integers.
 
     Example:
@@ -65,11 +65,11 @@ def _scaled(x: Array, weights: Array) -> Array:
 
 
 def _one_each(decision: Routing) -> Routing:
-    """The same choices as tokens of one choice each, with weight 1."""
+    """The same choices, each as a token with a single choice of weight 1."""
     k = decision.experts.shape[1]
     chosen = decision.chosen.T.reshape(-1, 1)  # [K T, 1]
     rows = jax.tree.map(
         lambda a: jnp.tile(a, (k, 1)), (decision.scores, decision.logits)
-    )  # nobody reads them but for their shape
+    )  # only their shape is read
     experts = decision.experts.T.reshape(-1, 1)
     return Routing(experts, chosen.astype(decision.weights.dtype), *rows)

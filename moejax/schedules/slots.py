@@ -1,4 +1,4 @@
-"""Schedules of the decisions in which the slots of experts choose tokens."""
+"""Schedules for the decisions in which the slots of experts choose tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
 @takes(ExpertChoice)
 def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoice) -> Array:
-    r"""Runs every expert on the tokens it took, and adds up what a token gets.
+    r"""Runs every expert on the tokens it took, and adds up the outputs for each token.
 
     .. math:: y_t = \sum_{(e, c)\,:\,\text{tokens}_{ec} = t} w_{ec}\, E_e(x_t)
 
@@ -21,7 +21,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
         expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
         params: its parameters, every leaf with a leading axis E.
         x: tokens, shape [T, ...].
-        decision: of `expert_choice`.
+        decision: from `expert_choice`.
 
     Returns:
         The sum, shape [T, ...], in the dtype of x; zeros for a token that no expert took.
@@ -53,7 +53,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
 
 @takes(SoftSlots)
 def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> Array:
-    r"""Runs every expert on its slots, means of tokens, and gives each token a mean of the outputs.
+    r"""Runs every expert on its slots (means of tokens); each token gets a mean of the outputs.
 
     .. math::
         s_{ec} = \sum_t \text{dispatch}_{tec}\, x_t, \qquad
@@ -63,7 +63,7 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
         expert: any pure function ``f(params, x [C, ...]) -> [C, ...]``.
         params: its parameters, every leaf with a leading axis E.
         x: tokens, float, shape [T, ...].
-        decision: of `soft_slots`.
+        decision: from `soft_slots`.
 
     Returns:
         The outputs, shape [T, ...], in the dtype of x.
@@ -89,7 +89,7 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
     used = dispatch.any(axis=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
     tokens = jnp.where(used, x, 0).astype(dtype)
     mixed = jnp.einsum("tec,t...->ec...", dispatch, tokens).astype(x.dtype)
-    # A slot without tokens holds another's mean: the expert may be undefined at zero.
+    # A slot without tokens holds another slot's mean: the expert may be undefined at zero.
     filled = dispatch.any(axis=0)  # [E, C]
     example = jax.lax.stop_gradient(mixed.reshape(-1, *mixed.shape[2:])[jnp.argmax(filled)])
     mixed = jnp.where(along(filled, mixed.ndim), mixed, example[None, None])

@@ -68,7 +68,7 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
         batch_size: B, at most N.
 
     Returns:
-        One size per step; all are B but perhaps the last.
+        One size per step; all are B except perhaps the last.
 
     Raises:
         ValueError: if the batch size is not between 1 and N.
@@ -111,7 +111,7 @@ def examples(data: Any) -> tuple[Any, int]:
     """The data as JAX arrays (a tracer cannot index NumPy's), and N.
 
     Raises:
-        ValueError: if the arrays do not share axis 0, or a mask is not one of examples.
+        ValueError: if the arrays do not share axis 0, or the mask is not a bool for each example.
     """
     data = jax.tree.map(jnp.asarray, data)
     shapes = [leaf.shape for leaf in jax.tree.leaves(data)]

@@ -1,4 +1,4 @@
-"""Epochs: one loop of steps, from wherever the state is to wherever it shall stop."""
+"""Epochs: one loop of steps, from wherever the state is to wherever it should stop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def train_epoch(
     """Takes every example once, in the order of the epoch that the state is in.
 
     This is `train_until` with the epoch's order, to the epoch's end; the epoch's number is read
-    from the step count. The examples left over by whole batches make one smaller batch at the
-    end, as a PyTorch DataLoader has it; see `Masked` to compile the step once all the same.
+    from the step count. The examples that do not fill a whole batch make one smaller batch at the
+    end, as in a PyTorch DataLoader; `Masked` avoids compiling the step a second time for it.
 
     Args:
         step: from `train_step`.
@@ -37,11 +37,11 @@ def train_epoch(
         batch_size: B, at most N.
 
     Returns:
-        The state after the epoch, and each metric of every step; weigh them with `batch_sizes`.
+        The state after the epoch, and each metric of every step; weight them by `batch_sizes`.
 
     Raises:
         ValueError: if the batch size is not between 1 and N, if the arrays of the data do not
-            share axis 0, or if a step count that is not traced is inside of an epoch.
+            share axis 0, or if a step count that is not traced is in the middle of an epoch.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -54,7 +54,7 @@ def train_epoch(
     metrics = empty_metrics(step, state, data, batch_size=batch_size)
     data, num_examples = examples(data)
     steps = len(batch_sizes(num_examples, batch_size))
-    # By NumPy, as a known state may be used in a function that is traced.
+    # With NumPy, because a known state may be used in a function that is traced.
     if not isinstance(state.step, jax.core.Tracer) and np.asarray(state.step) % steps:
         raise ValueError(
             f"`train_epoch` begins with an epoch of {steps} steps, and step {state.step} is inside "
@@ -77,10 +77,10 @@ def train_until(
     *,
     batch_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """Goes on with an epoch from the step that the state is at to the step ``stop``.
+    """Continues an epoch from the state's step to the step ``stop``.
 
     The number of steps is not part of the compiled program, so the same program runs every piece,
-    and an epoch gives the same bits in whatever pieces it is run.
+    and an epoch gives the same bits however it is cut into pieces.
 
     Args:
         step: from `train_step`.
@@ -89,7 +89,7 @@ def train_until(
             here are filled in. `empty_metrics` makes them.
         data: pytree of arrays [N, ...], or `Masked`.
         order: from `epoch_order`, for the epoch that the state is in.
-        stop: the step count to stop at; at most the epoch's end is reached.
+        stop: the step count to stop at; the epoch's end, if that comes first.
         batch_size: B, at most N.
 
     Returns:
@@ -118,7 +118,7 @@ def train_until(
         )
     sizes = batch_sizes(num_examples, batch_size)
     rows, present = rows_of_steps(order, batch_size)
-    first = state.step // len(sizes) * len(sizes)  # step of the epoch
+    first = state.step // len(sizes) * len(sizes)  # first step of the epoch
     # Only a loss that reads a mask can take a last batch that is filled up.
     smaller = sizes[-1] < batch_size and not isinstance(data, Masked)
     looped = len(sizes) - 1 if smaller else len(sizes)
@@ -141,7 +141,7 @@ def train_until(
 
 
 def _written(at: Array, every: Array, new: Array) -> Array:
-    """A metric of every step with that of the step ``at`` filled in."""
+    """A metric of every step, with the value of step ``at`` filled in."""
     if jnp.shape(new) != every.shape[1:]:
         raise ValueError(
             "A metric must have the same shape for every batch, also for a smaller one at the end: "
@@ -185,9 +185,9 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
 def scan_batches(
     step: Step, state: TrainState, data: Any, indices: Array
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step per row of indices, which the caller has chosen.
+    """Takes one step per row of indices that the caller has chosen.
 
-    This is what replays the batches of another program; `train_epoch` shuffles by itself.
+    Use it to replay the batches of another program; `train_epoch` does its own shuffling.
 
     Args:
         step: from `train_step`.
@@ -221,7 +221,7 @@ def scan_batches(
 
 
 def _check_indices(indices: Array, num_examples: int) -> None:
-    # A gather would clamp an index that is too large. Of traced ones nothing is known.
+    # A gather would clamp an index that is too large. Traced indices cannot be checked.
     if isinstance(indices, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # known ones may be used in a function that is traced

@@ -16,7 +16,7 @@ class KeptGradients(NamedTuple):
 
     Attributes:
         inner: the optimizer's own state.
-        gradients: those of the last step, in the memory that the next step writes its own to.
+        gradients: the last step's, in the memory to which the next step writes its own.
 
     Example:
         >>> state = keep_gradients(optax.sgd(0.1)).init(jnp.zeros(2))
@@ -31,19 +31,19 @@ class KeptGradients(NamedTuple):
 def keep_gradients(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer, in whose state each step's gradients replace those of the step before.
+    """The same optimizer, whose state also keeps each step's gradients until the next step.
 
     A step that donates its state updates parameters and moments in place, but takes new memory
     for the gradients at every call. On CPU the system must then map and clear each of their pages
     again: for 100 MB that takes longer than a small batch. Donated with the state, the memory of
-    the last gradients becomes that of the next. The numbers do not change.
+    the last gradients is reused for the next. The numbers do not change.
 
     The gradients' memory is then also held between steps and during the forward pass, and
-    checkpoints of the state contain them. In a `jax.lax.scan`, which keeps its memory by itself,
-    and without ``donate_argnums``, it gains nothing.
+    checkpoints of the state contain them. There is nothing to gain without ``donate_argnums``, or
+    in a `jax.lax.scan`, which keeps its memory anyway.
 
     Args:
-        optimizer: an optax optimizer; this goes around everything else, such as `optax.chain`.
+        optimizer: an optax optimizer; wrap this around everything else, such as `optax.chain`.
 
     Returns:
         The optimizer, for gradients of the shapes and dtypes of the parameters, as `jax.grad`
@@ -75,5 +75,5 @@ def keep_gradients(
 
 
 def _after(gradient: Array, last: Array) -> Array:
-    """The gradient. `jit` drops arguments that are not read, and does not donate their memory."""
+    """The gradient, reading the last one: `jit` drops unread arguments and does not donate them."""
     return jax.lax.optimization_barrier((gradient, last))[0]

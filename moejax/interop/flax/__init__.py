@@ -1,7 +1,7 @@
 """Flax and moejax, both ways: modules as layers, and layers as modules.
 
-- `from_nnx`, `from_linen`: a module of the user's becomes an expert or a router.
-- `to_nnx`, `to_linen`: a mixture, or any other layer, becomes a module of the user's model.
+- `from_nnx`, `from_linen`: your module becomes an expert or a router.
+- `to_nnx`, `to_linen`: a mixture, or any other layer, becomes a module of your model.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Flax modules as layers, so that a module of the user's becomes an expert or a router.
+"""Flax modules as layers, so that your module can be an expert or a router.
 
 A layer is a pure function of its parameters, so a module with other state (batch statistics,
 dropout's random streams) is refused.

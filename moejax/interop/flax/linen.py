@@ -21,7 +21,7 @@ class LinenLayer(linen.Module):
     Attributes:
         layer: the pair of pure functions.
         axes: ``(path, array) -> names of its axes``, or None.
-        param_dtype: of the parameters; None for what ``layer.init`` makes.
+        param_dtype: of the parameters; None for the dtypes that ``layer.init`` makes.
 
     Example:
         >>> module = LinenLayer(moejax.linear(3, 2))
@@ -41,7 +41,7 @@ class LinenLayer(linen.Module):
         Args:
             *inputs: for a mixture x, shape [..., D].
             **options: for a mixture ``mask`` and ``key``; None means not given. Without a key, a
-                layer that takes one is given the random stream "routing", where there is one.
+                layer that takes one is given one from the random stream "routing", if there is one.
 
         Returns:
             The layer's output.
@@ -90,17 +90,17 @@ class LinenLayer(linen.Module):
 
 
 def to_linen(layer: Layer, *, axes: Axes | None = None, param_dtype: Any = None) -> LinenLayer:
-    """A layer as a ``flax.linen`` module: a mixture for a model of one's own.
+    """A layer as a ``flax.linen`` module: a mixture for a Flax model of your own.
 
     Its parameters are in the collection "params" with the paths of the layer's params, such as
-    ``experts/gate/kernel``; a leaf called ``"balance_bias"``, as `moejax.biased` has it, is in the
-    collection "balance". What a call returns is what ``layer.apply`` returns.
+    ``experts/gate/kernel``; a leaf called ``"balance_bias"``, as in `moejax.biased`, is in the
+    collection "balance". A call returns what ``layer.apply`` returns.
 
     Args:
-        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of one's own.
+        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of your own.
         axes: ``(path, array) -> names of its axes``, kept as ``linen.Partitioned``; `expert_axes`
             puts the experts along the mesh axis "expert".
-        param_dtype: of the parameters; by default what ``layer.init`` makes.
+        param_dtype: of the parameters; by default the dtypes that ``layer.init`` makes.
 
     Returns:
         The module, called as ``module(x, mask=None, key=None)``; a random stream "routing" serves

@@ -14,8 +14,8 @@ from moejax.interop.flax.paths import BALANCE, Axes, Path, cast, named, nested
 class BalanceBias(nnx.Variable[Any]):
     """The bias of `moejax.biased`: state, moved by `moejax.update_balance_bias`.
 
-    It is no ``nnx.Param``, so ``nnx.grad`` and ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leave
-    it alone.
+    It is not an ``nnx.Param``, so ``nnx.grad`` and ``nnx.Optimizer(model, tx, wrt=nnx.Param)``
+    leave it alone.
 
     Example:
         >>> from flax import nnx
@@ -71,19 +71,19 @@ class NnxLayer(nnx.Module):
 def to_nnx(
     layer: Layer, *, rngs: nnx.Rngs, axes: Axes | None = None, param_dtype: Any = None
 ) -> NnxLayer:
-    """A layer as a ``flax.nnx`` module: a mixture for a model of one's own.
+    """A layer as a ``flax.nnx`` module: a mixture for a Flax model of your own.
 
     Its parameters are ordinary ``nnx.Param`` variables with the paths of the layer's params, such
-    as ``experts.gate.kernel``; a leaf called ``"balance_bias"``, as `moejax.biased` has it, is a
-    `BalanceBias`. What a call returns is what ``layer.apply`` returns.
+    as ``experts.gate.kernel``; a leaf called ``"balance_bias"``, as in `moejax.biased`, is a
+    `BalanceBias`. A call returns what ``layer.apply`` returns.
 
     Args:
-        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of one's own.
+        layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of your own.
         rngs: the parameters are ``layer.init(rngs.params())``.
         axes: ``(path, array) -> names of its axes``, kept as the variables' ``out_sharding``;
-            `expert_axes` puts the experts along the mesh axis "expert". Made under
-            ``jax.set_mesh``, parameters are placed at once.
-        param_dtype: of the parameters; by default what ``layer.init`` makes.
+            `expert_axes` puts the experts along the mesh axis "expert". If the module is made under
+            ``jax.set_mesh``, its parameters are placed at once.
+        param_dtype: of the parameters; by default the dtypes that ``layer.init`` makes.
 
     Returns:
         The module, called as ``module(x, mask=None, key=None)``.

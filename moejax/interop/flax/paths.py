@@ -33,7 +33,7 @@ def expert_axes(path: Path, leaf: Array, *, name: str = "expert") -> tuple[str |
         name: the mesh axis (or logical axis) along which experts live.
 
     Returns:
-        One name or None per axis; nothing for a parameter that every device has.
+        One name or None per axis; an empty tuple for a parameter that every device has.
 
     Example:
         >>> expert_axes(("experts", "gate", "kernel"), jnp.ones((8, 4, 16)))
@@ -52,7 +52,7 @@ def named(params: Params) -> dict[Path, Any]:
 
 
 def path_of(entries: tuple[Any, ...]) -> Path:
-    """The names along a path of JAX's."""
+    """The names along a JAX path."""
     return tuple(
         jax.tree_util.keystr((entry,), simple=True, separator="") for entry in entries
     ) or (ALONE,)
@@ -70,7 +70,7 @@ def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
 
 
 def at(tree: Any, path: Path) -> Any:
-    """What is at a path of nested dicts."""
+    """The value at a path in nested dicts."""
     for name in path:
         tree = tree[name]
     return tree
@@ -79,7 +79,7 @@ def at(tree: Any, path: Path) -> Any:
 def cast(params: Params, dtype: Any) -> Params:
     """The params with their floats in another dtype; None leaves them as they are.
 
-    A balance bias stays, too: it moves by steps that bfloat16 would round away.
+    A balance bias keeps its dtype, too: it moves by steps that bfloat16 would round away.
     """
 
     def to(path: tuple[Any, ...], leaf: Array) -> Array:

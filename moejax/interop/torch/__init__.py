@@ -1,8 +1,8 @@
 """Parameters to and from PyTorch ``state_dict``s, in NumPy, without PyTorch.
 
-A layout says where in a ``state_dict`` each parameter lies: it is a pytree of the structure of the
-params, with a `Tensor` at every leaf. Layouts compose as the layers do, and two functions follow
-them, `to_torch` and `from_torch`; the way there and back is exact.
+A layout says where in a ``state_dict`` each parameter lies: it is a pytree with the structure of
+the params and a `Tensor` at every leaf. Layouts compose as the layers do. `to_torch` and
+`from_torch` convert params by a layout; the round trip is exact.
 
 Example:
     >>> from moejax import conversion

@@ -1,4 +1,4 @@
-"""What a layout must be: every number of every tensor is in one parameter."""
+"""Checks of a layout: every number of every tensor must be in exactly one parameter."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ class Part(NamedTuple):
     """A part of a tensor: every ``step``-th index of one axis, from ``start`` to before ``stop``.
 
     Attributes:
-        axis: of the tensor there.
-        start: its first index.
-        stop: the end, which is no part of it.
-        step: 1 for neighbours; 2 for every other one.
+        axis: an axis of the tensor in the ``state_dict``.
+        start: the first index.
+        stop: the end, which is not included.
+        step: 1 for neighbours; 2 for every other index.
 
     Example:
         >>> gate = Tensor("gate_up.weight", (8, 3), (1, 0), part=Part(axis=0, start=0, stop=4))
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
     @property
     def covers(self) -> range:
-        """The indices of the axis that belong to it."""
+        """The indices of the axis that belong to the part."""
         return range(self.start, self.stop, self.step)
 
 
@@ -55,9 +55,9 @@ class Tensor:
         axes: permutation that turns such a tensor into the parameter, as in ``numpy.transpose``;
             its inverse turns it back.
         counts: sizes of the leading axes, one for every ``{}``.
-        part: which part of the tensor is the parameter; None for all of it. The others must be
-            parameters of the same layout, see `parts`.
-        stored: the shape in which it is stored, of as many numbers; None for ``shape``.
+        part: which part of the tensor is the parameter; None for all of it. The other parts must
+            be parameters of the same layout, see `parts`.
+        stored: the shape in which it is stored, with as many numbers; None for ``shape``.
 
     Example:
         >>> tensor = Tensor("experts.{}.weight", (2, 3), (1, 0), counts=(4,))
@@ -152,8 +152,8 @@ def glu(
     Args:
         d_model: input and output width D.
         d_hidden: hidden width F.
-        gate: name of the layer that goes through the activation; Mixtral calls it ``w1``.
-        up: name of the layer that is multiplied with it; ``w3``.
+        gate: name of the layer whose output goes through the activation; Mixtral calls it ``w1``.
+        up: name of the layer whose output is multiplied with the gate's; ``w3``.
         down: name of the last layer; ``w2``.
         bias: whether the layers have one.
 
@@ -192,7 +192,7 @@ def stack(layout: Layout, num_experts: int) -> Layout:
 
 
 def stacked(layout: Layout, num_experts: int) -> Layout:
-    """The layout of `moejax.stack` in tensors that hold all experts: axis 0 is theirs there, too.
+    """The layout of `moejax.stack` in tensors that hold all experts along their own axis 0.
 
     Args:
         layout: of one expert, with no axis that is spread over several tensors.
@@ -226,14 +226,14 @@ def stacked(layout: Layout, num_experts: int) -> Layout:
 def parts(
     tensor: Tensor, num: int, *, axis: int = 0, interleaved: bool = False
 ) -> tuple[Tensor, ...]:
-    """Equal parts of one tensor, each a parameter of its own: a fused ``gate_up_proj``.
+    """Equal parts of one tensor, each its own parameter, such as of a fused ``gate_up_proj``.
 
     Args:
         tensor: the whole, as if it were one parameter.
         num: how many parts.
-        axis: of the tensor there along which they lie.
-        interleaved: whether part i is every ``num``-th index from i; one block after another if
-            not.
+        axis: the axis of the tensor in the ``state_dict`` that is divided.
+        interleaved: whether part i is every ``num``-th index from i; if not, the parts are blocks,
+            one after another.
 
     Returns:
         Where each part lies; a layout must have all of them.
@@ -269,7 +269,7 @@ def moe(
 ) -> Layout:
     """The layout of `moejax.moe` as a module with a gate and a list of experts.
 
-    A mixture that is called otherwise is as quickly written out:
+    For a mixture with other names, write the layout out:
     ``{"router": at("gate", ...), "experts": at("experts", stack(...))}``.
 
     Args:

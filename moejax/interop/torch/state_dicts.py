@@ -22,10 +22,10 @@ def to_torch(layout: Layout, params: Params) -> StateDict:
 
     Args:
         layout: where each parameter goes.
-        params: of the layout's structure.
+        params: a pytree with the layout's structure.
 
     Returns:
-        A dict of new NumPy arrays, each of its parameter's dtype, which PyTorch takes with
+        A dict of new NumPy arrays, each with its parameter's dtype. PyTorch loads it by
         ``module.load_state_dict(conversion.as_tensors(state_dict))``.
 
     Raises:
@@ -76,12 +76,12 @@ def from_torch(layout: Layout, state_dict: Mapping[str, Any]) -> Params:
 
     Args:
         layout: where each parameter lies.
-        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do, of any dtype,
+        state_dict: arrays by name; the tensors of ``module.state_dict()`` will do, with any dtype,
             if they are on the CPU.
 
     Returns:
-        Params of new NumPy arrays, each of its tensor's dtype. So float64 stays float64, which JAX
-        would narrow unless told otherwise.
+        Params of new NumPy arrays, each with its tensor's dtype. So float64 stays float64, which
+        JAX would narrow unless told otherwise.
 
     Raises:
         ValueError: if the number of experts, a name or a shape is not the layout's, if the layout

@@ -1,4 +1,4 @@
-"""Tensors of PyTorch and arrays of NumPy, of the dtypes that NumPy lacks too: bfloat16, float8.
+"""PyTorch tensors and NumPy arrays, even of the dtypes that NumPy lacks: bfloat16, float8.
 
 NumPy holds those as the types of ``ml_dtypes``, which PyTorch does not know; so where one side's
 own conversion fails, the bits travel as integers of the same width.
@@ -39,7 +39,7 @@ def as_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def as_array(name: str, tensor: Any) -> np.ndarray:
-    """A tensor of PyTorch, or any array, as NumPy holds it; an error says the tensor's name."""
+    """A PyTorch tensor, or any array, as a NumPy array; an error names the tensor."""
     try:
         return _array(tensor)
     except (TypeError, RuntimeError) as error:

@@ -30,18 +30,18 @@ Folder = str | os.PathLike[str]
 def load(folder: Folder, layer: int, *, prefix: str | None = None, config: Any = None) -> Params:
     """Reads the params of one block from a checkpoint.
 
-    It reads tensor by tensor: memory stays at the block and one tensor.
+    It reads tensor by tensor, so it needs memory for the block and one tensor only.
 
     Args:
         folder: a folder with a ``config.json`` and safetensors files, with an index if several.
         layer: which layer of the model, from 0.
         prefix: the module of the mixture, such as ``model.layers.3.mlp``; by default the one in
-            that layer that has the names of a checkpoint or of the installed module.
-        config: as for `block`, where the folder's ``config.json`` leaves out fields that have
-            their default.
+            that layer whose tensors are named as in a checkpoint or as in the installed module.
+        config: as for `block`; needed where the folder's ``config.json`` leaves out fields that
+            have their default.
 
     Returns:
-        Params for the layer of ``block(folder)``, NumPy arrays of the dtypes of the files.
+        Params for the layer of ``block(folder)``, NumPy arrays with the dtypes of the files.
 
     Raises:
         ValueError: if the model is not supported or quantised, or if the layer has no such block,
@@ -64,16 +64,17 @@ def load(folder: Folder, layer: int, *, prefix: str | None = None, config: Any =
 def save(
     folder: Folder, layer: int, params: Params, *, prefix: str | None = None, config: Any = None
 ) -> None:
-    """Writes the params of one block into a checkpoint, in the place of those that are there.
+    """Writes the params of one block into a checkpoint, replacing the ones that are there.
 
-    The other tensors stay as they are, and each file is replaced once it is complete; it takes the
-    memory of the files that hold the block. To keep the old checkpoint, copy its folder first.
+    The other tensors stay as they are, and each file is replaced only once its new version is
+    complete. It needs memory for the params and one of the files. To keep the old checkpoint, copy
+    its folder first.
 
     Args:
         folder: a folder with a ``config.json`` and safetensors files, with an index if several.
         layer: which layer of the model, from 0.
-        params: of the structure and shapes of the layer of ``block(folder)``. Tensors keep the
-            names that they have in the folder, and get the dtypes of params.
+        params: a pytree with the structure and shapes of the layer of ``block(folder)``. Tensors
+            keep the names that they have in the folder, and get the dtypes of params.
         prefix: as for `load`.
         config: as for `load`.
 
@@ -130,7 +131,7 @@ def _files(folder: Path) -> list[Path]:
 def _place(
     block: Block, files: Files, get: Callable[[str], Any], layer: int, prefix: str | None
 ) -> tuple[str, Layout]:
-    """Where the block is in the files: what its names begin with, and by which layout."""
+    """Where the block is in the files: what its names begin with, and which layout it has."""
     found = [
         (start, layout)
         for layout in (block.published, block.layout)
@@ -176,7 +177,7 @@ def _array(piece: Any) -> np.ndarray:
 
 
 def _written(file: Path, state: Mapping[str, np.ndarray]) -> Path:
-    """A complete copy of a file beside it, with new values of the tensors that are in ``state``."""
+    """A complete copy of a file beside it, with new values for the tensors in ``state``."""
     with _open(file) as handle:
         arrays = {
             name: state[name] if name in state else handle.get_tensor(name)

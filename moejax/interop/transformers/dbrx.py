@@ -1,4 +1,4 @@
-"""DBRX: top-k, divided by the sum, and all experts below each other in three matrices.
+"""DBRX: top-k, divided by the sum, and all experts on top of each other in three matrices.
 
 https://huggingface.co/databricks/dbrx-base, 2024.
 """

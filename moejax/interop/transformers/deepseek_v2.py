@@ -19,7 +19,7 @@ from moejax.rules import by_score
 
 
 def deepseek_v2(config: Config, **options: Any) -> Block:
-    """The block of DeepSeek-V2, by both of its methods."""
+    """The block of DeepSeek-V2, with either of its two routing methods."""
     d_model, d_hidden = count(config, "hidden_size"), count(config, "moe_intermediate_size")
     num_experts, act = count(config, "n_routed_experts"), activation(config)
     one_of(config, "norm_topk_prob", False, None)  # the installed module does not read it

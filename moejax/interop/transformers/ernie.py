@@ -1,4 +1,4 @@
-"""ERNIE 4.5: chosen by p + b, weighed by p (huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT)."""
+"""ERNIE 4.5: chosen by p + b, weighted by p (huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a block: the one table of the names that published files have in them."""
+"""From a configuration to a block: the one table of the model types that published files name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def block(config: Any, *, execute: Schedule | None = None) -> tuple[Layer, Layou
 
     Args:
         config: a configuration object of transformers, its dict, or the path of a ``config.json``
-            or of its folder. Of a model with several parts, the text model is meant.
+            or of its folder. For a model with several parts, this means its text model.
         execute: the schedule, as in `moe`; by default `dropless`.
 
     Returns:
@@ -108,7 +108,7 @@ def block(config: Any, *, execute: Schedule | None = None) -> tuple[Layer, Layou
 
 
 def published(config: Any) -> Layout:
-    """The layout of the same params in the model's checkpoint, from its module of the mixture on.
+    """The layout of the same params in the model's checkpoint, within the module of the mixture.
 
     Args:
         config: as for `block`.

@@ -1,4 +1,4 @@
-"""A published configuration as a plain dict, and its fields read with care: never a guess."""
+"""A published configuration as a plain dict, whose fields are checked and never guessed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def activation(config: Config, name: str = "hidden_act") -> Callable[[Array], Ar
 
 
 def refuse(config: Config, name: str, must: str, value: Any) -> None:
-    """Names the field that is the reason."""
+    """Refuses the value of a field, naming the field."""
     raise ValueError(
         f"The field `{name}` of {_model(config)} must {must}, got {value!r}: no other value is "
         "supported."

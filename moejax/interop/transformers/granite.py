@@ -2,7 +2,7 @@
 
 Granite 3.0 MoE (https://huggingface.co/ibm-granite/granite-3.0-1b-a400m-base, 2024) and Granite 4.0
 (https://huggingface.co/ibm-granite/granite-4.0-tiny-preview, 2025), whose shared layer is a module
-of its own beside the mixture: the names of its block begin one module higher up.
+of its own beside the mixture, so the names of its block begin one module higher up.
 """
 
 from __future__ import annotations

@@ -32,6 +32,6 @@ def hunyuan_v1_moe(config: Config, **options: Any) -> Block:
 
 
 def _one_for_all(config: Config, *names: str) -> Config:
-    """The configuration with one number in the place of a list of equal ones, an entry a layer."""
+    """The configuration with one number in place of a list of equal numbers, one per layer."""
     lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
     return {**config, **{name: one[0] for name, one in lists.items() if one == one[:1] * len(one)}}

@@ -1,4 +1,4 @@
-"""Llama 4: the gate, a sigmoid, multiplies what the expert reads; beside a shared expert.
+"""Llama 4: the gate, a sigmoid, multiplies the expert's input; beside a shared expert.
 
 https://ai.meta.com/blog/llama-4-multimodal-intelligence/, 2025.
 """

@@ -1,4 +1,4 @@
-"""OLMoE: top-k, as a rule with the raw probabilities.
+"""OLMoE: top-k, usually with the raw probabilities.
 
 OLMoE (https://arxiv.org/abs/2409.02060, 2024), FlexOlmo (https://arxiv.org/abs/2507.07024,
 2025).

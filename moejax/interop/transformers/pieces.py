@@ -1,6 +1,6 @@
-"""What the families are composed of: a layer with its two layouts, and how such pieces combine.
+"""The pieces of the families: layers with their two layouts, and functions that combine them.
 
-Every function here puts one of the public functions of moejax beside the layout of its weights.
+Every function here pairs one of moejax's public functions with the layout of its weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Block(NamedTuple):
 
     Attributes:
         layer: the layer.
-        layout: as the module of the installed transformers names its tensors.
-        published: as checkpoints name them: one tensor per expert, for most.
+        layout: with the names of tensors in the module of the installed transformers.
+        published: with their names in checkpoints, most of which have one tensor per expert.
     """
 
     layer: Layer
@@ -62,7 +62,7 @@ def choosing(
     published: str | None = None,
     stored: tuple[int, ...] | None = None,
 ) -> Block:
-    """A router beside a bias that chooses and does not weigh: the rule takes both."""
+    """A router beside a bias that affects the choice but not the weights: the rule takes both."""
 
     def init(key: Array) -> Params:
         return {"router": logits.layer.init(key), "bias": jnp.zeros(num_experts)}
@@ -89,7 +89,7 @@ def dense_glu(
     bias: bool = False,
     **options: Any,
 ) -> Block:
-    """A gated layer as three linear modules; ``options`` are those of `glu`."""
+    """A gated layer as three linear modules; ``options`` go to `glu`."""
     layer = glu(d_model, d_hidden, layer=partial(linear, bias=bias), **options)
 
     def layout(name: str, names: Names) -> Layout:
@@ -113,9 +113,10 @@ def glu_experts(
         d_model: input and output width D.
         d_hidden: hidden width F.
         num_experts: E.
-        names: of the three tensors of each expert in checkpoints; None where these have two, too.
+        names: of the three tensors of each expert in checkpoints; None if checkpoints, too, have
+            two tensors for all experts.
         transposed: whether the two are [E, D, 2F] and [E, F, D].
-        **options: those of `glu`.
+        **options: for `glu`.
     """
     gate_up = ("gate_up_proj", (2 * d_hidden, d_model), (1, 0))
     down = Tensor("down_proj", (d_model, d_hidden), (1, 0))
@@ -134,7 +135,7 @@ def glu_experts(
 def mixture(
     gate: Block, experts: Block, num_experts: int, route: Callable[..., Any], **options: Any
 ) -> Block:
-    """`moe` of a router and experts; ``options`` are those of `moe`."""
+    """`moe` of a router and experts; ``options`` go to `moe`."""
     layer = moe(experts.layer, gate.layer, num_experts=num_experts, route=route, **options)
     return Block(
         layer,
@@ -162,7 +163,7 @@ def behind(block: Block, gate: Block) -> Block:
 
 
 def chosen(config: Config, num_experts: int, *names: str, renormalize: bool = True) -> int:
-    """K, experts per token, where the family allows it."""
+    """K, experts per token; refused where the family cannot have it."""
     names = names or ("num_experts_per_tok",)
     k = count(config, *names)
     if k > num_experts:

@@ -19,7 +19,7 @@ from moejax.schedules.dropless import dropless
 
 
 def switch_transformers(config: Config, *, execute: Schedule | None = None) -> Block:
-    """The block of Switch; x is [sequences, tokens, D], and the decision has its first axis."""
+    """The block of Switch; x is [sequences, tokens, D], and the decision keeps its first axis."""
     d_model, d_hidden = count(config, "d_model"), count(config, "d_ff")
     num_experts, slots = count(config, "num_experts"), count(config, "expert_capacity")
     one_of(config, "router_dtype", "float32")

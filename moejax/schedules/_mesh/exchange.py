@@ -23,7 +23,7 @@ def padded_exchange(rows: Array, sent: Array, received: Array, axis: str) -> Arr
     Args:
         rows: one block for each of the S devices of the axis, shape [S, C, ...].
         sent: filled rows of each block, int32 [S]; not read.
-        received: the same of the blocks that arrive, int32 [S]; not read.
+        received: the same for the blocks that arrive, int32 [S]; not read.
         axis: the mesh axis. The function must run inside `jax.shard_map`.
 
     Returns:

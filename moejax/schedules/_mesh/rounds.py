@@ -1,8 +1,8 @@
 """A mixture on one device of an expert-parallel mesh, as a sum over rounds of an exchange.
 
-T tokens, their K choices, and E/S experts are here; S is the number of devices along the experts'
-axis. Every pair of devices has a block of C rows per round. Round r carries the choices whose
-place in the queue for their device lies between r C and (r + 1) C, so nothing is dropped.
+The device has T tokens, their K choices, and E/S experts; S is the number of devices along the
+experts' axis. Every pair of devices has a block of C rows per round. Round r carries the choices
+whose place in the queue for their device lies between r C and (r + 1) C, so nothing is dropped.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def one_round(
     x: Array,
     weights: Array,
 ) -> Array:
-    """The part of the sum that the choices of round r give: sent, computed, and sent back.
+    """The part of the sum that the choices of round r contribute: sent, computed, and sent back.
 
     Args:
         local: the mixture of this device's own experts, ``(params, rows, routing) -> outputs``.
@@ -96,7 +96,7 @@ def one_round(
         weights: gates of the choices, shape [T, K].
 
     Returns:
-        A partial sum, shape [T, ...], in float32 at the least.
+        A partial sum, shape [T, ...], in float32 or wider.
     """
     sizes = plan.rows(plan.sent, r), plan.rows(plan.received, r)
     choices = _leaving(plan, r)  # [S, C]
@@ -144,8 +144,8 @@ def sum_of_rounds(
 ) -> Array:
     """The mixture, ``y = sum_r y_r``, over as many rounds as the fullest queue of the mesh needs.
 
-    Round zero is differentiated as any other function. Further ones, rare with a balanced router,
-    keep nothing for the backward pass, which computes them again.
+    Round zero is differentiated like any other function. Further rounds, rare with a balanced
+    router, keep nothing for the backward pass, which computes them again.
 
     Args:
         step: `one_round` of the plan.
@@ -156,7 +156,7 @@ def sum_of_rounds(
         weights: gates of the choices, shape [T, K].
 
     Returns:
-        The blend, shape [T, ...], in float32 at the least.
+        The blend, shape [T, ...], in float32 or wider.
     """
     y = step(0, params, x, weights)
     if plan.most_rounds == 1:

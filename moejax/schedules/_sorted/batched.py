@@ -1,7 +1,7 @@
 """The batched pass: every expert on its slots, all at once or a few experts at a time.
 
-The backward pass computes the outputs of a chunk again: that takes no longer than reading what
-the forward pass would have written, and half the memory.
+The backward pass recomputes what lies inside the experts of a chunk: that takes no longer than
+reading what the forward pass would have written, and half the memory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def cotangents(
         cotangent: of the sum, shape [T, ...].
 
     Returns:
-        The cotangents, None in the place of operands that have none.
+        The cotangents, with None for operands that have none.
     """
     x, weights = operands.tokens, operands.choices
 
@@ -104,8 +104,8 @@ def cotangents(
 def clear(experts: Array, count: Array, tree: Tree) -> Tree:
     """The leaves [E, ...] with zeros for the first ``count`` of these experts, in place.
 
-    An expert without choices still computes rows, of tokens that it may overflow on, and zero times
-    infinity is not zero. A `where` would read and write every expert's gradient to clear a few.
+    An expert without choices still computes rows, on which it may overflow, and zero times infinity
+    is not zero. A `where` would read and write every expert's gradient to clear a few.
     """
 
     def one(i: Array, tree: Tree) -> Tree:
@@ -136,7 +136,7 @@ def _every_expert(
 def _at_once(
     one: Callable[..., PerExpert], group: Group, params: Params, *by_slot: Array
 ) -> PerExpert:
-    """All experts in one batch; they stand in their own order."""
+    """All experts in one batch, in their own order."""
     shaped = [a.reshape(*group, *a.shape[1:]) for a in by_slot]  # [E, C, ...]
     results = jax.vmap(one)(params, *shaped)
     return results._replace(by_slot=jax.tree.map(_flat, results.by_slot))
@@ -149,7 +149,7 @@ def _by_chunks(
     params: Params,
     *by_slot: Array,
 ) -> PerExpert:
-    """A few experts of equally many slots at a time."""
+    """A few experts at a time, each with the same number of slots."""
 
     def step(total: Tree, chunk: tuple[Array, ...]) -> tuple[Tree, Tree]:
         experts, *rows = chunk
@@ -172,7 +172,7 @@ def _by_chunks(
 def _several(one: Callable[..., PerExpert], *stacked: Any) -> PerExpert:
     """``one`` for a few experts, [n, ...] -> [n, ...].
 
-    One expert gets no batch of its own: XLA computes a batch of one product half as fast.
+    A single expert is not batched: XLA computes a batch of one product half as fast.
     """
     if len(jax.tree.leaves(stacked)[0]) > 1:
         return jax.vmap(one)(*stacked)
@@ -186,7 +186,7 @@ def _zeros_by_expert(
     params: Params,
     *by_slot: Array,
 ) -> Any:
-    """Zeros of the form that ``one`` gives by expert, stacked along E; slots begin with choices."""
+    """Zeros like the ``by_expert`` of ``one``, stacked along E; ``by_slot[0]`` holds choices."""
     some = [a[: groups[0].capacity] for a in by_slot]
     over_experts = jax.vmap(one, in_axes=(0, *[None] * len(some)))
     shapes = jax.eval_shape(over_experts, params, *some)
@@ -208,5 +208,5 @@ def _chunks(
 
 
 def _flat(a: Array) -> Array:
-    """One leading axis in the place of two."""
+    """Merges the two leading axes."""
     return a.reshape(-1, *a.shape[2:])

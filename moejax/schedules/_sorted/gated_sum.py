@@ -57,7 +57,7 @@ def gated_sum(
         x: tokens, shape [T, ...].
         experts: chosen experts in [0, E], E for nowhere, shape [T, K].
         weights: their gates, shape [T, K].
-        policy: of `policy_for_dropless` or `policy_for_capacity`.
+        policy: from `policy_for_dropless` or `policy_for_capacity`.
 
     Returns:
         The sum, shape [T, ...], in the dtype of x (of the outputs if x holds integers).
@@ -65,7 +65,7 @@ def gated_sum(
     return _compiled(hashable(expert), policy, params, x, experts, weights)
 
 
-# Under jit even where the caller's code is not: loops compile anew at every call otherwise.
+# Under jit even where the caller's code is not, or loops would be compiled anew at every call.
 @partial(jax.jit, static_argnums=(0, 1))
 def _compiled(
     expert: Expert, policy: Policy, params: Params, x: Array, experts: Array, weights: Array
@@ -162,14 +162,14 @@ def _batched(program: Program, run: Any, slots: Slots, *args: Any) -> Any:
     """The batched pass, or zeros where it does not pay and the loops take every choice."""
     if always_batched(program.policy):
         return run(slots, *args)
-    run = jax.jit(run, inline=True)  # traced once for its shapes, and found by the condition
+    run = jax.jit(run, inline=True)  # traced once, for its shapes; the condition reuses it
     shapes = jax.eval_shape(run, slots, *args)
     zeros = lambda *_: jax.tree.map(jnp.zeros_like, shapes)  # noqa: E731
     return jax.lax.cond(worth_batching(slots.filled, slots.slot.size), run, zeros, slots, *args)
 
 
 def _overflow(policy: Policy, slots: Slots, choices: Sorted) -> Iterator[tuple[int, Rows]]:
-    """The rows that the batched pass left: whole blocks of each size, and the rest for the last."""
+    """Rows left by the batched pass: whole blocks of each size; the last size takes the rest."""
     order, starts = choices
     batched = slots.capacity
     if not always_batched(policy):

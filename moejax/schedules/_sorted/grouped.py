@@ -1,4 +1,4 @@
-"""The accelerators' way: sort the rows by expert once, and run one grouped product a layer."""
+"""For accelerators: the rows sorted by expert once, and one grouped product per layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moejax.schedules._sorted.slots import combine
 
 
 def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choices: Sorted) -> Array:
-    """The gated sum of experts that take ``matmul``: nothing padded, and no loop.
+    """The gated sum of experts that take ``matmul``, without padding or loops.
 
     The expert runs once, on the parameters of all experts ``[E, ...]`` and on all rows; its matrix
-    product gives every row the kernel of the row's expert.
+    product multiplies every row by the kernel of the row's expert.
 
     Args:
         expert: takes ``matmul``, and uses its parameters in nothing else.
@@ -34,7 +34,8 @@ def grouped_sum(expert: Expert, params: Params, x: Array, weights: Array, choice
     order, starts = choices
     places = jnp.arange(order.size, dtype=jnp.int32)
     kept = places < starts[-1]  # choices that go nowhere stand at the end
-    # Their rows are real ones of which nothing is read, and no gradient passes through them.
+    # A choice that goes nowhere gets a copy of a real row: its output is not read, and no gradient
+    # passes through it.
     rows = x[jnp.where(kept, order, order[0]) % x.shape[0]]
     rows = jnp.where(along(kept, rows.ndim), rows, jax.lax.stop_gradient(rows))
     product = _grouped_product(jnp.diff(starts), order.size)
@@ -52,7 +53,7 @@ def _grouped_product(sizes: Array, num_rows: int) -> Matmul:
                 "An expert that takes `matmul` must multiply all its tokens at once, "
                 f"[{num_rows}, ..., D], got {list(x.shape)}: leave `matmul` out of its signature."
             )
-        each = math.prod(x.shape[1:-1])  # vectors of a token
+        each = math.prod(x.shape[1:-1])  # vectors per token
         y = ragged_matmul(x.reshape(-1, x.shape[-1]), kernel, each * sizes)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

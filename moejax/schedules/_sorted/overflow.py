@@ -59,13 +59,13 @@ Body = Callable[[Operands], Operands]
 def block_loop(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) -> Operands:
     """Adds to ``init`` the result of ``body`` on every block of at most ``size`` rows.
 
-    A padded row is a copy of a real one, so that an expert never sees values that are not in the
-    data, with zeros for its choices. What ``body`` returns for it is dropped, so its part of the
-    parameters' gradient must be zero where the choices are. That holds for
-    ``weight * expert(params, x)`` and for all its derivatives.
+    A row that pads a block is a copy of a real one, so that an expert never sees values that are
+    not in the data, but has zeros for its choices. What ``body`` returns for that row is dropped;
+    only the gradient of the parameters sums over all rows, so a row with zeros for its choices must
+    add zero to it. That holds for ``weight * expert(params, x)`` and for all its derivatives.
 
     Args:
-        body: maps one block of operands to what is to be added, for one block.
+        body: maps one block of operands to what that block adds.
         size: rows per block, B.
         rows: which rows to visit.
         operands: what the blocks read.
@@ -108,7 +108,7 @@ def add_cotangents(
 
 
 def differentiable(tree: Tree) -> Tree:
-    """The tree with None in the place of leaves that have no gradient, such as integers."""
+    """The tree with None in place of leaves that have no gradient, such as integers."""
     return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, tree)
 
 
@@ -120,7 +120,7 @@ def merge(some: Tree, tree: Tree) -> Tree:
 def _run(body: Body, size: int, rows: Rows, operands: Operands, init: Operands) -> Operands:
     """The loop itself. Under ``vmap`` it runs once per example, each with its own trip count."""
     blocks = (jnp.maximum(rows.end - rows.begin, 0) + size - 1) // size  # [E]
-    last = jnp.cumsum(blocks)  # [E]: blocks of the experts up to and with this one
+    last = jnp.cumsum(blocks)  # [E]: blocks of the experts up to and including this one
 
     def run(rows: Rows, last: Array, operands: Operands, init: Operands) -> Operands:
         def step(index: Array, total: Operands) -> Operands:

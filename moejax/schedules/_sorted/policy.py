@@ -1,11 +1,11 @@
-"""Every decision that is a matter of sizes or of the platform, in one place.
+"""Every decision that depends on sizes or on the platform, in one place.
 
 A policy says how the engine computes a gated sum; it never changes the sum.
 
-On CPU a batched pass gives every expert about the mean load, a few experts at a time, so that what
-lies between their products stays in the processor's cache. Loops over blocks of one expert each
-take the choices beyond it. On accelerators, loops wait for the host and padding is waste: experts
-that take ``matmul`` run through one grouped product over the sorted rows, without either.
+On CPU a batched pass gives every expert about the mean load, a few experts at a time, so that the
+values between their products stay in the processor's cache. Loops over blocks of one expert each
+take the remaining choices. On accelerators, loops wait for the host and padding is wasted work, so
+experts that take ``matmul`` run through one grouped product over the sorted rows, without either.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from moejax._checks import is_integer
 from moejax.base import Array, Expert, Matmul
 from moejax.schedules._sorted.products import transposing_matmul
 
-# Rows of all experts together up to which they are computed at once: reading the parameters then
-# takes longer than the products, and chunks would copy them. Also the most rows of a chunk.
+# Up to this many rows in all, the experts are computed at once: reading their parameters then takes
+# longer than the products, and chunks would copy them. Also the most rows of a chunk.
 CACHED_ROWS = 1280
 MANY_EXPERTS = 16  # from here on the loads of random routing differ enough to group experts by load
 
@@ -43,14 +43,14 @@ class Policy(NamedTuple):
     """How the engine computes a gated sum over sorted choices; known while tracing.
 
     Attributes:
-        groups: slots of the experts in the batched pass, those with most choices first; a single
-            group keeps the experts in their own order.
+        groups: slots of the experts in the batched pass, experts with the most choices first; a
+            single group keeps the experts in their own order.
         blocks: rows per block of each loop over what the batched pass left; without loops, those
             choices are dropped.
         chunked: whether the batched pass computes a few experts at a time.
         matmul: the matrix product that experts are given, if they take one.
         grouped: whether experts run once on all rows sorted by expert, with a grouped product;
-            nothing else is then read.
+            slots, chunks and blocks then play no part.
     """
 
     groups: tuple[Group, ...]
@@ -80,7 +80,7 @@ def policy_for_dropless(
         num_tokens: T.
         num_experts: E.
         k: choices per token, K.
-        platform: such as ``"cpu"``; by default that of JAX's default backend.
+        platform: such as ``"cpu"``; by default the platform of JAX's default backend.
 
     Returns:
         The policy.
@@ -98,7 +98,7 @@ def policy_for_capacity(num_experts: int, capacity: int, *, platform: str | None
 
 
 def worth_batching(filled: Array, num_choices: int) -> Array:
-    """Whether the batched pass has at least half of the choices; otherwise loops take them all.
+    """Whether the batched pass holds at least half of the choices; otherwise loops take them all.
 
     Collapsed routing and padding leave most slots empty, and an empty slot costs as much as a
     filled one.
@@ -107,27 +107,27 @@ def worth_batching(filled: Array, num_choices: int) -> Array:
 
 
 def always_batched(policy: Policy) -> bool:
-    """Whether the batched pass runs in any case: without loops, or where a condition costs more.
+    """Whether the batched pass always runs: without loops, or where a condition costs more.
 
-    Without a condition between them XLA merges what the backward pass computes again with the
+    With no condition between the two passes, XLA merges what the backward pass recomputes with the
     forward pass.
     """
     return not policy.blocks or policy.num_slots <= CACHED_ROWS
 
 
 def experts_per_chunk(num_experts: int, capacity: int) -> int:
-    """How many of E experts with C slots each a chunk computes: one, or what divides E up to four.
+    """How many of E experts with C slots each a chunk computes: at most four, and a divisor of E.
 
-    The more experts a chunk has, the fewer trips of a loop there are. But a chunk copies its
-    experts' parameters, and what lies between their products must stay in the processor's cache. A
-    last chunk of another size would make XLA copy every result.
+    Larger chunks mean fewer trips of the loop. But a chunk copies its experts' parameters, and the
+    values between their products must stay in the processor's cache. A last chunk of another size
+    would make XLA copy every result.
     """
     fitting = [n for n in (2, 3, 4) if num_experts % n == 0 and 2 * n * capacity <= CACHED_ROWS]
     return max(fitting, default=1)
 
 
 def on_cpu(platform: str | None = None) -> bool:
-    """Whether a platform, by default that of JAX's default backend, is a CPU."""
+    """Whether a platform is a CPU; by default the platform of JAX's default backend."""
     return (platform or jax.default_backend()) == "cpu"
 
 
@@ -145,16 +145,16 @@ def _slots_and_blocks(
 ) -> tuple[tuple[Group, ...], tuple[int, ...]]:
     """About the mean load in the batched pass, and loops over blocks of what it leaves.
 
-    There is no batched pass where it would read every expert for fewer choices than experts, nor
+    There is no batched pass for fewer choices than experts, because it would read every expert, nor
     where tokens may choose every expert: such a rule, `relu`, leaves most of its choices out, and
-    only loops cost what the choices cost.
+    only loops cost no more than the choices that are made.
     """
-    if not is_integer(num_tokens):  # symbolic, while exporting: sizes could not depend on it
+    if not is_integer(num_tokens):  # symbolic, while exporting: sizes cannot depend on it
         return (Group(num_experts, 0),), (512, 32)
     num_choices = num_tokens * k
     mean = -(-num_choices // num_experts)
     if num_choices < num_experts:
-        few = 1 if num_tokens <= 4 else 4  # most experts have no more choices
+        few = 1 if num_tokens <= 4 else 4  # most experts have no more choices than this
         blocks = (128, few) if num_choices >= 128 else (few,)  # fewer never fill a block of 128
         return (Group(num_experts, 0),), blocks
     if k >= num_experts:
@@ -165,12 +165,12 @@ def _slots_and_blocks(
 
 
 def _large_and_small(mean: int) -> tuple[int, int]:
-    """Rows per block, where two loops pay.
+    """Rows per block of a loop over large blocks and one over small ones, where two loops pay.
 
     A block copies its expert's parameters, which takes as long as computing some sixty rows. Small
-    blocks waste least on experts just over the mean; large ones keep the pace when nearly all
-    choices are left to the loops. Where all experts are computed at once, few choices can be left,
-    and a second loop would take longer to compile than it saves.
+    blocks waste least on experts just over the mean; large ones stay fast when nearly all choices
+    are left to the loops. Where all experts are computed at once, few choices can be left, and a
+    second loop would take longer to compile than it saves.
     """
     block = min(32, max(8, (mean + math.isqrt(mean)) // 2))
     return 16 * block, block
@@ -181,12 +181,13 @@ def _one_group(mean: int, num_experts: int) -> tuple[Group, ...]:
 
 
 def _groups(mean: int, num_experts: int) -> tuple[Group, ...]:
-    """Most slots for the quarter of the experts with most choices.
+    """The most slots for the quarter of the experts with the most choices.
 
-    Slots are counted in standard deviations of the load of random routing above its mean. A linear
-    router loads its experts more unevenly than that, so the first quarter needs much; none has less
-    than the mean, which perfect balance needs. Where all experts are computed at once, rows cost
-    little beside reading the parameters, and two deviations leave almost nothing to the loops.
+    Slots are counted in standard deviations of the load above its mean, both under random routing.
+    A linear router loads its experts more unevenly, so the first quarter needs many; no expert has
+    fewer than the mean, which perfect balance needs. Where all experts are computed at once, rows
+    cost little compared with reading the parameters, and two deviations leave almost nothing to the
+    loops.
     """
     deviation = math.sqrt(mean)
     if num_experts * mean <= CACHED_ROWS:

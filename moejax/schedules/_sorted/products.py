@@ -13,10 +13,10 @@ from moejax.base import Array
 
 @jax.custom_batching.custom_vmap
 def side_by_side(x: Array, kernel: Array) -> Array:
-    """A matrix product whose `vmap` over kernels alone is one product with all of them.
+    """A matrix product that `vmap` over kernels alone turns into one product with all of them.
 
-    ``x [T, D]`` times ``[E, D, O]`` is ``x`` times ``[D, E O]``. Left to itself, `vmap` gives each
-    kernel's gradient transposed, and the optimizer then reads it against the grain.
+    ``x [T, D]`` times ``[E, D, O]`` becomes ``x`` times ``[D, E O]``. The `vmap` of a plain product
+    gives each kernel's gradient transposed, and the optimizer then reads it against the grain.
     """
     return jnp.matmul(x, kernel)
 
@@ -33,7 +33,7 @@ def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, b
 
 
 def transposing_matmul(x: Array, kernel: Array) -> Array:
-    """A matrix product for CPU whose kernel gradient is faster; in reverse mode alone.
+    """A matrix product for CPU whose kernel gradient is faster; reverse mode only.
 
     XLA's fast CPU product cannot take a transposed left operand. The kernel gradient ``x^T g``
     needs one, so x^T is copied first.
@@ -64,7 +64,7 @@ _transposing.defvjp(_transposing_forward, _transposing_backward)
 def ragged_matmul(x: Array, kernel: Array, sizes: Array) -> Array:
     """``y_i = x_i W_e`` for rows grouped by e: ``[M, D] x [E, D, O] -> [M, O]``.
 
-    ``jax.lax.ragged_dot``, which by itself cannot be vmapped over some of its operands.
+    It is ``jax.lax.ragged_dot``, which cannot itself be vmapped over some of its operands.
     """
     return sequential_vmap(jax.lax.ragged_dot)(x, kernel, sizes)
 

@@ -1,4 +1,4 @@
-"""Names the way out where a caller asks a schedule for forward mode, which it does not define."""
+"""Refuses forward mode, which the schedules do not define, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.interpreters import ad, batching, mlir
 
 
 def reverse_only(tree: Any) -> Any:
-    """The same arrays, whose gradients pass in reverse mode alone, any number of times.
+    """The same arrays, differentiable in reverse mode only, any number of times.
 
-    JAX refuses forward mode through a `jax.custom_vjp` by itself, without a word on what to do.
+    JAX also refuses forward mode through a `jax.custom_vjp`, but without a word on what to do.
     Placed before one, this raises first, with advice. It computes nothing.
 
     Args:

@@ -26,7 +26,7 @@ class Slots(NamedTuple):
     Attributes:
         expert: the experts in the order of their slots, shape [E].
         unused: the experts, those without any choice first, shape [E].
-        num_unused: how many have none, a scalar.
+        num_unused: how many experts have no choice, a scalar.
         capacity: slots of every expert, by expert, shape [E].
         choice: choice in every slot, shape [S]; an empty slot repeats its expert's first choice,
             so that no expert sees a token that did not choose it.
@@ -49,7 +49,7 @@ def assign_slots(choices: Sorted, num_tokens: int, groups: tuple[Group, ...]) ->
     Args:
         choices: the choices sorted by expert.
         num_tokens: T.
-        groups: how many slots the experts have, those with most choices first.
+        groups: how many slots the experts have, experts with the most choices first.
 
     Returns:
         The slots.
@@ -59,10 +59,10 @@ def assign_slots(choices: Sorted, num_tokens: int, groups: tuple[Group, ...]) ->
     load = jnp.diff(starts)  # [E]
     expert, capacity = _by_load(groups, load)
     owner, nth = _owners(groups, expert)
-    # Slot c of expert e holds what stands at starts[e] + c of the order.
+    # Slot c of expert e holds the choice at position starts[e] + c of the order.
     position = starts[owner] + nth  # [S]
     filled = position < starts[owner + 1]
-    # Without any choice of its own, an expert repeats one that is there; nobody reads its rows.
+    # An expert without choices repeats another expert's; nobody reads its rows.
     last = jnp.maximum(starts[-1] - 1, 0)
     choice = order[jnp.minimum(jnp.where(filled, position, starts[owner]), last)]
     empty = jnp.full((num_choices,), num_slots, jnp.int32)
@@ -74,7 +74,7 @@ def assign_slots(choices: Sorted, num_tokens: int, groups: tuple[Group, ...]) ->
 
 
 def _by_load(groups: tuple[Group, ...], load: Array) -> tuple[Array, Array]:
-    """The experts in the order of their slots, and by expert how many slots it has, both [E]."""
+    """The experts in the order of their slots, and how many slots each expert has, both [E]."""
     expert = jnp.argsort(-load) if len(groups) > 1 else jnp.arange(load.size)
     expert = expert.astype(jnp.int32)
     sizes, capacities = np.array(groups, np.int32).T
