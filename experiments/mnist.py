@@ -121,9 +121,9 @@ def evaluate(model: Model, params: Any, split: Split) -> dict[str, Any]:
         "gate_entropy": gate_entropy(routing),
         "confidence": confidence(routing),
         "effective_experts": effective_experts(routing),
-        # By share of the gate, for where every image chooses every expert none is without choices.
+        # By share of the gate: where every image chooses every expert, none is without choices.
         "dead_experts": jnp.sum(load < 0.05 / len(load)),
-        "expert_by_digit_information": mutual_information(by_class),
+        "mutual_information": mutual_information(by_class),
         "expert_load": load,  # share of the gate
         "choice_load": expert_load(routing),  # share of the choices
         "by_class": by_class,
@@ -219,7 +219,7 @@ def finish_epoch(
     split: Masked,
     progress: Progress,
 ) -> Progress:
-    """Takes the steps that are left of an epoch: in one go, or with pauses in which it is saved."""
+    """Takes the remaining steps of an epoch, in one go or with pauses in which the run is saved."""
     steps = len(progress.metrics["loss"])
     order = shuffle(progress.state, np.int32(len(progress.history)))
     end = (len(progress.history) + 1) * steps
@@ -243,7 +243,7 @@ def check_finite(losses: jax.Array, before: int) -> None:
 
 
 def try_drawing() -> None:
-    """Draws a picture early: where drawing fails, one epoch is lost at most."""
+    """Draws a picture early, so that at most one epoch is lost if drawing fails."""
     from moejax import plot
 
     plot.new_figure(width=1, height=1)[0].canvas.draw()
@@ -334,7 +334,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses options that change nothing beside the others."""
+    """Refuses options that have no effect beside the others."""
     what = f"--route {args.route}" if args.route else f"--model {args.model}"
     asks = asks_for_k(ROUTES[args.route]) if args.route else args.model in (*TAKE_TOP_K, "all")
     if args.top_k is not None and not asks:
@@ -348,7 +348,7 @@ def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Nam
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Bytes that the run takes, at the least: parameters as Adam keeps them, and activations."""
+    """The least bytes that the run takes: parameters as Adam keeps them, and activations."""
     experts = 1 if args.model == "dense" else args.experts
     parameters = experts * (PIXELS * args.hidden + args.hidden * DIGITS + PIXELS)
     activations = experts * args.batch_size * args.hidden

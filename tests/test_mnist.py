@@ -81,7 +81,7 @@ def test_any_rule_trains(route, tmp_path):
     assert all(len(record["expert_load"]) == 3 for record in history)
     for record in history:
         assert 1 <= record["effective_experts"] <= 3.001
-        assert 0 <= record["expert_by_digit_information"] <= np.log(3)
+        assert 0 <= record["mutual_information"] <= np.log(3)
         assert 1 / 3 <= record["confidence"] <= 1.001
         np.testing.assert_allclose(sum(record["choice_load"]), 1, atol=1e-4)
 

@@ -23,14 +23,14 @@ DIAGNOSTICS = (
     "confidence",
     "effective_experts",
     "dead_experts",
-    "expert_by_digit_information",
+    "mutual_information",
     "expert_load",
     "choice_load",
 )
 TITLES = {
     "confidence": "confidence: the largest gate",
     "dead_experts": "dead experts: hardly any gate",
-    "expert_by_digit_information": "what the expert tells of the digit",
+    "mutual_information": "what the expert tells about the digit",
     "expert_load": "share of the gate, by expert",
     "choice_load": "share of the choices, by expert",
 }
@@ -75,18 +75,18 @@ def epoch_record(
 
 
 def varies(history: list[dict[str, Any]], name: str) -> bool:
-    """Whether a quantity could have come out otherwise: equal loads throughout are the rule's."""
+    """Whether a quantity could have come out otherwise: loads that stay equal are the rule's."""
     loads = np.array([record[name] for record in history])
     return loads.ndim < 2 or loads.shape[1] == 1 or not np.allclose(loads, loads[0, 0])
 
 
 def shown(history: list[dict[str, Any]]) -> list[str]:
-    """The diagnostics that say something of this model."""
+    """The diagnostics that say something about this model."""
     return [name for name in DIAGNOSTICS if name in history[0] and varies(history, name)]
 
 
 def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
-    """What summary.json says of a run; a model without a gate has no load and no entropy."""
+    """What summary.json says about a run; a model without a gate has no load and no entropy."""
     seconds = [record["seconds"] for record in run.history]
     names = shown(run.history)
     return rounded(
@@ -106,7 +106,7 @@ def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     """Writes the pictures of one run; those of experts only where there are some."""
     from moejax import plot  # loads matplotlib, for which no epoch should wait
 
-    for name in OF_EXPERTS:  # those of an earlier run would seem to be of this one
+    for name in OF_EXPERTS:  # an earlier run's pictures would seem to be this one's
         (out / name).unlink(missing_ok=True)
 
     save_figure(plot.curves({model: run.history}), out / "curves.png")

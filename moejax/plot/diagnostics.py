@@ -1,4 +1,4 @@
-"""How routing changes in training."""
+"""How routing changes during training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ UNITS = MappingProxyType(
     {
         "gate_entropy": NATS,
         "mutual_information": NATS,
-        "expert_by_digit_information": NATS,
         "confidence": SHARE,
         "share_dropped": SHARE,
         "expert_load": SHARE,
@@ -39,7 +38,7 @@ def diagnostics(
     Args:
         history: one record per epoch: ``epoch``, and quantities by name. A number is drawn as one
             line of the whole model; an array [E], such as the load, as one line per expert.
-        titles: of quantities whose name does not say enough.
+        titles: for quantities whose name does not say enough.
 
     Returns:
         A figure.
