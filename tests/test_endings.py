@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from commands import refusal, run, start_process
+from parts import ending
+from parts.folders import temporary_folder
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -125,6 +127,21 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
     message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys, code=1)
     assert message == "toy.py: [Errno 28] No space left on device\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
+    done = []
+    monkeypatch.setattr(os, "_exit", done.append)
+    with (
+        temporary_folder() as folder,
+        ending.before_the_end(lambda: done.append(Path(folder).exists())),
+    ):
+        ending.end_at_once(signal.SIGTERM)
+        assert not Path(folder).exists()
+    assert done == [True, 143]  # the inner one first
+    ending.end_at_once(signal.SIGINT)
+    assert done == [True, 143, 130]
+    assert "SIGINT: stopped before the end" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
-"""How much of the machine other processes take: where they take much, a timing is worth little."""
+"""Other processes: how much of the machine they take, and the end of those started here.
+
+Where others take much, a timing is worth little.
+"""
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -43,3 +47,9 @@ def page_faults() -> int:
     except ImportError:  # on Windows
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+
+def kill_children() -> None:
+    """Ends the processes that this one has started by `multiprocessing`."""
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -22,11 +22,13 @@ from benchmarks.layers import (
     torch_contenders,
     torch_is_there,
 )
+from benchmarks.other_processes import kill_children
 from benchmarks.peers import Shape, gathered, torch_step
 from benchmarks.timing import BACKWARD, FORWARD, STEP, Contender, Result, measure, planned_bytes
 from moejax.training import Loss, init_state, keep_gradients, train_step
 from parts.command_line import say
 from parts.compiling import compiled
+from parts.ending import before_the_end
 
 KEPT, GATHERED = f"{DROPLESS}, keep_gradients", "gathered weights"
 PEERS = (GROUPED_MM, GATHERED)
@@ -45,7 +47,10 @@ def step_suite(rounds: int, quick: bool) -> Iterator[Result]:
     """
     shapes = QUICK if quick else [*SHAPES[:3], *SMALL]
     fresh = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
+    with (
+        ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes,
+        before_the_end(kill_children),
+    ):
         yield from processes.map(partial(measured, rounds=rounds), shapes)
 
 

@@ -19,10 +19,12 @@ from jax.sharding import AxisType, Mesh
 
 import moejax
 from benchmarks.collectives import bytes_sent
+from benchmarks.other_processes import kill_children
 from benchmarks.peers import Shape
 from benchmarks.timing import Result
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 from moejax.training import TrainState, init_state, train_step
+from parts.ending import before_the_end
 
 DEVICES = 8
 MESHES = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (1, 8), (2, 4), (8, 1))  # data x expert
@@ -38,7 +40,10 @@ def traffic_suite(rounds: int, quick: bool) -> Iterator[Result]:
     del rounds  # compiled programs do not vary
     shape, meshes = (QUICK, MESHES[3:5]) if quick else (FULL, MESHES)
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=make_devices) as process:
+    with (
+        ProcessPoolExecutor(1, mp_context=context, initializer=make_devices) as process,
+        before_the_end(kill_children),
+    ):
         records = list(process.map(partial(sent_on, shape), meshes))
     yield Result("traffic", shape._asdict(), records, {})
 

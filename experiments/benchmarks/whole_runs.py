@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +28,8 @@ from moejax.training import (
     train_step,
     train_until,
 )
+from parts.ending import before_the_end
+from parts.folders import temporary_folder
 from parts.models import DIGITS, MODELS, PIXELS, mlp_expert
 
 SCRIPT = Path(mnist.__file__)
@@ -105,10 +106,13 @@ def load_suite(rounds: int, quick: bool) -> Iterator[Result]:
 def stages(arguments: list[str]) -> dict[str, float]:
     """Runs mnist.py and times what it prints."""
     spent = {}
-    with tempfile.TemporaryDirectory() as out:
+    with temporary_folder() as out:
         before = time.perf_counter()
         command = [sys.executable, str(SCRIPT), "--no-cache", "--out", out, *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run,
+            before_the_end(run.kill),
+        ):
             waiting = list(STAGES)
             for line in run.stdout or ():
                 if waiting and waiting[0] in line:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from parts.ending import before_the_end
+
 SECONDS_WITHOUT_PROGRESS = 8.0
 SCRIPT = Path(__file__).with_name("_fetch.py")
 
@@ -23,7 +25,8 @@ def download(folder: Path) -> None:
         command = [sys.executable, "-P", str(SCRIPT), str(folder)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            _wait(process, folder)
+            with before_the_end(process.kill):
+                _wait(process, folder)
         finally:
             process.kill()
             process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from data.download import download
 from data.folder import HOW_TO_GET_MNIST, read_folder
 from data.idx import NAMES, find, holds_idx
 from data.sample import mnist_sample
-from parts.folders import folder_of, local_folder
+from parts.folders import folder_of, local_folder, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def _cached_or_downloaded() -> Dataset:
             return _read_mnist(folder)
         except ValueError as error:
             logger.warning("The cached MNIST is downloaded again: %s", error)
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         download(Path(temporary))
         try:
             data = _read_mnist(Path(temporary))

@@ -40,10 +40,10 @@ class RefusedError(EndedError):
 
 
 class _Watch:
-    # What a signal does now, the pipe that tells of one, and files that are not complete yet.
+    # What a signal does now, the pipe that tells of one, and what is done before it ends the run.
     act: Act
     pipe: int | None = None
-    unfinished: set[Path] = set()  # noqa: RUF012  there is one process
+    before_the_end: list[Callable[[], object]] = []  # noqa: RUF012  there is one process
 
 
 def prepare() -> None:
@@ -75,9 +75,9 @@ def _listen(reader: int) -> None:
 
 def end_at_once(signum: int) -> None:
     """Ends the process with one line and the exit code of the signal."""
-    for path in list(_Watch.unfinished):
+    for clean in reversed(_Watch.before_the_end):
         with contextlib.suppress(OSError):
-            path.unlink()
+            clean()
     name, program = signal.Signals(signum).name, Path(sys.argv[0]).name
     with contextlib.suppress(OSError):
         os.write(2, f"{program}: {name}: stopped before the end\n".encode())
@@ -105,17 +105,26 @@ def signals() -> Iterator[Callable[[], int | None]]:
 
 
 @contextmanager
+def before_the_end(clean: Callable[[], object]) -> Iterator[None]:
+    """Within it, a signal that ends the process has this done first; otherwise it is not done."""
+    _Watch.before_the_end.append(clean)
+    try:
+        yield
+    finally:
+        _Watch.before_the_end.remove(clean)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives another name to write a file under; the file gets its own name once it is complete."""
     other = path.with_name(f".{path.stem}.partial{path.suffix}")
-    _Watch.unfinished.add(other)
-    try:
-        yield other
-        os.replace(other, path)
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            other.unlink()
-        _Watch.unfinished.discard(other)
+    with before_the_end(other.unlink):
+        try:
+            yield other
+            os.replace(other, path)
+        finally:
+            with contextlib.suppress(OSError):  # it is gone where all went well
+                other.unlink()
 
 
 @contextmanager

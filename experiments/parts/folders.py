@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
-from parts.ending import RefusedError
+from parts.ending import RefusedError, before_the_end
 
 
 def local_folder(text: str | os.PathLike[str]) -> Path:
@@ -32,3 +35,11 @@ def folder_of(variable: str) -> Path | None:
         return local_folder(value) if value else None
     except RefusedError as error:
         raise RefusedError(f"{variable} {error}") from None
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that is deleted at the end, and before a signal ends the process."""
+    folder = tempfile.TemporaryDirectory()
+    with folder as name, before_the_end(folder.cleanup):
+        yield name

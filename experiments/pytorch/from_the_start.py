@@ -6,7 +6,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
-from parts.ending import EndedError
+from parts.ending import EndedError, before_the_end
+from parts.folders import temporary_folder
 from parts.progress import progress
 from pytorch.twins import Problem
 from pytorch.ways import BATCH_SIZE, MOEJAX, ways
@@ -58,7 +58,7 @@ def waits(name: str, problem: Problem, rounds: int, without: set[str]) -> dict[s
         script; and how busy other processes were.
     """
     before = processor_seconds()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         commands = scripts(name, folder, without)
         seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in commands}
         np.save(Path(folder, "x.npy"), problem.x)
@@ -93,9 +93,11 @@ def wait(command: list[str], programs: Path) -> tuple[float, float]:
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     began = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    script = [sys.executable, "-m", *command]
+    with (
+        subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True) as process,
+        before_the_end(process.kill),
+    ):
         line = process.stdout.readline() if process.stdout else ""
         first = time.perf_counter() - began
         process.communicate()

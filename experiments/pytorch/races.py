@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
 from parts.command_line import say
+from parts.folders import temporary_folder
 from pytorch.contenders import Contender
 from pytorch.ways import MOEJAX
 
@@ -77,7 +77,7 @@ def same_threads() -> int:
 def no_inductor_cache() -> Iterator[None]:
     """Lets torch.compile find nothing from an earlier run."""
     with (
-        tempfile.TemporaryDirectory() as folder,
+        temporary_folder() as folder,
         mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
     ):
         yield
@@ -85,7 +85,7 @@ def no_inductor_cache() -> Iterator[None]:
 
 def profile(run: Contender, largest: int = 12) -> dict[str, float]:
     """Where the time of a call goes: the largest shares of XLA's time, by operation."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         with jax.profiler.trace(folder):
             run()
         [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
