@@ -13,7 +13,7 @@ def local(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: if it is an address elsewhere, such as ``s3://bucket``; taken as a path, it
-            would make a folder called ``s3:`` here.
+            would make a folder called ``s3:`` here, or in the home of a user that is not there.
     """
     text = os.fspath(path)
     if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
@@ -22,4 +22,9 @@ def local(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"The path must be one on this machine, or of what is mounted here, got {path}."
         )
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(
+            f"The path must be one on this machine, got {path}: no such user."
+        ) from None

@@ -118,6 +118,21 @@ def test_when_a_process_dies_the_other_ends_and_the_run_goes_on_elsewhere(
     np.testing.assert_allclose(losses(tmp_path), one_device[:8], rtol=0, atol=1e-5)
 
 
+def test_a_signal_to_one_process_saves_the_run_of_both(start, tmp_path, one_device):
+    flags = ["--epochs", "20", "--checkpoint-every", "5"]
+    processes = start_two(start, tmp_path, *flags)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 4)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 143, output
+        assert "SIGTERM after step" in output
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    for process in start_two(start, tmp_path, *flags, "--resume", str(steps[0])):
+        finish(process)
+    np.testing.assert_allclose(losses(tmp_path), one_device[:20], rtol=0, atol=1e-5)
+
+
 def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -132,6 +147,7 @@ def wait_for(condition, seconds=300):
         (["--mesh", "data=2,expert=x"], "must be like data=2,expert=4"),
         (["--mesh", "data=2,expert=2"], "takes 4 devices and there are 8"),
         (["--mesh", "expert=1", "--processes", "2"], "needs --mesh and --coordinator"),
+        ([*MESH, "--model", "soft", "--experts", "6"], "must stack a multiple of 4 experts"),
     ],
 )
 def test_meshes_that_cannot_be(data, tmp_path, capsys, flags, message):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import jax
+import numpy as np
 
 from data import Dataset
 from moejax import checkpoint
@@ -147,6 +148,15 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
     return fresh
 
 
+def agreed(signum: int | None) -> int | None:
+    """The signal that any process of the run has had, so that all of them save at the same step."""
+    if jax.process_count() == 1:
+        return signum
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(signum or 0)))) or None
+
+
 def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
     """The progress in a checkpoint, if it is of the same run."""
     check_identity(plan, read(checkpoint.read_config, plan.folder, step=step))
@@ -229,7 +239,7 @@ def pauses(plan: Plan) -> Iterator[Pause]:
     with signals() as received, checkpoint.writer(plan.folder, keep=KEEP) as write:
 
         def pause(progress: Progress) -> None:
-            signum = received()
+            signum = agreed(received())
             if signum or progress.step % every == 0 or len(progress.history) == plan.epochs:
                 save(plan, write, progress)
             if signum:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from moejax._paths import local
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder until it is complete
@@ -36,6 +38,8 @@ def latest(folder: str | Path) -> int | None:
 def discard(folder: str | Path, *, after: int) -> None:
     """Deletes the checkpoints after a step, to go on from it instead of from the newest.
 
+    With several processes every one calls it; the first deletes, and the others wait for it.
+
     Args:
         folder: where the checkpoints of a run are.
         after: the last step to keep.
@@ -54,7 +58,17 @@ def discard(folder: str | Path, *, after: int) -> None:
     folder = local(folder)
     for step in sorted(steps_in(folder), reverse=True):
         if step > after:
-            delete(folder / str(step))
+            on_first_process(delete, folder / str(step))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("moejax.checkpoint.discard")
+
+
+def on_first_process(function: Callable[[Path], None], path: Path) -> None:
+    """Calls a function in the first of several processes, which share the folder."""
+    if jax.process_index() == 0:
+        function(path)
 
 
 def delete(checkpoint: Path) -> None:

@@ -209,7 +209,11 @@ def _placed(array: np.ndarray | None, entry: Manifest, like: Any) -> Any:
         leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
     if entry.get("weak_type"):
         leaf = _weak(jnp.asarray(leaf))
-    return jax.device_put(leaf, _sharding(like))
+    sharding = _sharding(like)
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # Over several processes, which have all read the same; `device_put` gives no PRNG key to them.
+    return jax.jit(lambda leaf: leaf, out_shardings=sharding)(leaf)
 
 
 def _weak(array: jax.Array) -> jax.Array:

@@ -10,10 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import jax
-
 from moejax._paths import local
-from moejax.checkpoint.folder import apart, clear, delete, latest, orbax, steps_in
+from moejax.checkpoint.folder import apart, clear, delete, latest, on_first_process, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)
@@ -87,7 +85,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
     with orbax() as ocp:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _on_first_process(clear, folder)
+            on_first_process(clear, folder)
             background = apart(ocp.AsyncCheckpointer, ocp.CompositeCheckpointHandler())
         ended = threading.Event()
         try:
@@ -105,12 +103,7 @@ def _finish(background: Any, folder: Path, keep: int | None) -> None:
     with _write_errors(folder):
         apart(background.wait_until_finished)
         for step in sorted(steps_in(folder), reverse=True)[keep:] if keep else []:
-            _on_first_process(delete, folder / str(step))
-
-
-def _on_first_process(function: Callable[[Path], None], path: Path) -> None:
-    if jax.process_index() == 0:
-        function(path)
+            on_first_process(delete, folder / str(step))
 
 
 def _save(
