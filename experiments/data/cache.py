@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from parts.folders import folder_of
+from parts.folders import folder_of, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def cache_dir() -> Path:
     """``$MOEJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/moejax``, else ``~/.cache/moejax``."""
     if own := folder_of("MOEJAX_CACHE_DIR"):
         return own
-    return (folder_of("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax"
+    return (folder_of("XDG_CACHE_HOME") or local_folder("~/.cache")) / "moejax"
 
 
 def store(path: Path, content: bytes) -> None:

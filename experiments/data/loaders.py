@@ -9,7 +9,7 @@ from pathlib import Path
 from data.cache import cache_dir, store
 from data.dataset import Dataset
 from data.download import download
-from data.folder import HOW_TO_GET_MNIST, read_folder
+from data.folder import HOW_TO_GET_MNIST, located, read_folder
 from data.idx import NAMES, find, holds_idx
 from data.sample import mnist_sample
 from parts.folders import folder_of, local_folder, temporary_folder
@@ -76,7 +76,7 @@ def load(data_dir: str | Path | None = None) -> Dataset:
 
 def _read_mnist(folder: Path) -> Dataset:
     data = read_folder(folder)
-    first = find(folder, NAMES[0])
+    first = find(located(folder), NAMES[0])
     if first is not None and data.name != "mnist":
         raise ValueError(
             f"{first} must be MNIST's file by SHA-256, got another data set of the same format; "

@@ -70,7 +70,7 @@ def from_files(paths: list[Path], source: str) -> Text:
         ValueError: if there is too little text on one side.
         OSError: if a file cannot be read.
     """
-    texts = [_tabs_as_spaces(path.read_text(encoding="utf-8", errors="replace")) for path in paths]
+    texts = [path.read_text("utf-8", errors="replace").expandtabs(4) for path in paths]
     if len(texts) == 1:
         cut = len(texts[0]) * 9 // 10
         train, validation = [texts[0][:cut]], [texts[0][cut:]]
@@ -80,10 +80,6 @@ def from_files(paths: list[Path], source: str) -> Text:
         validation = [text for text in texts if _is_held_out(text)]
         kinds = np.concatenate([np.zeros(0, np.uint8), *map(kinds_of, validation)])
     return _checked(Text(encode("".join(train)), encode("".join(validation)), kinds, source))
-
-
-def _tabs_as_spaces(text: str) -> str:
-    return text.replace("\r\n", "\n").expandtabs(4)
 
 
 def _is_held_out(text: str) -> bool:

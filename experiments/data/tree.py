@@ -49,7 +49,8 @@ def read_tree(folder: Path) -> tuple[Split, Split, bool]:
     """Decodes every image of the folder, or reuses what was decoded from the very same files.
 
     The decoded images are cached, one file per folder, and belong to the path, size, modification
-    and change time of every image. Examples are ordered by digit, then by file name.
+    and change time of every image. Digits take turns, each in the order of file names: the first
+    examples are of all digits, however many are taken.
 
     Returns:
         The training set, the test set, and whether they are MNIST (by SHA-256, in any order).
@@ -186,7 +187,15 @@ def _splits(images: np.ndarray, files: Scan) -> tuple[Split, Split]:
     counts = [len(names) for names in files.values()]
     labels = np.repeat(np.arange(20, dtype=np.int32) % 10, counts)
     n = sum(counts[:10])
-    return Split(images[:n], labels[:n]), Split(images[n:], labels[n:])
+    train, test = Split(images[:n], labels[:n]), Split(images[n:], labels[n:])
+    return _taking_turns(train, counts[:10]), _taking_turns(test, counts[10:])
+
+
+def _taking_turns(split: Split, counts: list[int]) -> Split:
+    """The first example of every digit, then the second of every digit, and so on."""
+    places = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort(places, kind="stable")
+    return Split(split.images[order], split.labels[order])
 
 
 def _pillow() -> ModuleType:
