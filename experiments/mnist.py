@@ -40,7 +40,7 @@ from moejax.diagnostics import (
     gate_entropy,
     mutual_information,
 )
-from moejax.sharding import expert_parallel
+from moejax.sharding import expert_parallel, shardings
 from moejax.training import (
     Masked,
     Step,
@@ -67,7 +67,7 @@ from parts.command_line import (
 from parts.compiling import QUICK_TO_COMPILE, compile_in_background, compiled, timed
 from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
 from parts.ending import EndedError, RefusedError
-from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, TAKE_TOP_K, Model, by_rule
+from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, RUN_ALL, TAKE_TOP_K, Model, by_rule
 from parts.output import make_writable, output_of_one_run
 from parts.progress import waiting
 from parts.records import write_json
@@ -199,6 +199,8 @@ def train(
         for number in range(len(progress.history) + 1, args.epochs + 1):
             progress = finish_epoch(plan, pause, advance, shuffle, split, progress)
             test = jax.device_get(test_program()(progress.state.params, data.test))
+            if not np.isfinite(test["loss"]):  # of the parameters after the last step
+                check_finite(np.array([np.nan]), progress.step - 1)
             record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -233,7 +235,7 @@ def finish_epoch(
     return progress
 
 
-def check_finite(losses: jax.Array, before: int) -> None:
+def check_finite(losses: jax.Array | np.ndarray, before: int) -> None:
     """Ends the program if training has diverged."""
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
@@ -343,15 +345,14 @@ def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Nam
         parser.error("--experts does nothing with --model dense, which is one network")
     if args.data_dir is not None and args.dataset not in FROM_FOLDERS:
         parser.error(f"--data-dir does nothing with --dataset {args.dataset}")
-    if args.mesh is None and (args.coordinator is not None or args.process_id):
-        parser.error("--coordinator and --process-id do nothing without --mesh and --processes")
 
 
 def memory(args: argparse.Namespace) -> int:
     """The least bytes that the run takes: parameters as Adam keeps them, and activations."""
-    experts = 1 if args.model == "dense" else args.experts
+    experts = 1 if args.model == "dense" and not args.route else args.experts
     parameters = experts * (PIXELS * args.hidden + args.hidden * DIGITS + PIXELS)
-    activations = experts * args.batch_size * args.hidden
+    served_by = experts if (args.route or args.model) in RUN_ALL else 1
+    activations = served_by * args.batch_size * args.hidden
     return 4 * (4 * parameters + 2 * activations)
 
 
@@ -384,6 +385,8 @@ def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Model]:
         with ending.refusals():
             params = jax.eval_shape(model.init, jax.random.key(0))
             jax.eval_shape(model.apply, params, image, None)
+            if mesh is not None:
+                shardings(params, mesh)
     return models
 
 

@@ -123,7 +123,10 @@ def curves_of(
     begins: Callable[[Any], jax.Array],
     seed: int,
 ) -> dict[str, Curve]:
-    """The four curves of one seed; upcycled mixtures begin where the dense network ends."""
+    """The four curves of one seed; upcycled mixtures begin with the dense network's parameters.
+
+    Adam begins anew for them, while the dense network goes on with its own.
+    """
     init_key, router_key, noise_key, run_key = jax.random.split(jax.random.key(seed), 4)
     first, begun = train_dense(init_state(DENSE.init(init_key), optimizer, run_key), args.epochs)
     upcycled = partial(

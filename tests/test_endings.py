@@ -115,6 +115,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e38".split()
     message = refusal("mnist", "--out", str(tmp_path), *hot, capsys=capsys, code=1)
     assert "the loss is not finite at step" in message
+
+
+def test_a_loss_that_is_not_finite_after_the_last_step_ends_the_run(tmp_path, capsys):
+    hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e30".split()
+    last = ["--epochs", "1", "--batch-size", "1437"]  # one step, whose loss is of the start
+    message = refusal("mnist", "--out", str(tmp_path), *hot, *last, capsys=capsys, code=1)
+    assert "the loss is not finite at step 1:" in message
     assert "try a smaller --learning-rate" in message
     assert not list(tmp_path.glob("*.png"))
 
@@ -127,6 +134,14 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
     message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys, code=1)
     assert message == "toy.py: [Errno 28] No space left on device\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_ends_in_one_line(capsys):
+    error = ModuleNotFoundError("No module named 'scipy'")
+    ending._one_line_for_missing_packages(type(error), error, None)
+    assert "No module named 'scipy': pip install -e '.[experiments]'\n" in capsys.readouterr().err
+    ending._one_line_for_missing_packages(KeyError, KeyError("x"), None)
+    assert "KeyError: 'x'" in capsys.readouterr().err
 
 
 def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
@@ -163,6 +178,8 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
         ("toy", ["--out", __file__], "--out must be a folder, got the file"),
         ("toy", ["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket"),
         ("toy", ["--out", "s3:/bucket/run"], "must be a folder on this machine, got s3:/bucket"),
+        ("toy", ["--out", "~nobody-of-this-name/run"], "got ~nobody-of-this-name/run: no such user"),
+        ("heads", ["--batch-size", "1"], "must be a whole number of at least 2, got 1"),
         ("mnist", ["--data-dir", "gs://bucket"], "must be a folder on this machine, got gs://"),
         ("benchmark", ["--out", __file__], "--out must be a folder, got the file"),
         ("upcycle", ["--data-dir", "/no/such"], "/no/such"),

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +48,9 @@ class _Watch:
 
 
 def prepare() -> None:
-    """From here on a signal ends the process with one line, and no terminal can stop a run.
+    """From here on a signal or a missing package ends the process with one line.
+
+    No terminal can stop a run, either.
 
     Python runs a handler only between two of its instructions, and one that compiles with XLA takes
     seconds. So the handlers do nothing; a thread reads the signal from a pipe, and acts at once.
@@ -56,6 +59,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _one_line_for_missing_packages
     _Watch.act = end_at_once
     if _Watch.pipe is None:
         reader, _Watch.pipe = os.pipe()
@@ -64,6 +68,16 @@ def prepare() -> None:
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: None)
     signal.set_wakeup_fd(_Watch.pipe, warn_on_full_buffer=False)
+
+
+def _one_line_for_missing_packages(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, ModuleNotFoundError):
+        name = Path(sys.argv[0]).name
+        print(f"{name}: {error}: pip install -e '.[experiments]'", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _listen(reader: int) -> None:

@@ -17,15 +17,18 @@ def local_folder(text: str | os.PathLike[str]) -> Path:
     """A folder on this machine, given with ``file:``, ``~`` or neither.
 
     Raises:
-        RefusedError: if it is the address of something else; as a path, it would make a folder
-            called ``s3:`` here.
+        RefusedError: if it is the address of something else, which as a path would make a folder
+            called ``s3:`` here, or the home of a user that is not there.
     """
     text = os.fspath(text)
     if here := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
         return Path(unquote(here[1]))
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text):  # a single slash in a Path of s3://bucket
         raise RefusedError(f"must be a folder on this machine, got {text}")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise RefusedError(f"must be a folder on this machine, got {text}: no such user") from None
 
 
 def folder_of(variable: str) -> Path | None:

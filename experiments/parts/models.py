@@ -90,6 +90,7 @@ def by_rule(name: str, kind: Kind, num_experts: int, top_k: int, execute: Execut
 
 MODELS = {"dense": dense, "soft": soft, "sparse": sparse, "hard": hard}
 TAKE_TOP_K = ("sparse",)
+RUN_ALL = ("soft", "all", "softmax", "softmax-information")  # every expert sees every image
 EXPERTS = {"mlp": mlp_expert, "conv": conv_expert}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,11 +64,11 @@ def data_identity(data: Dataset) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """What a result depends on besides the arguments."""
-    packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
-    return {
-        "moejax": moejax.__version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
+    found = {"moejax": moejax.__version__, "python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "optax", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not every run needs flax
+            found[package] = metadata.version(package)
+    return found | {
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
         "cores": str(os.cpu_count()),

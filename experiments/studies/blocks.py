@@ -156,5 +156,15 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
         say(f"nothing to resume in {folder}: starting from the beginning")
     if path.exists():
         check_same_run(now, record(path))
+        note_other_versions(folder / "versions.json")
     folder.mkdir(exist_ok=True)
     write_json(path, now)
+    write_json(folder / "versions.json", versions())
+
+
+def note_other_versions(path: Path) -> None:
+    """Says so where another machine, or other versions, measured what is there."""
+    was, now = record(path) if path.exists() else {}, versions()
+    others = [f"{name} {was[name]}" for name in was if was[name] != now.get(name)]
+    if others:
+        say(f"the seeds so far were measured with {', '.join(others)}")
