@@ -52,7 +52,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
 
     Args:
         accuracies: of every seed, by what was run.
-        p_value: of the Kolmogorov-Smirnov test between the first two.
+        p_value: of the Kolmogorov-Smirnov test between the first and the last.
     """
     figure, axes = plot.new_figure(width=6.5, height=4.8)
     axis = axes[0, 0]
@@ -65,7 +65,7 @@ def seeds(accuracies: dict[str, np.ndarray], p_value: float) -> Figure:
     axis.set(
         xlabel="accuracy after training",
         ylabel="share of seeds at most as accurate",
-        title=f"{len(values)} seeds of the toy; Kolmogorov-Smirnov p = {p_value:.2g}",
+        title=f"{len(values)} seeds of the toy; own weights: Kolmogorov-Smirnov p = {p_value:.2g}",
     )
     figure.legend(frameon=False, loc="outside lower center")
     axis.spines[["top", "right"]].set_visible(False)

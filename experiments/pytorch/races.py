@@ -38,7 +38,7 @@ def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
             began = time.perf_counter()
             try:
                 run()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, AttributeError) as error:  # the last in an older PyTorch
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 say(f"  {name} failed, {failed[name]}")
                 continue
