@@ -102,6 +102,8 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     axes[0, 0].minorticks_off()
     axes[0, 1].set(ylabel="violation", xlabel="share of training", ylim=(-0.15, None))
     axes[0, 2].set(xlabel="violation", ylabel="test error, %")
+    for ax in axes[0, :2]:
+        ax.set_title("mean over seeds", size=10)
     axes[0, 2].set_title("at the end: mean and 95% interval", size=10)
     axes[0, 0].legend(fontsize=8)
     return figure

@@ -158,6 +158,7 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     settings = sorted({name.partition("-")[0] for name in summary["cells"]})
     figure, axes = new_figure(2, len(settings), width=2.6 * len(settings) + 1, height=5.4)
     shades = {contender: color(index) for index, contender in enumerate(CONTENDERS)}
+    least = min(min(one["accuracy"]["values"]) for one in summary["cells"].values())
     for column, setting in enumerate(settings):
         top, bottom = axes[:, column]
         noise, distractor = SETTINGS[int(setting)].noise, SETTINGS[int(setting)].distractor[1]
@@ -168,7 +169,7 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
                 draw_accuracy(top, place, summary, name, shades[contender])
             if "curve" in measured.get(name, {}):
                 draw_curve(bottom, measured[name]["curve"], shades[contender])
-        top.set(ylim=(60, 101.5), xticks=range(len(CONTENDERS)))
+        top.set(ylim=(min(60, least - 1), 101.5), xticks=range(len(CONTENDERS)))
         top.set_xticklabels([each.replace(" ", "\n") for each in CONTENDERS.values()], size=7)
         bottom.set(xlabel="step", ylim=(-0.05, 1.5))
         bottom.axhline(np.log(CLUSTERS), color="0.7", linestyle=":", linewidth=1)

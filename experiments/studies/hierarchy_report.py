@@ -98,12 +98,12 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
 
     figure, axes = new_figure(2, 2, width=9.5, height=6.4)
     (alone, tree), curves = axes
+    shares = []
     for index, (name, _) in enumerate(cells(summary, TOY)):
         one = measured[f"{TOY}-{name}"]
-        alone.scatter(
-            one["accuracy"], one["top_alone"], s=9, alpha=0.6, color=color(index), label=name
-        )
-    limits = [65, 101]
+        shares += [one["accuracy"], one["top_alone"]]
+        alone.scatter(*shares[-2:], s=9, alpha=0.6, color=color(index), label=name)
+    limits = [min(65, *(part.min() - 1 for part in shares)), 101]
     alone.plot(limits, limits, color="0.7", linewidth=1, zorder=0)
     alone.set(xlim=limits, ylim=limits, xlabel="blend right, %", ylabel="top expert alone right, %")
     alone.set_title("toy: one dot per seed", size=10)
