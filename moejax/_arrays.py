@@ -17,6 +17,11 @@ Array = jax.Array
 @compiled("num_experts")
 def by_expert(experts: Array, values: Array, num_experts: int) -> Array:
     """Values of choices laid out by expert, ``[T, K] -> [T, E]``; zero where there is no choice."""
+    if values.ndim != 2:
+        raise ValueError(
+            "`gates`, `counts` and `chooses` are of one decision, with experts [T, K], got "
+            f"{list(values.shape)}: for a stack use jax.vmap(lambda routing: routing.counts)."
+        )
     num_choices = values.shape[1]
     if num_choices * num_experts <= 64:
         # XLA fuses comparisons with the operations around them, but not a scatter.

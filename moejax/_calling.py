@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 
+from moejax._compiling import has_hash
 from moejax.base import Array, Expert, Layer, Rule
 
 
@@ -18,6 +20,17 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     A bare ``**kwargs`` does not count: what it is forwarded to may not know the keyword.
     """
     return name in inspect.signature(function).parameters
+
+
+def options_for(function: Callable[..., Any], **given: Any) -> dict[str, Any]:
+    """The arguments that are given, not None, and that a function takes, by name or by ``**``."""
+    parameters = inspect.signature(function).parameters
+    forwards = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and (forwards or name in parameters)
+    }
 
 
 def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> Expert:
@@ -31,11 +44,31 @@ def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> E
 def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself if it can be a static argument of `jit`, or something around it.
 
-    A bound method is equal to itself even if its object has changed since. So a new function is
-    made around it each time, and no program compiled for it earlier is found again.
+    A bound method is equal to itself even if its object has changed since, and so is an object
+    that can be called. So a new function, of the same signature, is made around it each time, and
+    no program compiled for it earlier is found again.
     """
-    fixed = isinstance(function, Hashable) and not inspect.ismethod(function)
-    return function if fixed else lambda *args: function(*args)
+    if _is_fixed(function):
+        return function
+
+    @functools.wraps(function, updated=())
+    def anew(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return anew
+
+
+def _is_fixed(function: Any) -> bool:
+    """Whether equality tells that a function does the same."""
+    if isinstance(function, partial):
+        return _is_fixed(function.func) and has_hash(function)
+    kind = type(function)
+    an_object = inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
+    by_identity = inspect.getattr_static(kind, "__hash__") is object.__hash__
+    of_jax = kind.__module__.startswith("jax.")  # such as a function with a derivative of its own
+    if inspect.ismethod(function) or (an_object and by_identity and not of_jax):
+        return False
+    return has_hash(function)
 
 
 def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:
@@ -59,7 +92,8 @@ def check_rule(route: Rule, outputs: tuple[Array, ...], given: dict[str, Any]) -
     except TypeError as error:
         raise ValueError(
             f"The rule must take what the router returns, {len(outputs)} arrays, got: {error}. "
-            "`noisy` goes with `noisy_top_k`, any other router with a rule of the logits alone."
+            "`noisy` goes with `noisy_top_k`, `biased` with `sigmoid_top_k` or `by_score`, and "
+            "any other router with a rule of the logits alone."
         ) from error
 
 

@@ -175,6 +175,15 @@ def check_k(k: int, logits: Array) -> None:
         )
 
 
+def check_several(rule: str, logits: Array) -> None:
+    """Refuses logits of one expert, where a rule is to choose two."""
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"`{rule}` sends a token to two experts: its logits must be [tokens, experts] of at "
+            f"least two, got {list(logits.shape)}."
+        )
+
+
 def check_problem(params: Params, x: Array, shape: tuple[int, ...]) -> tuple[Params, Array]:
     """Refuses params or tokens that do not fit a decision: too large an index reads the last one.
 
@@ -222,7 +231,7 @@ def check_gates(gates: Array, params: Params, num_tokens: int) -> None:
 def check_layer(name: str, layer: Any) -> None:
     """Refuses what is not a layer, and says how to make one of it."""
     of_flax = any(cls.__module__.startswith("flax.") for cls in type(layer).__mro__)
-    if not of_flax and callable(getattr(layer, "init", None)) and callable(layer.apply):
+    if not of_flax and all(callable(getattr(layer, part, None)) for part in ("init", "apply")):
         return
     if of_flax:
         advice = "moejax.adapters.from_linen(module), or from_nnx for an NNX module, makes one"

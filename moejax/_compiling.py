@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def has_hash(value: Any) -> bool:
+    """Whether a value can be hashed; a frozen dataclass that holds an array only seems to."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def compiled(*static: str) -> Callable[[Function], Function]:
@@ -31,7 +40,7 @@ def compiled(*static: str) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
-            if all(isinstance(given.get(name), Hashable) for name in static):
+            if all(has_hash(given.get(name)) for name in static):
                 return jitted(*args, **kwargs)
             return function(*args, **kwargs)
 

@@ -77,7 +77,7 @@ def share_dropped(before: Routing, after: Routing) -> Array:
         0.75
     """
     dtype = before.weights.dtype
-    chosen, served = before.chosen.sum().astype(dtype), after.chosen.sum().astype(dtype)
+    chosen, served = (_active(each).sum().astype(dtype) for each in (before, after))
     return (chosen - served) / jnp.maximum(chosen, 1)
 
 

@@ -17,8 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from moejax._arrays import gradient_if, padded_by_example, where_kept
-from moejax._calling import accepts
-from moejax._checks import check_count, check_gate, check_input, check_mask, check_widths
+from moejax._calling import accepts, options_for
+from moejax._checks import (
+    check_count,
+    check_gate,
+    check_input,
+    check_layer,
+    check_mask,
+    check_widths,
+)
 from moejax._comparing import comparable
 from moejax._compiling import compiled
 from moejax.base import Array, Layer, Matmul, Params
@@ -247,7 +254,8 @@ def gated(layer: Layer, gate: Layer) -> Layer:
         A layer with params ``{"layer": ..., "gate": ...}``.
 
     Raises:
-        ValueError: in apply, if the gate's output would change the shape of the layer's.
+        ValueError: if one of them is not a layer; in apply, if the gate's output would change the
+            shape of the layer's.
 
     Example:
         >>> shared = gated(glu(4, 8), linear(4, 1, bias=False))
@@ -257,6 +265,8 @@ def gated(layer: Layer, gate: Layer) -> Layer:
     References:
         Qwen Team, `Qwen1.5-MoE <https://qwenlm.github.io/blog/qwen-moe/>`_, 2024
     """
+    check_layer("layer", layer)
+    check_layer("gate", gate)
 
     def init(key: Array) -> Params:
         layer_key, gate_key = jax.random.split(key)
@@ -278,13 +288,13 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
     Args:
         before: B, ``x [T, D] -> [T, D']``.
         model: M, a mixture or any layer of width D'. What it returns besides its output, such as
-            the decision of `moe`, is returned, too; ``key`` and ``mask`` are passed to it. Masked
-            tokens are not read, and their outputs are zero.
+            the decision of `moe`, is returned, too; ``key`` and ``mask`` are passed to it if it
+            takes them. Masked tokens are not read, and their outputs are zero.
         after: A, from the width of M's output to that of y.
 
     Returns:
-        A layer with params ``{"before": ..., "model": ..., "after": ...}`` that is applied as
-        ``model`` is.
+        A layer with params ``{"before": ..., "model": ..., "after": ...}``, which takes ``key`` and
+        ``mask`` and returns what ``model`` does.
 
     Example:
         >>> mixture = moejax.moe(glu(2, 4), linear(2, 3), num_experts=3)
@@ -296,27 +306,38 @@ def between(before: Layer, model: Layer, after: Layer) -> Layer:
     References:
         NVIDIA, `Nemotron 3 <https://arxiv.org/abs/2512.20856>`_, 2025 (latent experts)
     """
+    layers = {"before": before, "model": model, "after": after}
+    for name, one in layers.items():
+        check_layer(name, one)
 
     def init(key: Array) -> Params:
         keys = jax.random.split(key, 3)
-        layers = {"before": before, "model": model, "after": after}
         return {name: one.init(k) for (name, one), k in zip(layers.items(), keys, strict=True)}
 
-    def apply(params: Params, x: Array, **options: Any) -> Any:
-        mask = options.get("mask")
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> Any:
         if mask is not None:
             x, mask = jnp.asarray(x), jnp.asarray(mask)
             check_mask(mask, x.shape[: mask.ndim])
             params = gradient_if(mask.any(), params)
-            tokens = x.reshape(-1, *x.shape[mask.ndim :])
-            x = padded_by_example(tokens, mask.reshape(-1)).reshape(x.shape)
-        output = model.apply(params["model"], before.apply(params["before"], x), **options)
+        options = options_for(model.apply, key=key, mask=mask)
+        x = before.apply(params["before"], _padded(x, mask))
+        output = model.apply(params["model"], x, **options)
         y, *evidence = output if isinstance(output, tuple) else (output,)
-        y = after.apply(params["after"], y)
+        y = after.apply(params["after"], _padded(y, mask))
         y = y if mask is None else where_kept(mask, y)
         return (y, *evidence) if isinstance(output, tuple) else y
 
     return Layer(init, apply)
+
+
+def _padded(x: Array, mask: Array | None) -> Array:
+    """The tokens [..., ...], masked ones [...] replaced: a layer may be undefined at zero."""
+    if mask is None:
+        return x
+    tokens = x.reshape(-1, *x.shape[mask.ndim :])
+    return padded_by_example(tokens, mask.reshape(-1)).reshape(x.shape)
 
 
 def _with_matmul_of(layers: list[Layer], apply: Callable[..., Array]) -> Callable[..., Array]:

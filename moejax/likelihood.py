@@ -50,7 +50,7 @@ def mixture_nll(log_gates: Array, log_likelihoods: Array, *, mask: Array | None 
         )
     log_gates, log_likelihoods = at_least_float32(log_gates), at_least_float32(log_likelihoods)
     if mask is None:
-        return _nll(log_gates, log_likelihoods).mean()
+        mask = jnp.ones(log_gates.shape[0], bool)
     check_mask(mask, log_gates.shape[:1])
     # Before the logarithm: zero times its gradient at a row that is not finite would be NaN.
     rows = [jnp.where(mask[:, None], row, 0) for row in (log_gates, log_likelihoods)]
@@ -139,7 +139,7 @@ def categorical_log_likelihood(logits: Array, labels: Array) -> Array:
         >>> jnp.exp(log_p)
         Array([[0.25, 0.25]], dtype=float32)
     """
-    _check_targets(logits[..., 0], labels)
+    _check_targets(logits, labels, "classes")
     log_p = jax.nn.log_softmax(at_least_float32(logits))
     log_p = jnp.take_along_axis(log_p, labels[None, ..., None], axis=-1)[..., 0]  # [E, T, ...]
     # As an index, a negative label would count from the end; one too large is NaN already.
@@ -154,9 +154,10 @@ def _sum_features(log_p: Array) -> Array:
     return log_p.sum(axis=range(2, log_p.ndim)).T  # [E, T, ...] -> [T, E]
 
 
-def _check_targets(outputs: Array, targets: Array) -> None:
-    if outputs.ndim < 2 or outputs.shape[1:] != targets.shape:
+def _check_targets(outputs: Array, targets: Array, *more: str) -> None:
+    if outputs.ndim < 2 + len(more) or outputs.shape[1 : outputs.ndim - len(more)] != targets.shape:
+        axes = ", ".join(["experts", *map(str, targets.shape), *more])
         raise ValueError(
             "Every expert must say something about every target: expected outputs of shape "
-            f"[experts, {', '.join(map(str, targets.shape))}], got {list(outputs.shape)}."
+            f"[{axes}], got {list(outputs.shape)}."
         )

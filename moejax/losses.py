@@ -23,10 +23,11 @@ def load_balancing_loss(routing: Routing) -> Array:
 
     .. math:: E \sum_e f_e P_e
 
-    :math:`f_e` is the share of the T K choices that go to expert e, before any capacity drops them,
-    and has no gradient; :math:`P_e` is the mean score of e. The loss is 1 at perfect balance for
-    every K, and E / K at most. (Flaxformer and Hugging Face report K times this, Levanter 1/K of
-    it.) Where every token goes to all experts, as from `softmax`, it is 1 whatever the router does.
+    :math:`f_e` is the share of all choices that go to expert e, before any capacity drops them, and
+    has no gradient; :math:`P_e` is the mean score of e. The loss is 1 at perfect balance for every
+    K, and E / K at most where every token makes K choices. (Flaxformer and Hugging Face report K
+    times this, Levanter 1/K of it.) Where every token goes to all experts, as from `softmax`, it is
+    1 whatever the router does.
 
     Args:
         routing: a decision of T tokens among E experts.

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax._arrays import at_least_float32, output_dtype
-from moejax._checks import check_count, check_stacked, check_widths, takes
+from moejax._checks import check_count, check_layer, check_stacked, check_widths, takes
 from moejax._comparing import comparable
 from moejax.base import Array, DenseRouting, Layer, Params, Routing, Rule, Schedule
 from moejax.layers import stack
@@ -57,12 +58,13 @@ def networks(expert: Layer, num_experts: int, *, execute: Schedule | None = None
         A bank whose params are those of ``stack(expert, num_experts)``.
 
     Raises:
-        ValueError: if ``num_experts`` is not a positive integer.
+        ValueError: if the expert is not a layer, or ``num_experts`` not a positive integer.
 
     Example:
         >>> networks(moejax.glu(4, 8), 6).num_experts
         6
     """
+    check_layer("expert", expert)
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         check_stacked(params, num_experts)
@@ -120,7 +122,9 @@ def copy_experts(num_experts: int) -> Bank:
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
         weights = jnp.where(routing.chosen, routing.weights, 0).sum(axis=-1)  # [T]
-        return weights.reshape(-1, *[1] * (x.ndim - 1)) * x.astype(weights.dtype)
+        floats = jnp.issubdtype(x.dtype, jnp.floating)
+        dtype = np.promote_types(weights.dtype, x.dtype) if floats else weights.dtype
+        return weights.astype(dtype).reshape(-1, *[1] * (x.ndim - 1)) * x.astype(dtype)
 
     return Bank(num_experts, lambda key: {}, apply)
 
@@ -153,8 +157,9 @@ def constant_experts(num_experts: int, width: int) -> Bank:
         return {"vectors": jnp.zeros((num_experts, width), jnp.float32)}
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
-        gates = routing.gates  # [T, E]
-        return gates @ params["vectors"].astype(gates.dtype)
+        gates, vectors = routing.gates, params["vectors"]  # [T, E], [E, O]
+        dtype = np.promote_types(gates.dtype, vectors.dtype)
+        return gates.astype(dtype) @ vectors.astype(dtype)
 
     return Bank(num_experts, init, apply)
 

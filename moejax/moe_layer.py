@@ -261,7 +261,7 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         A layer with params ``{"routed": ..., "shared": ...}`` that is applied as ``model`` is.
 
     Raises:
-        ValueError: in apply, if the two outputs differ in shape.
+        ValueError: if one of them is not a layer; in apply, if the two outputs differ in shape.
 
     Example:
         >>> routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
@@ -273,6 +273,8 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
     References:
         Dai et al., `DeepSeekMoE <https://arxiv.org/abs/2401.06066>`_, 2024
     """
+    check_layer("model", model)
+    check_layer("shared", shared)
 
     def init(key: Array) -> Params:
         routed_key, shared_key = jax.random.split(key)

@@ -318,8 +318,9 @@ def _check_positive(name: str, value: Array | float) -> None:
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
     def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
         outputs = router.apply(params, x, **only_accepted(router, key=key))
-        if isinstance(outputs, tuple):
-            return (transform(outputs[0]), *outputs[1:])
-        return transform(outputs)
+        logits, *more = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ValueError(f"A router must return logits that are floats, got {logits.dtype}.")
+        return (transform(logits), *more) if isinstance(outputs, tuple) else transform(logits)
 
     return Layer(router.init, apply)

@@ -121,6 +121,8 @@ def test_a_sum_that_underflows_is_zero_and_not_nan():
             {"k": 2, "num_groups": 3},
             "`num_groups` must divide the number of experts \\(8\\), got 3",
         ),
+        ({"k": 2, "num_groups": 2.0}, "`num_groups` must divide the number of experts"),
+        ({"k": 2, "num_groups": 2, "kept_groups": 1.0}, "`kept_groups` must be between 1 and"),
         ({"k": 5, "num_groups": 2}, "leave at least k = 5 experts"),
         ({"k": 2, "num_groups": 2, "group_best": 0}, "`group_best` must be an integer"),
         ({"k": 2, "bias": jnp.zeros(1)}, "one number per expert, \\[8\\], got \\[1\\]"),
@@ -230,7 +232,7 @@ def test_top_p_takes_no_more_than_k():
         (lambda: moejax.top_p(LOGITS, p=1.5), "above 0 and at most 1, got 1.5"),
         (lambda: moejax.top_p(LOGITS, p=0.5, k=9), "`k` must be an integer"),
         (lambda: moejax.sparsemixer(LOGITS, epsilon=-1.0), "`epsilon` must be positive, got -1"),
-        (lambda: moejax.sparsemixer(LOGITS[:, :1], epsilon=0.1), "`k` must be an integer"),
+        (lambda: moejax.sparsemixer(LOGITS[:, :1], epsilon=0.1), "sends a token to two experts"),
     ],
 )
 def test_numbers_out_of_range_are_refused(call, message):

@@ -28,6 +28,12 @@ MAKERS = {
     "moe": lambda: moejax.moe(
         moejax.glu(D, 5), moejax.linear(D, E), num_experts=E, route=partial(moejax.top_k, k=2)
     ),
+    "scale_inputs": lambda: moejax.moe(
+        moejax.glu(D, 5),
+        moejax.linear(D, E),
+        num_experts=E,
+        execute=moejax.scale_inputs(moejax.dropless),
+    ),
     "with_shared": lambda: moejax.with_shared(MAKERS["moe"](), moejax.glu(D, 3)),
     "outputs_of": lambda: moejax.outputs_of(MAKERS["moe"]()),
     "networks": lambda: moejax.networks(moejax.glu(D, 5), E),

@@ -90,7 +90,10 @@ def test_ids_that_cannot_say_nowhere_are_refused(dtype):
         moejax.expert_load,
         moejax.positions,
         partial(moejax.mask_tokens, mask=mask),
-        partial(moejax.dense, lambda p, x: x * p, jnp.ones(num_experts), jnp.ones((len(mask), 1))),
+        *(
+            partial(schedule, lambda p, x: x * p, jnp.ones(num_experts), jnp.ones((len(mask), 1)))
+            for schedule in (moejax.dense, moejax.dropless, partial(moejax.capacity, factor=1.0))
+        ),
         lambda routing: routing.counts,
         lambda routing: routing.gates,
         lambda routing: routing.present,
@@ -110,3 +113,15 @@ def test_a_mesh_refuses_what_it_cannot_exchange():
 
 def test_counts_are_int32_in_double_precision(x64):
     assert moejax.top_k(jnp.ones((3, 4)), k=2).counts.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("name", ["gates", "counts", "chooses"])
+@pytest.mark.parametrize("num_experts", [4, 40])
+def test_a_stack_of_decisions_is_not_pooled(name, num_experts):
+    logits = jax.random.normal(jax.random.key(2), (3, T, num_experts))
+    stack = jax.vmap(partial(moejax.top_k, k=2))(logits)
+    with pytest.raises(ValueError, match=r"for a stack use jax\.vmap"):
+        getattr(stack, name)
+    apart = jax.vmap(lambda routing: getattr(routing, name))(stack)
+    alone = getattr(moejax.top_k(logits[1], k=2), name)
+    assert jnp.array_equal(apart[1], alone)

@@ -156,3 +156,9 @@ def test_a_choice_without_weight_is_none():
 def test_mutual_information_of_counts():
     counts = jnp.array([[3, 0], [0, 3]])
     np.testing.assert_allclose(moejax.mutual_information(counts), np.log(2), rtol=1e-6)
+
+
+def test_a_choice_without_weight_is_not_dropped():
+    before = moejax.relu(jnp.array([[1.0, -1.0], [2.0, -1.0], [-1.0, -1.0]]))
+    after = moejax.limit_capacity(before, capacity=1)
+    assert moejax.share_dropped(before, after) == 0.5

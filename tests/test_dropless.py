@@ -270,3 +270,54 @@ def test_backward_pass_needs_three_buffers_besides_its_results():
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, logits).compile()
     buffer = num_tokens * k * f * 4  # bytes
     assert 0 < compiled.memory_analysis().temp_size_in_bytes < 3 * buffer
+
+
+class Scaled:
+    """An expert as an object: its products are scaled by what it holds."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def apply(self, params, x, *, matmul=jnp.matmul):
+        return self.scale * matmul(x, params)
+
+    __call__ = apply
+
+
+def test_a_method_keeps_its_product_on_accelerators(x64):
+    experts, num_experts = CASES["spread"]
+    params = jax.random.normal(jax.random.key(3), (num_experts, D, F))
+    x = jax.random.normal(jax.random.key(4), (len(experts), D))
+    arguments = double((params, x, decision(experts, num_experts)))
+    for expert in (Scaled(2.0).apply, Scaled(2.0)):
+        found, expected = (run(expert, *arguments) for run in (on_accelerators, moejax.dense))
+        assert found.shape == expected.shape
+        close(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", [moejax.dense, moejax.dropless])
+def test_an_object_that_changes_is_seen(schedule):
+    expert, (experts, num_experts) = Scaled(1.0), CASES["spread"]
+    params, x = jnp.ones((num_experts, D, F)), jnp.ones((len(experts), D))
+    for bound in (expert, partial(expert), partial(expert.apply)):
+        expert.scale = 1.0
+        once = schedule(bound, params, x, decision(experts, num_experts))
+        expert.scale = 2.0
+        close(schedule(bound, params, x, decision(experts, num_experts)), 2 * once, 1e-6)
+
+
+def test_arrays_that_an_expert_reads_are_told_apart_by_rows(x64):
+    experts, num_experts = CASES["spread"]
+    params = jax.random.normal(jax.random.key(3), (num_experts, D, F))
+    x = jax.random.normal(jax.random.key(4), (len(experts), D))
+
+    def loss(schedule, first, second):
+        def expert(params, x):  # the same sum, whose arrays are read in another order
+            early, late = (first, second) if len(x) % 2 else (second, first)
+            return x @ params + (early - first) + (late - second) + first * jnp.sin(second)
+
+        return jnp.sum(schedule(expert, params, x, decision(experts, num_experts)) ** 2)
+
+    grad = jax.grad(loss, argnums=(1, 2))
+    arguments = jnp.float64(0.3), jnp.float64(-0.7)
+    close(grad(moejax.dropless, *arguments), grad(moejax.dense, *arguments), 1e-9)

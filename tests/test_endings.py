@@ -178,7 +178,11 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
         ("toy", ["--out", __file__], "--out must be a folder, got the file"),
         ("toy", ["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket"),
         ("toy", ["--out", "s3:/bucket/run"], "must be a folder on this machine, got s3:/bucket"),
-        ("toy", ["--out", "~nobody-of-this-name/run"], "got ~nobody-of-this-name/run: no such user"),
+        (
+            "toy",
+            ["--out", "~nobody-of-this-name/run"],
+            "got ~nobody-of-this-name/run: no such user",
+        ),
         ("heads", ["--batch-size", "1"], "must be a whole number of at least 2, got 1"),
         ("mnist", ["--data-dir", "gs://bucket"], "must be a folder on this machine, got gs://"),
         ("benchmark", ["--out", __file__], "--out must be a folder, got the file"),

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import moejax
@@ -166,3 +167,71 @@ def test_parameters_may_start_in_another_dtype(make, key):
     layer = make(layer=partial(moejax.linear, param_dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(layer.init(key))} == {jnp.dtype("bfloat16")}
     assert layer.apply(layer.init(key), jnp.ones((2, 3))).dtype == jnp.float32
+
+
+def unit(width):
+    """A layer that has no value at zero."""
+    layer = moejax.linear(width, width)
+
+    def apply(params, x):
+        return layer.apply(params, x / jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+    return moejax.Layer(layer.init, apply)
+
+
+def test_between_gives_no_padding_to_the_layer_after(key):
+    mixture = moejax.moe(moejax.linear(2, 2), moejax.linear(2, 3), num_experts=3)
+    model = moejax.between(moejax.linear(4, 2), mixture, unit(2))
+    params, x = model.init(key), jax.random.normal(key, (5, 4))
+    mask = jnp.arange(5) != 2
+
+    def loss(params):
+        return jnp.sum(model.apply(params, x, mask=mask)[0] ** 2)
+
+    gradients = jax.grad(loss)(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert jnp.all(model.apply(params, x, mask=mask)[0][2] == 0)
+
+
+def test_between_passes_a_key_to_what_takes_one(key):
+    noisy = moejax.moe(
+        moejax.linear(2, 2),
+        moejax.noisy(moejax.linear(2, 4), moejax.linear(2, 4)),
+        num_experts=4,
+        route=partial(moejax.noisy_top_k, k=2),
+    )
+    x = jax.random.normal(key, (64, 4))
+    model = moejax.between(moejax.linear(4, 2), noisy, moejax.linear(2, 4))
+    params = model.init(key)
+    assert not jnp.array_equal(model.apply(params, x)[0], model.apply(params, x, key=key)[0])
+    router = moejax.between(moejax.linear(4, 2), moejax.linear(2, 3), moejax.linear(3, 3))
+    layer = moejax.moe(moejax.linear(4, 4), router, num_experts=3)  # gives the router its key
+    layer.apply(layer.init(key), x, key=key)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: moejax.between(moejax.linear(2, 2), jnp.tanh, moejax.linear(2, 2)),
+        lambda: moejax.gated(moejax.linear(2, 2), jnp.tanh),
+        lambda: moejax.networks(jnp.tanh, 4),
+        lambda: moejax.with_shared(moejax.linear(2, 2), jnp.tanh),
+    ],
+)
+def test_what_is_no_layer_is_refused_where_it_is_given(make):
+    with pytest.raises(ValueError, match="must be a Layer, a pair of functions"):
+        make()
+
+
+def test_an_optimizer_is_no_layer():
+    with pytest.raises(ValueError, match="`expert` must be a Layer"):
+        moejax.moe(optax.sgd(0.1), moejax.linear(2, 2), num_experts=2)
+
+
+@pytest.mark.parametrize(
+    "wrap", [partial(moejax.tempered, temperature=0.5), partial(moejax.soft_capped, cap=3.0)]
+)
+def test_logits_that_are_integers_are_refused(wrap):
+    router = wrap(moejax.Layer(lambda key: {}, lambda params, x: x.astype(jnp.int32)))
+    with pytest.raises(ValueError, match="logits that are floats, got int32"):
+        router.apply({}, jnp.ones((2, 3)))

@@ -207,3 +207,12 @@ def test_classes_of_several_targets_add_up():
 def test_the_sum_over_tokens_does_not_overflow(mask):
     log_gates, log_p = jnp.zeros((300, 1), jnp.float16), jnp.full((300, 1), -300, jnp.float16)
     assert float(moejax.mixture_nll(log_gates, log_p, mask=mask)) == 300
+
+
+def test_no_tokens_have_no_likelihood():
+    assert moejax.mixture_nll(jnp.zeros((0, 3)), jnp.zeros((0, 3))) == 0
+
+
+def test_the_axis_of_classes_is_named():
+    with pytest.raises(ValueError, match=r"\[experts, 6, classes\], got \[2, 5, 4\]"):
+        moejax.categorical_log_likelihood(jnp.zeros((2, 5, 4)), jnp.zeros(6, jnp.int32))

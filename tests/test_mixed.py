@@ -175,3 +175,11 @@ def test_integer_tokens_are_summed_in_the_dtype_of_the_networks(x64):
     )
     y, _ = model.apply(model.init(jax.random.key(0)), jnp.arange(3)[:, None])
     assert y.dtype == jnp.float32
+
+
+def test_copies_keep_double_precision(x64):
+    x = jax.random.normal(jax.random.key(0), (3, 4), jnp.float64)
+    routing = moejax.top_k(jnp.zeros((3, 2), jnp.float32), k=1, renormalize=False)
+    y = moejax.copy_experts(2).apply({}, x, routing)
+    assert y.dtype == jnp.float64
+    np.testing.assert_array_equal(y, x / 2)

@@ -354,3 +354,26 @@ def test_sparsity_controller_may_start_from_an_array_of_integers(dtype):
     coefficient = update(jnp.asarray(1, dtype))
     np.testing.assert_array_equal(coefficient, jnp.float32(1.2))
     assert coefficient.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (moejax.gshard_top_2, "gshard_top_2"),
+        (partial(moejax.sparsemixer, epsilon=0.1), "sparsemix"),
+    ],
+)
+def test_a_rule_of_two_experts_needs_two(rule, name):
+    with pytest.raises(ValueError, match=f"`{name}.*` sends a token to two experts"):
+        rule(jnp.zeros((3, 1)))
+
+
+def test_noisy_top_k_of_one_names_itself():
+    with pytest.raises(ValueError, match=r"`noisy_top_k\(k=1\)` gives every token"):
+        moejax.noisy_top_k(LOGITS, 0.1, k=1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_narrow_bias_is_refused(dtype):
+    with pytest.raises(ValueError, match="`bias` must be float32 or wider"):
+        moejax.update_balance_bias(jnp.zeros(4, dtype), jnp.arange(4), rate=1e-3)

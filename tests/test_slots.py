@@ -155,3 +155,17 @@ def test_a_token_that_is_not_a_number_is_left_out_with_and_without_a_mask():
     for found, expected in zip(masked[:2], alone[:2], strict=True):
         np.testing.assert_array_equal(found, expected)
         assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "soft_slots"])
+def test_an_expert_must_return_one_output_for_each_slot(kind):
+    params, x = jnp.ones((E, D, C)), jnp.ones((T, D))
+    if kind == "expert_choice":
+        decision = moejax.expert_choice(jnp.ones((T, E)), capacity=C)
+        schedule = moejax.gather_slots
+    else:
+        decision, schedule = moejax.soft_slots(jnp.ones((T, E, C))), moejax.mix_slots
+    with pytest.raises(ValueError, match="one output per token"):
+        schedule(lambda p, x: (x @ p).sum(axis=0)[: C - 1], params, x, decision)
+    with pytest.raises(ValueError, match="wrap a mixture in `outputs_of`"):
+        schedule(lambda p, x: (x @ p, None), params, x, decision)

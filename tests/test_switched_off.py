@@ -195,3 +195,26 @@ def test_slots_of_an_expert_that_is_off_are_not_computed_on_zeros():
     for gradient in gradients:
         assert_finite(gradient, "gradient")
     np.testing.assert_array_equal(gradients[0][1], 0)
+
+
+def test_a_router_that_has_diverged_shows_under_sparsemixer(key):
+    logits = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 3.0, 1.0]])
+    for drawn in (None, key):
+        routing = moejax.sparsemixer(logits, epsilon=0.01, key=drawn)
+        assert jnp.isnan(routing.weights[0]).any()
+        assert routing.present.all()
+        assert jnp.isfinite(routing.weights[1]).all()
+    nothing = moejax.sparsemixer(jnp.full((1, 3), -jnp.inf), epsilon=0.01)
+    assert jnp.isnan(nothing.weights[0, 0])  # as of `top_k`
+    assert nothing.experts[0, 1] == 3
+
+
+def test_a_token_without_experts_is_taken_by_none():
+    def weights(logits):
+        return moejax.expert_choice(logits, capacity=2).weights.sum()
+
+    logits = jnp.array([[1.0, 0.0], [-jnp.inf, -jnp.inf], [0.0, 2.0]])
+    decision = moejax.expert_choice(logits, capacity=2)
+    assert sorted(decision.tokens.ravel().tolist()) == [0, 0, 2, 2]
+    assert decision.present.tolist() == [True, False, True]
+    assert jnp.isfinite(jax.grad(weights)(logits)).all()

@@ -112,7 +112,8 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
         The bias of the next step, shape [E].
 
     Raises:
-        ValueError: if the bias or the counts do not hold one number per expert.
+        ValueError: if the bias or the counts do not hold one number per expert, or if the bias is
+            narrower than float32.
 
     Example:
         >>> routing = moejax.switch(5.0 * jnp.eye(3)[jnp.array([0, 0, 1])])
@@ -131,6 +132,11 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
             "over decisions, and map over layers with `jax.vmap`."
         )
     check_bias(bias, counts.size)
+    if jnp.finfo(bias.dtype).bits < 32:
+        raise ValueError(
+            f"`bias` must be float32 or wider, as its steps are small, got {bias.dtype}: leave it "
+            "out where you cast params."
+        )
     return bias + rate * _below_mean(counts).astype(bias.dtype)
 
 

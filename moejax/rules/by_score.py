@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._calling import hashable
-from moejax._checks import check_count, check_k, checked_logits
+from moejax._checks import check_count, check_k, checked_logits, is_integer
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
@@ -189,11 +189,12 @@ def check_choice(
     num_experts = logits.shape[-1]
     if bias is not None:
         check_bias(bias, num_experts)
-    if groups.num < 1 or num_experts % groups.num:
+    if not is_integer(groups.num) or groups.num < 1 or num_experts % groups.num:
         raise ValueError(
             f"`num_groups` must divide the number of experts ({num_experts}), got {groups.num}."
         )
-    if not 1 <= groups.kept <= groups.num or groups.kept * (num_experts // groups.num) < k:
+    served = groups.kept * (num_experts // groups.num)
+    if not (is_integer(groups.kept) and 1 <= groups.kept <= groups.num and served >= k):
         raise ValueError(
             f"`kept_groups` must be between 1 and `num_groups` ({groups.num}) and leave at least "
             f"k = {k} experts to choose from, got {groups.kept}."

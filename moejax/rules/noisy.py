@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax._arrays import normal_cdf
-from moejax._checks import checked_logits, is_number, positive_like
+from moejax._checks import check_several, checked_logits, is_number, positive_like
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
 from moejax.rules.softmax import top_k
@@ -54,6 +54,11 @@ def noisy_top_k(
         Mixture-of-Experts Layer <https://arxiv.org/abs/1701.06538>`_, 2017
     """
     clean = checked_logits(logits)
+    if k == 1:
+        raise ValueError(
+            "`noisy_top_k(k=1)` gives every token the constant weight 1, so the router gets "
+            "exactly zero gradient: pass k=2, or use `switch`."
+        )
     noise_scale = positive_like("noise_scale", noise_scale, "logits", clean)
     return _noisy_top_k(clean, noise_scale, key, k)
 
@@ -130,6 +135,8 @@ def gshard_top_2(
             f"`threshold` must be positive, got {threshold}: use `top_k(k=2)` to keep every "
             "second choice."
         )
+    logits = checked_logits(logits)
+    check_several("gshard_top_2", logits)
     return _gshard_top_2(logits, threshold, key)
 
 

@@ -36,7 +36,8 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
 
     Returns:
         A decision for `gather_slots`, the best token of an expert first. A token whose logits
-        are not numbers is taken by no expert, and an expert whose logits are -inf takes no token.
+        are not numbers, or all -inf, is taken by no expert, and an expert whose logits are -inf
+        takes no token.
 
     Raises:
         ValueError: if logits is not a float array [T, E], if capacity is out of range, or if the
@@ -59,10 +60,12 @@ def expert_choice(logits: Array, *, capacity: int, mask: Array | None = None) ->
             f"`capacity` must be an integer between 1 and the number of tokens ({num_tokens}), "
             f"got {capacity!r}."
         )
-    present = _present(logits, mask)  # [T]
-    scores = jnp.where(present[:, None], jax.nn.softmax(logits), 0)
+    # A token for which every expert is switched off is not there, either.
+    present = _present(logits, mask) & (logits > -jnp.inf).any(axis=1)  # [T]
+    finite = jnp.where(present[:, None], logits, 0)  # before the softmax, for its gradient
+    scores = jnp.where(present[:, None], jax.nn.softmax(finite), 0)
     # By logarithms: scores that underflow to zero would tie.
-    ranked_by = jnp.where(present[:, None], jax.nn.log_softmax(logits), -jnp.inf)
+    ranked_by = jnp.where(present[:, None], jax.nn.log_softmax(finite), -jnp.inf)
     rank, tokens = jax.lax.top_k(ranked_by.T, capacity)  # [E, C]
     weights = jnp.take_along_axis(scores.T, tokens, axis=-1)
     # -inf is the rank of an absent token, and of every token at an expert that is switched off.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moejax._checks import check_k, checked_logits, is_number
+from moejax._checks import check_several, checked_logits, is_number
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
 
@@ -47,7 +47,7 @@ def sparsemixer(logits: Array, *, epsilon: Array | float, key: Array | None = No
         Abdin et al., `Phi-3 Technical Report <https://arxiv.org/abs/2404.14219>`_, 2024
     """
     logits = checked_logits(logits)
-    check_k(2, logits)
+    check_several("sparsemixer", logits)
     if is_number(epsilon) and not epsilon > 0:
         raise ValueError(f"`epsilon` must be positive, got {epsilon}: it is 0.01 in Phi-3.5-MoE.")
     return _sparsemixer(logits, epsilon, key)
@@ -73,7 +73,8 @@ def _one_expert(
     best = free.max(axis=-1, keepdims=True)
     allowed = 2 * jnp.asarray(epsilon).astype(logits.dtype)
     far = best - logits > allowed * jnp.maximum(jnp.abs(logits), best)
-    anyone = best > -jnp.inf  # [T, 1]
+    # A first choice always stays, so that logits without a number show up as such.
+    anyone = (best != -jnp.inf) | ~taken.any(axis=-1, keepdims=True)  # [T, 1]
     # Where no expert is left, the softmax would be NaN, and so would its gradient.
     near = jnp.where(anyone, jnp.where(far, -jnp.inf, free), 0)
     chances = jax.nn.softmax(near)

@@ -47,6 +47,6 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
         Gale et al., `MegaBlocks <https://arxiv.org/abs/2211.15841>`_, 2022
     """
     params, x = check_problem(params, x, routing.scores.shape)
-    num_tokens, num_experts = routing.scores.shape
-    policy = policy_for_dropless(expert, num_tokens, num_experts, routing.experts.shape[1])
+    num_tokens, k = routing.experts.shape
+    policy = policy_for_dropless(expert, num_tokens, routing.num_experts, k)
     return gated_sum(expert, params, x, routing.experts, routing.weights, policy)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax._checks import check_problem, takes
+from moejax._comparing import comparable
 from moejax.base import Array, Expert, Params, Routing, Schedule
 
 
+@comparable
 def scale_inputs(schedule: Schedule) -> Schedule:
     r"""A schedule that applies each gate to the expert's input instead of its output.
 

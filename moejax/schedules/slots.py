@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax._arrays import along, gradient_where, output_dtype
-from moejax._checks import check_problem, takes
+from moejax._checks import check_array, check_outputs, check_problem, takes
 from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
 
@@ -41,7 +41,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     taken = x[jnp.where(filled, decision.tokens, decision.tokens[:, :1]) % max(x.shape[0], 1)]
     taken = jnp.where(along(filled, taken.ndim), taken, jax.lax.stop_gradient(taken))
     params = gradient_where(filled.any(axis=1), params)
-    outputs = jax.vmap(expert)(params, taken)  # [E, C, O]
+    outputs = jax.vmap(_checked(expert))(params, taken)  # [E, C, O]
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
         decision.weights.astype(dtype), outputs.astype(dtype)
@@ -94,7 +94,19 @@ def mix_slots(expert: Expert, params: Params, x: Array, decision: SoftSlots) -> 
     example = jax.lax.stop_gradient(mixed.reshape(-1, *mixed.shape[2:])[jnp.argmax(filled)])
     mixed = jnp.where(along(filled, mixed.ndim), mixed, example[None, None])
     params = gradient_where(filled.any(axis=1), params)
-    outputs = jax.vmap(expert)(params, mixed)  # [E, C, O]
+    outputs = jax.vmap(_checked(expert))(params, mixed)  # [E, C, O]
     outputs = jnp.where(along(filled, outputs.ndim), outputs, 0)
     y = jnp.einsum("tec,ec...->t...", combine, outputs.astype(dtype))
     return y.astype(x.dtype)
+
+
+def _checked(expert: Expert) -> Expert:
+    """The expert, refused if it does not return one output for every slot."""
+
+    def apply(params: Params, x: Array) -> Array:
+        output = expert(params, x)
+        check_array(output)
+        check_outputs(output.shape, x.shape[0])
+        return output
+
+    return apply

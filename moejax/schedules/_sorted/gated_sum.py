@@ -5,7 +5,7 @@ Read `_forward` from top to bottom; `_backward` is the same path with each step'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -110,12 +110,20 @@ def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[A
         the arrays.
     """
     one, row = jax.eval_shape(lambda *both: jax.tree.map(lambda a: a[0], both), params, x)
-    converted: dict[int, Apply] = {}
-    shared: list[Array] = []
+    converted: dict[int, tuple[Callable[..., Array], list[int]]] = {}
+    shared: dict[int, Array] = {}
     for size in {*(group.capacity for group in policy.groups), *policy.blocks} - {0}:
         rows = jax.eval_shape(partial(jnp.broadcast_to, shape=(size, *row.shape)), row)
-        converted[size], shared = jax.closure_convert(expert, one, rows)
-    return lambda params, x, shared: converted[len(x)](params, x, *shared), shared
+        apply, own = jax.closure_convert(expert, one, rows)
+        shared |= {id(array): array for array in own}
+        converted[size] = apply, [id(array) for array in own]
+
+    def of_size(params: Params, x: Array, arrays: list[Array]) -> Array:
+        apply, own = converted[len(x)]
+        known = dict(zip(shared, arrays, strict=True))
+        return apply(params, x, *(known[name] for name in own))
+
+    return of_size, list(shared.values())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

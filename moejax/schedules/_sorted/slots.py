@@ -98,7 +98,7 @@ def combine(rows: Array, weights: Array, slot: Array) -> Array:
 
     Args:
         rows: one row per slot, shape [S, ...].
-        weights: gates of the choices, shape [K * T]; those without a slot do not matter.
+        weights: gates of the choices, shape [K * T]; rows of choices without a slot are zeros.
         slot: the slot of every choice, S for none, shape [K, T].
 
     Returns:
