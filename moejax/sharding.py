@@ -2,10 +2,11 @@
 
 Everything outside the schedule is ordinary JAX on global arrays. So a balance loss covers the whole
 batch (loads and mean scores are summed over the mesh before they are multiplied), noise is the same
-as on one device, and a training step needs no change.
+as on one device unless the rule is `tokenwise`, and a training step needs no change.
 
 - `shardings` alone is the simple way: place the parameters, keep any schedule, and XLA's
-  partitioner finds the communication. It serves `dense` and `capacity`, and meshes with Auto axes.
+  partitioner finds the communication. It serves `dense` and soft mixtures, where every expert sees
+  every token, and a first try of any other on a mesh with Auto axes.
 - `expert_parallel` and `tokenwise` fix the communication: one exchange of the rows that travel,
   in both directions. They serve sparse rules with many experts, and every mesh.
 """
@@ -99,6 +100,8 @@ def tokenwise(route: Rule, mesh: Mesh) -> Rule:
     Args:
         route: a rule, ``(logits [T, E], ...) -> decision`` with a leading axis T on every leaf.
             Whatever else the router returns has one entry per token, or one number per expert, [E].
+            What has the shape [E] is of experts, even where T is E: return numbers of tokens as
+            [T, 1].
         mesh: the devices; their number must divide T.
 
     Returns:

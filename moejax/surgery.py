@@ -7,7 +7,7 @@ of that structure. `take_experts` and `prune` also work on an optimizer's moment
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax._arrays import at_least_float32
 from moejax._checks import check_count
 from moejax.base import Array, Params
+
+Shape = tuple[int, ...]
+PLACEHOLDER: Shape = (1,)  # of what `optax.adafactor` keeps in place of a moment
 
 
 def upcycle(
@@ -49,8 +53,9 @@ def upcycle(
         Params for ``moe(layer, router, num_experts=E, ...)``.
 
     Raises:
-        ValueError: if a number is out of range, if there is noise and no key, or if no last layer
-            is found in the router, or in the layer when ``total`` is not 1.
+        ValueError: if a number is out of range, if there is noise and no key, if no last layer is
+            found in the router, or in the layer when ``total`` is not 1, or if the router has
+            another number of logits.
 
     Example:
         >>> layer, router = moejax.mlp(2, 4, 3), moejax.linear(2, 8)
@@ -76,7 +81,9 @@ def upcycle(
         experts = _perturbed(experts, noise, key)
     # Only the last layer: with zeros throughout, no gradient would reach an `mlp`.
     zeros = partial(jax.tree.map, jnp.zeros_like)
-    return {"router": _with_last(router, zeros, what="router"), "experts": experts}
+    params = {"router": _with_last(router, zeros, what="router"), "experts": experts}
+    _num_experts(params)  # refuses a router with another number of logits
+    return params
 
 
 def grow(
@@ -116,8 +123,8 @@ def grow(
         Params of the larger mixture; the old experts come first.
 
     Raises:
-        ValueError: if there would be fewer experts, if there is noise and no key, or if the router
-            has no bias where one is needed.
+        ValueError: if there would be fewer experts, if there is noise and no key, if the router has
+            no bias where one is needed, or if the params are not those of one `moe`.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
@@ -128,7 +135,10 @@ def grow(
         >>> bool(same)
         True
     """
+    check_count("num_experts", num_experts)
     old = _num_experts(params)
+    if old is None:  # moments of which an optimizer keeps nothing
+        return params
     if num_experts < old:
         raise ValueError(f"`num_experts` must be at least {old}, got {num_experts}: use `prune`.")
     _check_noise(noise, key)
@@ -162,7 +172,8 @@ def prune(params: Params, keep: Any) -> Params:
         Params of the smaller mixture.
 
     Raises:
-        ValueError: if ids are repeated, out of range, or none.
+        ValueError: if ids are repeated, out of range, not integers, or none, or if the params are
+            not those of one `moe`.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
@@ -173,11 +184,10 @@ def prune(params: Params, keep: Any) -> Params:
     References:
         Lu et al., `Not All Experts are Equal <https://arxiv.org/abs/2402.14800>`_, 2024
     """
-    keep, old = np.asarray(keep), _num_experts(params)
-    ids = keep.tolist()
-    if keep.ndim != 1 or not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(old)):
-        raise ValueError(f"`keep` must be distinct ids of the {old} experts, got {ids}.")
-    return take_experts(params, keep)
+    ids, old = np.asarray(keep), _num_experts(params)
+    if not _are_ids(ids, old) or len(np.unique(ids)) < ids.size:
+        raise ValueError(f"`keep` must be distinct ids of {_some(old)}, got {ids.tolist()}.")
+    return take_experts(params, ids)
 
 
 def merge(params: Params, load: Array) -> Params:
@@ -194,7 +204,8 @@ def merge(params: Params, load: Array) -> Params:
         Params of one expert.
 
     Raises:
-        ValueError: if the load is not one number per expert, or its sum is not positive.
+        ValueError: if the load is not one number per expert, or its sum is not positive, or if the
+            params are not those of one `moe`.
 
     Example:
         >>> experts = {"kernel": jnp.stack([jnp.zeros((2, 1)), jnp.ones((2, 1))])}
@@ -204,7 +215,7 @@ def merge(params: Params, load: Array) -> Params:
     References:
         Li et al., `Merge, Then Compress <https://arxiv.org/abs/2310.01334>`_, 2024
     """
-    load, num_experts = jnp.asarray(load), _num_experts(params)
+    load, num_experts = jnp.asarray(load), _num_experts(params) or 1
     if load.shape != (num_experts,):
         raise ValueError(
             f"`load` must hold one number per expert, [{num_experts}], got {list(load.shape)}."
@@ -215,8 +226,10 @@ def merge(params: Params, load: Array) -> Params:
 
     def mean(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
-        share = (load / load.sum()).astype(leaf.dtype)
-        return jnp.tensordot(share, leaf, axes=1)
+        wide = at_least_float32(leaf)
+        weights = load.astype(wide.dtype)
+        merged = jnp.tensordot(weights / weights.sum(), wide, axes=1, precision="highest")
+        return merged.astype(leaf.dtype)
 
     return jax.tree.map(mean, params["experts"])
 
@@ -229,13 +242,14 @@ def take_experts(params: Params, ids: Any) -> Params:
 
     Args:
         params: of a mixture whose router ends in a linear layer, or a pytree like them.
-        ids: of the experts, integers in [0, E).
+        ids: of the experts, a list of integers in [0, E).
 
     Returns:
         Params of as many experts as there are ids.
 
     Raises:
-        ValueError: if ids are out of range.
+        ValueError: if ids are out of range, not integers, or none, or if the params are not those
+            of one `moe`: map over stacked layers with `jax.vmap`.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
@@ -243,27 +257,46 @@ def take_experts(params: Params, ids: Any) -> Params:
         >>> params["router"]["kernel"].shape
         (2, 6)
     """
-    ids = np.asarray(ids)
-    return {
-        "router": _columns(params["router"], ids),
-        "experts": jax.tree.map(lambda leaf: _taken(leaf, ids, axis=0), params["experts"]),
-    }
+    ids, num_experts = np.asarray(ids), _num_experts(params)
+    if not _are_ids(ids, num_experts):  # a gather would read the last one
+        raise ValueError(
+            f"`ids` must be a list of ids of {_some(num_experts)}, integers in "
+            f"[0, {num_experts or 'E'}), got {ids.tolist()}."
+        )
+
+    def taken(leaf: Array, *, axis: int) -> Array:
+        if jnp.shape(leaf) == PLACEHOLDER and num_experts != 1:
+            return leaf
+        leaf = jnp.asarray(leaf)
+        return leaf[ids] if axis == 0 else leaf[..., ids]
+
+    router = _as_dicts(params["router"])
+    columns = jax.tree.map(
+        lambda leaf, axes: taken(leaf, axis=-1) if axes else leaf, router, _logit_axes(router)
+    )
+    return {"router": columns, "experts": jax.tree.map(partial(taken, axis=0), params["experts"])}
 
 
 def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
     """Applies a function to every subtree that has the structure of a mixture's params.
 
     An optimizer's moments have that structure, so they change with their parameters; everything
-    else is unchanged.
+    else is unchanged, and so is what an optimizer keeps in place of a moment: nothing, or one zero
+    as `optax.adafactor` does. Moments that it factored may have lost the axis of experts: if a
+    router's kernel is factored, or the axis is gone, they are refused.
 
     Args:
         operate: a function of params, such as ``partial(take_experts, ids=[0, 2])``; for moments,
             one that only takes experts, as `grow` does if it grows to a multiple without offset
             and noise.
-        tree: any pytree, such as the params of a whole model or an optimizer's state.
+        tree: any pytree, such as the params of a whole model or an optimizer's state; its mappings
+            may be of Flax's types, ``FrozenDict`` and ``nnx.State``, and keep them.
 
     Returns:
         The tree with changed mixtures.
+
+    Raises:
+        ValueError: whatever the function refuses.
 
     Example:
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 4), num_experts=4)
@@ -273,46 +306,86 @@ def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
         >>> smaller["count"], smaller["mean"]["experts"]["kernel"].shape
         (3, (2, 2, 1))
     """
-    return jax.tree.map(
-        lambda node: operate(node) if _is_mixture(node) else node, tree, is_leaf=_is_mixture
-    )
+
+    def changed(node: Any) -> Any:
+        if not _is_mixture(node):
+            return node
+        return operate(node) if isinstance(node, dict) else type(node)(operate(_as_dicts(node)))
+
+    return jax.tree.map(changed, tree, is_leaf=_is_mixture)
 
 
 def _is_mixture(node: Any) -> bool:
-    return isinstance(node, dict) and set(node) == {"router", "experts"}
+    return isinstance(node, Mapping) and set(node) == {"router", "experts"}
 
 
-def _num_experts(params: Params) -> int:
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(params["experts"])}
-    if len(sizes) != 1:
+def _as_dicts(node: Any) -> Any:
+    """Mappings of other types as dicts, of which those types can be made again."""
+    if not isinstance(node, Mapping):
+        return node
+    return {name: _as_dicts(value) for name, value in node.items()}
+
+
+def _num_experts(params: Params) -> int | None:
+    """E, the number of experts and of logits; None if an optimizer keeps no leaf of that size."""
+    leaves = map(jnp.shape, jax.tree.leaves(params["experts"]))
+    experts = [shape for shape in leaves if shape != PLACEHOLDER]
+    kept = [(shape, axes) for shape, axes in _logits(params["router"]) if shape != PLACEHOLDER]
+    logits = [shape for shape, _ in kept]
+    sizes = {shape[:1] for shape in experts} | {shape[-1:] for shape in logits}
+    if any(len(shape) < axes for shape, axes in kept):
         raise ValueError(
-            f"Every leaf of the experts' params must have a leading axis E, got sizes {sizes}."
+            f"The router's kernel must be [D, E], got {_listed(logits)}: a factored moment cannot "
+            "follow its parameter, so make the optimizer's state anew."
         )
-    return sizes.pop()
-
-
-def _taken(leaf: Array, ids: np.ndarray, *, axis: int) -> Array:
-    """The entries of these experts along an axis."""
-    if not jax.tree.leaves(leaf):  # what an optimizer keeps for parameters that it leaves alone
-        return leaf
-    leaf = jnp.asarray(leaf)
-    num_experts = leaf.shape[axis]
-    if np.any((ids < 0) | (ids >= num_experts)):  # a gather would read the last one
+    # Stacked layers may be as many as the experts; if not, the sizes tell.
+    stacked = [len(shape) > axes and shape[0] == shape[-1] for shape, axes in kept]
+    if len(sizes) > 1 or () in sizes or (stacked and all(stacked)):
         raise ValueError(
-            f"`ids` must be ids of the {num_experts} experts, integers in [0, {num_experts}), got "
-            f"{ids.tolist()}."
+            "The params must be those of one `moe`, experts [E, ...] and logits [..., E], got "
+            f"experts {_listed(experts)} and a router {_listed(logits)}: map over stacked layers "
+            "with `jax.vmap`, and change the banks of `moe_of` by hand."
         )
-    return leaf[ids] if axis == 0 else leaf[..., ids]
+    return sizes.pop()[0] if sizes else None
 
 
-def _columns(router: Params, ids: np.ndarray) -> Params:
-    """The router with only these logits, in this order."""
+def _logits(router: Params) -> list[tuple[Shape, int]]:
+    """The shapes of the leaves with logits, and how many axes each has in a single layer."""
+    router = _as_dicts(router)
+    try:
+        axes = jax.tree.leaves(_logit_axes(router))
+    except ValueError:  # of another structure, which `merge` does not read
+        return []
+    shapes = map(jnp.shape, jax.tree.leaves(router))
+    return [(shape, number) for shape, number in zip(shapes, axes, strict=True) if number]
+
+
+def _are_ids(ids: np.ndarray, num_experts: int | None) -> bool:
+    listed = ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu"
+    return listed and (num_experts is None or set(ids.tolist()) <= set(range(num_experts)))
+
+
+def _some(num_experts: int | None) -> str:
+    return "the experts" if num_experts is None else f"the {num_experts} experts"
+
+
+def _listed(shapes: list[Shape]) -> str:
+    return " and ".join(str(list(shape)) for shape in dict.fromkeys(shapes)) or "without leaves"
+
+
+def _logit_axes(router: Params) -> Params:
+    """For each leaf of a router the number of its axes if the last is of logits, or 0."""
     if not (isinstance(router, dict) and jax.tree.leaves(router)):
-        return _taken(router, ids, axis=-1)  # the bias of `biased`
+        return jax.tree.map(lambda _: 1, router)  # the bias of `biased`
     if "router" in router:  # `noisy`, or a router beside its bias
-        return {name: _columns(node, ids) for name, node in router.items()}
-    take = lambda layer: {name: _taken(leaf, ids, axis=-1) for name, leaf in layer.items()}  # noqa: E731
-    return _with_last(router, take, what="router")
+        return {name: _logit_axes(node) for name, node in router.items()}
+    none = jax.tree.map(lambda _: 0, router)
+    return _with_last(none, _linear_axes, what="router")
+
+
+def _linear_axes(layer: Params) -> Params:
+    axes = {name: 2 if name == "kernel" else 1 for name in layer}
+    return {name: jax.tree.map(lambda _, n=axes[name]: n, leaf) for name, leaf in layer.items()}
 
 
 def _check_noise(noise: float, key: Array | None) -> None:
@@ -340,8 +413,8 @@ def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
             "The router must have a bias that tells the copies apart: grow to a multiple of the "
             "number of experts without `offset`, or give it a bias of zeros."
         )
-    bias = params[name]
-    return {**params, name: bias - jnp.asarray(by).astype(bias.dtype)}
+    lower = lambda bias: bias - jnp.asarray(by).astype(bias.dtype)  # noqa: E731
+    return {**params, name: jax.tree.map(lower, params[name])}
 
 
 def _divided(dense: Params, total: float) -> Params:
@@ -358,8 +431,8 @@ def _with_last(params: Params, change: Callable[[Params], Params], *, what: str)
         if "kernel" in params:
             return change(params)
         if "layers" in params:
-            *first, last = params["layers"]
-            return {**params, "layers": [*first, _with_last(last, change, what=what)]}
+            changed = partial(_with_last, change=change, what=what)
+            return {**params, "layers": _with_last_of(params["layers"], changed)}
         for name in ("down", "router"):
             if name in params:
                 return {**params, name: _with_last(params[name], change, what=what)}
@@ -367,6 +440,16 @@ def _with_last(params: Params, change: Callable[[Params], Params], *, what: str)
         f"The {what} must end in a `linear`, as `linear`, `mlp` and `glu` do: change params of "
         "another structure by hand."
     )
+
+
+def _with_last_of(layers: Any, change: Callable[[Params], Params]) -> Any:
+    """The layers with the last one changed; Flax keeps them in a dict, by number."""
+    if isinstance(layers, dict):
+        last = max(layers, key=lambda name: (len(str(name)), str(name)))  # "10" comes after "9"
+        return {**layers, last: change(layers[last])}
+    *first, last = layers
+    changed = [*first, change(last)]
+    return tuple(changed) if isinstance(layers, tuple) else changed
 
 
 def _perturbed(experts: Params, noise: float, key: Array) -> Params:

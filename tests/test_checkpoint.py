@@ -201,6 +201,36 @@ def test_missing_checkpoint(tmp_path, two):
         checkpoint.restore(tmp_path, train_state(), step=15)
 
 
+def test_a_renamed_folder_is_told_its_step(two):
+    folder, states = two
+    shutil.rmtree(folder / "20")
+    (folder / "10").rename(folder / "20")
+    with pytest.raises(
+        ValueError, match=r"Checkpoint 20 .* it is of step 10, so rename its folder"
+    ):
+        checkpoint.restore(folder, states[10])
+    with pytest.raises(ValueError, match="it is of step 10"):
+        checkpoint.read_config(folder)
+    (folder / "20").rename(folder / "10")
+    assert checkpoint.restore(folder, states[10]).step == 10
+
+
+@pytest.mark.parametrize("read", [checkpoint.restore, lambda folder, like, step:
+                                  checkpoint.read_config(folder, step=step)])  # fmt: skip
+@pytest.mark.parametrize("step", [10.0, np.float32(10), jnp.ones(2), "10", -1, -10])
+def test_a_step_that_no_checkpoint_has_is_refused(two, step, read):
+    folder, states = two
+    with pytest.raises(ValueError, match=re.escape(f"integer of at least 0, got {step!r}.")):
+        read(folder, states[10], step=step)
+
+
+@pytest.mark.parametrize("step", [np.int64(10), jnp.array(10, jnp.int32), np.array(10, np.uint8)])
+def test_the_step_to_read_may_be_a_scalar_array(two, step):
+    folder, states = two
+    assert checkpoint.restore(folder, states[10], step=step).step == 10
+    assert checkpoint.read_config(folder, step=step) == {"learning_rate": 0.1}
+
+
 def test_steps_only_grow(two):
     folder, states = two
     with (

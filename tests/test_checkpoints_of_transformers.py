@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
 from transformers_cases import CASES, config_of
 
@@ -76,8 +77,6 @@ def test_a_folder_of_transformers_is_read_and_written_back(name, tmp_path):
 
 
 def _unchanged(model, folder):
-    from moejax.interop import torch as conversion
-
     _, layout = published.block(folder)
     return conversion.from_torch(layout, model.model.layers[0].mlp.state_dict())
 
@@ -129,3 +128,59 @@ def test_fields_that_the_folder_leaves_out_come_from_a_configuration(tmp_path):
     published.save(tmp_path, 1, jax.tree.map(lambda leaf: 2 * leaf, params), config=model.config)
     doubled = published.load(tmp_path, 1, config=model.config)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "expected", "got"),
+    [
+        ({"num_local_experts": 4}, "gate.weight", [4, 6], [8, 6]),
+        ({"num_local_experts": 9}, "gate.weight", [9, 6], [8, 6]),
+        ({"intermediate_size": 7}, "experts.0.w2.weight", [6, 7], [6, 5]),
+    ],
+)
+def test_another_shape_is_named(changes, tensor, expected, got, tmp_path):
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path)
+    config = {**model.config.to_dict(), **changes}
+    message = f"layers.1.*{tensor}` must have the shape .*, {expected}, got {got}".replace(
+        "[", r"\["
+    )
+    for prefix in (None, "model.layers.1.block_sparse_moe"):
+        with pytest.raises(ValueError, match=message):
+            published.load(tmp_path, 1, config=config, prefix=prefix)
+    with pytest.raises(ValueError, match="Layer 7 must hold a block of this model"):
+        published.load(tmp_path, 7, config=config)
+
+
+def written(name, folder, start):
+    """A file with the block of a family, named as in checkpoints, in a model of several modules."""
+    from safetensors.numpy import save_file
+
+    config = config_of(CASES[name])
+    layer, _ = published.block(config)
+    state = conversion.to_torch(published.published(config), layer.init(jax.random.key(0)))
+    others = {f"model.layers.1.{name}.weight": np.ones(2) for name in ("norm", "self_attn.q_proj")}
+    save_file({**others, **{start + key: value for key, value in state.items()}},
+              folder / "model.safetensors")  # fmt: skip
+    return config.to_dict()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_block_of_every_family_is_all_that_its_module_has(name, tmp_path):
+    start = "model.layers.1." if name == "granitemoeshared" else "model.layers.1.mlp."
+    config = written(name, tmp_path, start)
+    params = published.load(tmp_path, 1, config=config)
+    published.save(tmp_path, 1, params, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "left_out"),
+    [
+        ("lfm2_moe", {"use_expert_bias": False}, r"\['model.layers.1.mlp.expert_bias'\] and 0"),
+        ("cohere2_moe", {"num_shared_experts": 0}, "mlp.shared_experts.down_proj.weight"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_leaves_tensors_out_is_refused(name, without, left_out, tmp_path):
+    config = {**written(name, tmp_path, "model.layers.1.mlp."), **without}
+    with pytest.raises(ValueError, match=f"only tensors that follow .*{left_out}"):
+        published.load(tmp_path, 1, config=config)

@@ -17,6 +17,12 @@ class LinenExpert(linen.Module):
         return linen.Dense(O)(jnp.tanh(linen.Dense(5)(x)))
 
 
+class Dropping(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dropout(0.5, deterministic=False)(linen.Dense(O)(x))
+
+
 class NnxExpert(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(D, 5, rngs=rngs), nnx.Linear(5, O, rngs=rngs)])
@@ -68,11 +74,25 @@ def test_a_module_is_a_router(key):
             ).init(key),
             "batch_stats",
         ),
+        (
+            from_linen(linen.Dropout(0.5, deterministic=False), jnp.ones((1, 3))).init,
+            "random stream",
+        ),
+        (
+            moejax.stack(from_linen(Dropping(), jnp.ones((1, D))), E).init,
+            r"Dropping also has \['a random stream'\]",
+        ),
     ],
 )
 def test_a_module_with_other_state_is_refused(make, state, key):
     with pytest.raises(ValueError, match=state):
         make(key)
+
+
+def test_a_module_whose_dropout_is_off_is_an_expert(key):
+    module = linen.Sequential([linen.Dense(O), linen.Dropout(0.5, deterministic=True)])
+    expert = from_linen(module, jnp.ones((1, D)))
+    assert expert.apply(expert.init(key), jnp.ones((T, D))).shape == (T, O)
 
 
 def test_a_module_that_is_made_already_is_refused():

@@ -2,13 +2,16 @@
 
 from functools import partial
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import moejax
+from moejax.interop.flax import from_nnx, to_nnx
 
 D, E = 3, 4
 X = np.random.default_rng(0).normal(size=(16, D))
@@ -147,6 +150,14 @@ def test_routers_of_several_parts(key):
         (partial(moejax.prune, keep=[0, 0]), "distinct ids of the 4 experts, got \\[0, 0\\]"),
         (partial(moejax.prune, keep=[4]), "distinct ids of the 4 experts, got \\[4\\]"),
         (partial(moejax.prune, keep=[]), "distinct ids"),
+        (
+            partial(moejax.prune, keep=[0.0, 2.0]),
+            "distinct ids of the 4 experts, got \\[0.0, 2.0\\]",
+        ),
+        (partial(moejax.take_experts, ids=[]), "a list of ids of the 4 experts, .*, got \\[\\]"),
+        (partial(moejax.take_experts, ids=3), "a list of ids of the 4 experts, .*, got 3"),
+        (partial(moejax.take_experts, ids=[0.0]), "integers in \\[0, 4\\), got \\[0.0\\]"),
+        (partial(moejax.grow, num_experts=8.0), "`num_experts` must be an integer, .*, got 8.0"),
         (partial(moejax.grow, num_experts=3), "at least 4, got 3: use `prune`"),
         (partial(moejax.grow, num_experts=8, noise=0.1), "`noise` needs a `key`"),
         (partial(moejax.merge, load=jnp.ones(3)), "one number per expert, \\[4\\], got \\[3\\]"),
@@ -247,3 +258,160 @@ def test_parameters_that_an_optimizer_leaves_alone_are_left_alone(key):
         smaller = moejax.map_mixtures(take, optimizer.init(params))
         expected = optimizer.init(take(params))
         assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, expected)
+
+
+EVERY = {
+    "upcycle": lambda params: moejax.upcycle(
+        jax.tree.map(lambda leaf: leaf[0], params["experts"]), params["router"], num_experts=3
+    ),
+    "grow": partial(moejax.grow, num_experts=8),
+    "prune": partial(moejax.prune, keep=[0, 1]),
+    "merge": partial(moejax.merge, load=jnp.ones(E)),
+    "take_experts": partial(moejax.take_experts, ids=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("operate", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_layers", [2, E])
+def test_stacked_layers_are_mapped_over(num_layers, bias, operate, key):
+    model = mixture(bias=bias)
+    stacked = jax.vmap(model.init)(jax.random.split(key, num_layers))
+    with pytest.raises(ValueError, match=r"those of one `moe`.* over stacked layers with `jax.vm"):
+        operate(stacked)
+
+
+@pytest.mark.parametrize("operate", [EVERY["prune"], EVERY["take_experts"]])
+def test_surgery_maps_over_stacked_layers(operate, key):
+    keys = jax.random.split(key, E)
+    pruned = jax.vmap(operate)(jax.vmap(mixture().init)(keys))
+    first = operate(mixture().init(keys[0]))
+    jax.tree.map(lambda all_layers, one: close(all_layers[0], one), pruned, first)
+
+
+@pytest.mark.parametrize("operate", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("num_zero", [0, 1])
+def test_banks_of_experts_are_refused(num_zero, operate, key):
+    banks = [moejax.networks(LAYERS["mlp"], E)] * 2
+    banks += [moejax.zero_experts(1)] * num_zero
+    router = moejax.linear(D, 2 * E + num_zero)
+    params = moejax.moe_of(*banks, router=router, route=moejax.softmax).init(key)
+    with pytest.raises(ValueError, match=r"those of one `moe`.* the banks of `moe_of` by hand"):
+        operate(params)
+
+
+def test_a_router_for_other_experts_is_refused(key):
+    params = {**mixture().init(key), "router": moejax.linear(D, E + 1).init(key)}
+    for operate in EVERY.values():
+        with pytest.raises(ValueError, match=r"experts \[[34], .* and a router \[5\] and \[3, 5\]"):
+            operate(params)
+
+
+def test_only_known_routers_tell_how_many_experts_there_are(key):
+    params = {**mixture().init(key), "router": moejax.cosine(D, 2, E).init(key)}
+    assert moejax.merge(params, jnp.ones(E))["layers"][1]["kernel"].shape == (5, 2)
+    with pytest.raises(ValueError, match="The router must end in a `linear`"):
+        moejax.prune(params, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "to_type", [flax.core.freeze, nnx.State, lambda tree: {"block": flax.core.freeze(tree)}]
+)
+def test_mixtures_in_other_mappings_are_found(to_type, key):
+    params, take = mixture().init(key), partial(moejax.take_experts, ids=[2, 0])
+    tree = to_type({"moe": params})
+    changed = moejax.map_mixtures(take, tree)
+    assert jax.tree.structure(changed) == jax.tree.structure(tree)
+    expected = to_type({"moe": take(params)})
+    jax.tree.map(close, changed, expected)
+    changed = moejax.map_mixtures(take, to_type(params))
+    jax.tree.map(close, changed, to_type(take(params)))
+
+
+@pytest.mark.parametrize(
+    "operate", [partial(moejax.prune, keep=[2, 0]), partial(moejax.grow, num_experts=2 * E)]
+)
+def test_a_module_and_its_optimizer_change_alike(operate, standard_promotion):
+    layer = moejax.moe(LAYERS["mlp"], moejax.mlp(D, 5, E), num_experts=E)
+    module = to_nnx(layer, rngs=nnx.Rngs(0))
+    state = nnx.state(module, nnx.Param)
+    moments = nnx.state(nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param))
+    changed, followed = (moejax.map_mixtures(operate, tree) for tree in (state, moments))
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    assert jax.tree.structure(followed) == jax.tree.structure(moments)
+    shapes = jax.tree.leaves(jax.tree.map(jnp.shape, followed["opt_state"][0]["mu"]))
+    assert shapes == jax.tree.leaves(jax.tree.map(jnp.shape, changed))
+    expected = jax.tree.leaves(operate(module.as_params()))
+    jax.tree.map(close, jax.tree.leaves(changed), expected)
+
+
+@pytest.mark.parametrize("digits", [str, int])
+def test_the_last_of_numbered_layers_is_the_last_by_number(digits, key):
+    made = moejax.mlp(*[D] * 11, E).init(key)["layers"]
+    router = {"layers": {digits(number): layer for number, layer in enumerate(made)}}
+    params = {"router": router, "experts": {"kernel": jnp.ones((E, D, 2))}}
+    layers = moejax.prune(params, [3, 1])["router"]["layers"]
+    close(layers[digits(10)]["kernel"], made[10]["kernel"][:, np.array([3, 1])])
+    close(layers[digits(9)]["kernel"], made[9]["kernel"])
+
+
+def test_a_router_of_flax_ends_in_its_last_layer(key):
+    def make(rngs):
+        return nnx.Sequential(nnx.Linear(D, 5, rngs=rngs), jnp.tanh, nnx.Linear(5, E, rngs=rngs))
+
+    model = moejax.moe(LAYERS["linear"], from_nnx(make), num_experts=E)
+    params = moejax.prune(model.init(key), [3, 1])
+    assert params["router"]["layers"][2]["kernel"].shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    "operate",
+    [
+        partial(moejax.take_experts, ids=[3, 1, 0]),
+        partial(moejax.prune, keep=[3, 1, 0]),
+        partial(moejax.grow, num_experts=3 * E),
+    ],
+)
+@pytest.mark.parametrize("factored", [False, True])
+def test_what_adafactor_keeps_in_place_of_a_moment_is_left_alone(factored, operate, key):
+    params = moejax.moe(moejax.mlp(16, 17, 2), moejax.linear(16, E), num_experts=E).init(key)
+    optimizer = optax.adafactor(factored=factored, min_dim_size_to_factor=16)
+    followed = moejax.map_mixtures(operate, optimizer.init(params))
+    expected = optimizer.init(operate(params))
+    assert jax.tree.map(jnp.shape, followed) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize("d_model", [E, E + 3])
+def test_factored_moments_of_a_router_are_refused(d_model, key):
+    params = moejax.moe(moejax.linear(d_model, 2), moejax.linear(d_model, E), num_experts=E)
+    state = optax.adafactor(min_dim_size_to_factor=E).init(params.init(key))
+    with pytest.raises(ValueError, match="a factored moment cannot follow its parameter"):
+        moejax.map_mixtures(partial(moejax.take_experts, ids=[0, 2]), state)
+
+
+def test_one_expert_has_a_bias_of_one_number(key):
+    grown = moejax.grow(mixture(1, LAYERS["linear"]).init(key), num_experts=E)
+    assert grown["router"]["bias"].shape == (E,)
+
+
+def test_moments_that_an_optimizer_does_not_keep_are_pruned_too(key):
+    params = mixture().init(key)
+    prune = partial(moejax.prune, keep=[0, 2])
+    for mask in ({"router": True, "experts": False}, {"router": False, "experts": False}):
+        optimizer = optax.masked(optax.adam(1e-3), mask)
+        smaller = moejax.map_mixtures(prune, optimizer.init(params))
+        expected = optimizer.init(prune(params))
+        assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_equal_experts_merge_into_themselves(dtype, key):
+    one = jax.random.normal(key, (50, 3), dtype)
+    experts = {"kernel": jnp.stack([one] * 60)}
+    merged = moejax.merge({"router": {}, "experts": experts}, jnp.ones(60))["kernel"]
+    assert merged.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(merged, np.float64),
+        np.asarray(one, np.float64),
+        rtol=0 if jnp.finfo(dtype).bits == 16 else 60 * float(jnp.finfo(dtype).eps),
+    )

@@ -1,5 +1,6 @@
 """Published blocks against the modules of the installed transformers, with random weights."""
 
+import functools
 import importlib
 import os
 
@@ -11,6 +12,7 @@ import pytest
 import moejax
 from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
+from pages import blocks_of
 from transformers_cases import CASES, D, config_of, module_of
 
 if os.environ.get("MOEJAX_REQUIRE_TORCH") == "1":
@@ -140,6 +142,38 @@ def test_block_in_bfloat16(name):
     assert routing.weights.dtype == jnp.float32
 
 
+def test_switch_limits_each_sequence(key):
+    layer, _ = published.block(config_of(CASES["switch_transformers"]))
+    params, (x, _) = layer.init(key), inputs(jnp.float32)
+    mask = jnp.arange(x.shape[1])[None] < jnp.array([3, 16])[:, None]
+    y, routing = layer.apply(params, x, key=key, mask=mask)
+    for one, expected, masked in zip(x, y, mask, strict=True):
+        alone = layer.apply(params, one[None], mask=masked[None])[0][0]
+        np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
+    assert routing.experts.shape == (*x.shape[:2], 1)
+    assert not y[0, 3:].any()
+    np.testing.assert_array_equal(layer.apply(params, x, key=key)[0], layer.apply(params, x)[0])
+    for wrong in (x[0], x[None]):
+        with pytest.raises(
+            ValueError, match=r"must be \[sequences, tokens, D\], got \[.*\]: the ca"
+        ):
+            layer.apply(params, wrong)
+
+
+def test_a_layer_composed_by_hand_takes_the_params_of_the_block(key):
+    """So that it can have what the block leaves out, as docs/transformers.md says of `jittered`."""
+    [code] = [one for one in blocks_of("transformers.md", "python") if "jittery" in one]
+    config, (x, _) = config_of(CASES["mixtral"]), inputs(jnp.float32)
+    config.num_experts_per_tok = 2
+    layer, _ = published.block(config)
+    params = layer.init(key)
+    names = {"moejax": moejax, "jax": jax, "functools": functools, "params": params, "x": x}
+    exec(code, names | {"D": D, "E": 8, "F": 5}, outcome := {})
+    expected = layer.apply(params, x)[0]
+    np.testing.assert_allclose(outcome["jittery"].apply(params, x)[0], expected, rtol=1e-5)
+    assert not np.array_equal(outcome["y"], expected)
+
+
 SMALL = {
     "model_type": "mixtral",
     "hidden_size": 4,
@@ -222,6 +256,22 @@ def test_both_layouts_hold_every_parameter(name):
     for one in (layout, published.published(config)):
         back = conversion.from_torch(one, conversion.to_torch(one, params))
         jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+CHOSEN_BY_BIAS = ["minimax_m2", "deepseek_v3", "deepseek_v4", "afmoe", "lfm2_moe", "ernie4_5_moe"]
+
+
+@pytest.mark.parametrize("name", CHOSEN_BY_BIAS)
+def test_a_bias_that_chooses_is_found_by_the_name_of_every_balance_bias(name, key):
+    config = config_of(CASES[name])
+    layer, layout = published.block(config)
+    params = layer.init(key)
+    for tree in (params, layout, published.published(config)):
+        router = tree.get("routed", tree)["router"]
+        assert set(router) == {"router", "balance_bias"}
+    bias = params.get("routed", params)["router"]["balance_bias"]
+    assert bias.dtype == jnp.float32
+    assert not bias.any()
 
 
 def test_every_family_has_a_case():

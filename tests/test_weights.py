@@ -1,5 +1,6 @@
 """Weights on disk: exact, and never silently wrong."""
 
+import json
 import re
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_a_file_from_elsewhere_is_refused(path):
 
     save_file({"weight": np.ones(3)}, path)
     with pytest.raises(ValueError, match="no checksum"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "C64"])
+def test_a_file_from_elsewhere_is_not_damaged_whatever_its_dtype(path, dtype):
+    import safetensors
+
+    size = 8 if dtype == "C64" else 1
+    header = {"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2 * size))
+    assert len(safetensors.deserialize(path.read_bytes())) == 1
+    with pytest.raises(ValueError, match="has no checksum"):
         weights.load(path)
 
 

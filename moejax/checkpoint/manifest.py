@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import operator
 import platform
 from typing import Any
 
@@ -76,6 +77,21 @@ def stored(leaf: Any) -> Any:
     return host.astype(host.dtype.newbyteorder("="))
 
 
+def step_number(step: Any) -> int:
+    """The number of a checkpoint, given as an integer or a scalar array of one.
+
+    Raises:
+        ValueError: if it is neither, or negative: the names of checkpoints are digits.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
+    return number
+
+
 def versions() -> dict[str, str]:
     """The versions of Python and of the installed libraries that a result depends on."""
     found = {"moejax": VERSION, "python": platform.python_version()}
@@ -110,14 +126,16 @@ def describe(leaves: dict[str, Any], step: int, config: dict[str, Any]) -> Manif
 
 
 def check_manifest(manifest: Manifest, step: int) -> None:
-    """Checks a manifest against its own SHA-256.
+    """Checks a manifest against its own SHA-256, and the step that its folder is named after.
 
     Raises:
         DamagedError: if they differ.
     """
     content = {name: value for name, value in manifest.items() if name != "sha256"}
-    if _digest_of_json(content) != manifest.get("sha256") or content["step"] != step:
+    if _digest_of_json(content) != manifest.get("sha256"):
         raise DamagedError("its manifest differs from its SHA-256")
+    if content["step"] != step:
+        raise DamagedError(f"it is of step {content['step']}, so rename its folder to that")
 
 
 def check_structure(entries: dict[str, Manifest], like: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from moejax.checkpoint.manifest import (
     check_structure,
     is_key,
     named_leaves,
+    step_number,
 )
 
 
@@ -51,7 +52,7 @@ class Checkpoint(NamedTuple):
     versions: dict[str, str]
 
 
-def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoint:
+def restore(folder: str | Path, like: Any, *, step: SupportsIndex | None = None) -> Checkpoint:
     """Reads a checkpoint back, bit for bit as it was saved, weak types included.
 
     Args:
@@ -59,15 +60,15 @@ def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkp
         like: a pytree of arrays or ``jax.ShapeDtypeStruct``, with the structure, shapes and dtypes
             that were saved. A leaf that is placed (committed, or with a sharding) says where the
             restored one goes; the number of devices may differ from when it was saved.
-        step: which one; by default the newest.
+        step: which one, an integer or a scalar array of one; by default the newest.
 
     Returns:
         The step, the state, the configuration and the versions.
 
     Raises:
-        ValueError: if there is no such checkpoint; if it is damaged, naming the newest one before
-            it that is intact; if its structure, a shape or a dtype differs from ``like``, naming
-            the leaf.
+        ValueError: if there is no such checkpoint, or the step is not an integer; if it is damaged,
+            naming the newest one before it that is intact; if its structure, a shape or a dtype
+            differs from ``like``, naming the leaf.
 
     Example:
         >>> import tempfile
@@ -84,18 +85,19 @@ def restore(folder: str | Path, like: Any, *, step: int | None = None) -> Checkp
     return Checkpoint(int(path.name), state, manifest["config"], manifest["versions"])
 
 
-def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any]:
+def read_config(folder: str | Path, *, step: SupportsIndex | None = None) -> dict[str, Any]:
     """Reads only the configuration, from which to build the ``like`` of `restore`.
 
     Args:
         folder: where the checkpoints of a run are.
-        step: which one; by default the newest.
+        step: which one, an integer or a scalar array of one; by default the newest.
 
     Returns:
         What was saved as ``config``.
 
     Raises:
-        ValueError: if there is no such checkpoint, or its manifest is damaged.
+        ValueError: if there is no such checkpoint, if the step is not an integer, or if its
+            manifest is damaged.
 
     Example:
         >>> import tempfile
@@ -109,15 +111,16 @@ def read_config(folder: str | Path, *, step: int | None = None) -> dict[str, Any
         return _read_manifest(read, path)["config"]
 
 
-def _find(folder: str | Path, step: int | None) -> Path:
+def _find(folder: str | Path, step: SupportsIndex | None) -> Path:
     folder = local(folder)
     steps = sorted(steps_in(folder))
-    if not steps or step not in [None, *steps]:
+    wanted = step if step is None else step_number(step)
+    if not steps or wanted not in [None, *steps]:
         raise ValueError(
             f"There must be a checkpoint {'' if step is None else f'of step {step} '}in {folder}; "
             f"it has {steps or 'none'}."
         )
-    return folder / str(steps[-1] if step is None else step)
+    return folder / str(steps[-1] if wanted is None else wanted)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from moejax._paths import local
 from moejax.checkpoint.folder import apart, clear, delete, latest, on_first_process, orbax, steps_in
-from moejax.checkpoint.manifest import describe, named_leaves, stored
+from moejax.checkpoint.manifest import describe, named_leaves, step_number, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)
 
@@ -120,7 +119,7 @@ def _save(
 
     if ended.is_set():  # orbax would return, and report in another thread
         raise RuntimeError(f"The writer of {folder} has ended: save inside the `with` block.")
-    step = _number(step)
+    step = step_number(step)
     leaves = named_leaves(state)
     manifest = describe(leaves, step, config or {})
     arrays = {name: stored(leaf) for name, leaf in leaves.items() if leaf.size}
@@ -135,17 +134,6 @@ def _save(
     items = args.Composite(state=args.PyTreeSave(arrays), manifest=args.JsonSave(manifest))
     with _write_errors(folder):
         apart(background.save, folder / str(step), args=items)
-
-
-def _number(step: Any) -> int:
-    # Only folders whose names are digits are checkpoints: any other could not be found again.
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
-    return number
 
 
 @contextmanager

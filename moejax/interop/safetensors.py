@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -74,21 +75,28 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ...     load(f"{folder}/weights.safetensors")
         {'bias': array([0., 0.], dtype=float32)}
     """
-    safetensors = library()
     content = local(path).read_bytes()
-    try:
-        arrays = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
+    with _refusing_damage(path):
+        tensors = library().deserialize(content)
         expected = _metadata(content).get(CHECKSUM)
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, it cannot be read: {error}.") from error
-    if expected is None:
+    if expected is None:  # then it may hold dtypes that `save` does not write
         raise ValueError(
             f"{path} has no checksum, so it was not written by `save`: if you trust it, read it "
             "with safetensors.numpy.load_file."
         )
+    with _refusing_damage(path):
+        arrays = {name: _array(**tensor) for name, tensor in tensors}
     if expected != _digest(arrays):
         raise ValueError(f"{path} is damaged: its content does not have its checksum.")
     return arrays
+
+
+@contextmanager
+def _refusing_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (library().SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, it cannot be read: {error}.") from error
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
     """Writes an animated GIF that repeats and holds its last frame.
 
     Args:
-        figures: the frames, all of one size; drawn one at a time, so an iterator needs the memory
-            of one figure.
+        figures: the frames, all of one size; drawn one at a time, so that an iterator needs the
+            memory of one figure, and that of the pixels of all frames.
         path: the file to write.
         milliseconds: how long a frame is shown; the last is shown twenty times as long.
 

@@ -18,8 +18,8 @@ def specialisation(by_class: np.ndarray, *, classes: str = "class") -> Figure:
         classes: what a class is, such as ``"digit"``.
 
     Returns:
-        A figure; every column adds up to 100%. An expert with less than a twentieth of an equal
-        share of the gate is named idle.
+        A figure; every column adds up to 100%, or to 0% for a class without any gate. An expert
+        with less than a twentieth of an equal share of the gate is named idle.
 
     Example:
         >>> len(specialisation(np.ones((2, 3))).axes)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from flax.errors import InvalidRngError
 
 from moejax.base import Array, Layer, Params
 
@@ -25,7 +27,8 @@ def from_linen(module: Any, example: Array) -> Layer:
         A layer whose params are the module's ``params`` collection.
 
     Raises:
-        ValueError: at initialisation, if the module has other collections.
+        ValueError: at initialisation, if the module has other collections, or draws random numbers
+            when it is applied, as ``linen.Dropout`` does unless it is deterministic.
 
     Example:
         >>> from flax import linen
@@ -39,7 +42,12 @@ def from_linen(module: Any, example: Array) -> Layer:
     def init(key: Array) -> Params:
         variables = module.init(key, example)
         _refuse_state(type(module).__name__, set(variables) - {"params"})
-        return variables.get("params", {})
+        params = variables.get("params", {})
+        try:
+            jax.eval_shape(apply, params, example)
+        except InvalidRngError:  # with the key of `init` there was one
+            _refuse_state(type(module).__name__, {"a random stream"})
+        return params
 
     def apply(params: Params, x: Array) -> Array:
         return module.apply({"params": params}, x)

@@ -16,7 +16,7 @@ import numpy as np
 from moejax._paths import local
 from moejax.base import Params
 from moejax.interop.safetensors import library
-from moejax.interop.torch import Layout, Tensor, to_torch
+from moejax.interop.torch import Layout, to_torch
 from moejax.interop.torch.checks import check_layout
 from moejax.interop.torch.state_dicts import read
 from moejax.interop.transformers.families import build
@@ -45,7 +45,7 @@ def load(folder: Folder, layer: int, *, prefix: str | None = None, config: Any =
 
     Raises:
         ValueError: if the model is not supported or quantised, or if the layer has no such block,
-            or several.
+            or several, or one with other shapes or with tensors that the configuration leaves out.
         ImportError: without safetensors; names the command that installs it.
 
     Example:
@@ -140,6 +140,7 @@ def _place(
     ]
     starts = sorted({start for start, _ in found})
     if not found:
+        _refuse_shapes(block, files, get, layer, prefix)
         wanted = [jax.tree.leaves(one)[0].key for one in (block.published, block.layout)]
         raise ValueError(
             f"Layer {layer} must hold a block of this model, with tensors such as "
@@ -148,6 +149,7 @@ def _place(
         )
     if len(starts) > 1:
         raise ValueError(f"Layer {layer} must hold one block, got {starts}: give its `prefix`.")
+    _refuse_others(*found[0], files)
     return found[0]
 
 
@@ -162,14 +164,49 @@ def _starts(layout: Layout, files: Files, layer: int, prefix: str | None) -> set
 
 def _has(layout: Layout, start: str, files: Files, get: Callable[[str], Any]) -> bool:
     """Whether the files hold all tensors of a layout, in its shapes."""
+    return all(
+        name in files and tuple(get(name).get_shape()) == shape
+        for name, shape in _tensors(layout, start)
+    )
 
-    def stored(tensor: Tensor, key: str) -> bool:
-        name = start + key
-        shape = tensor.stored or tensor.shape
-        return name in files and tuple(get(name).get_shape()) == tuple(shape)
 
-    leaves = jax.tree.leaves(layout)
-    return all(stored(tensor, key) for tensor in leaves for _, key in tensor.parts())
+def _tensors(layout: Layout, start: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of a layout's tensors in the files."""
+    for tensor in jax.tree.leaves(layout):
+        for _, key in tensor.parts():
+            yield start + key, tuple(tensor.stored or tensor.shape)
+
+
+def _refuse_shapes(
+    block: Block, files: Files, get: Callable[[str], Any], layer: int, prefix: str | None
+) -> None:
+    """Refuses a tensor of the block that is there in another shape."""
+    for layout in (block.published, block.layout):
+        for start in sorted(_starts(layout, files, layer, prefix)):
+            for name, shape in _tensors(layout, start):
+                if name in files and (stored := tuple(get(name).get_shape())) != shape:
+                    raise ValueError(
+                        f"`{name}` must have the shape that follows from the configuration, "
+                        f"{list(shape)}, got {list(stored)}: give the `config` of these files."
+                    )
+
+
+def _refuse_others(start: str, layout: Layout, files: Files) -> None:
+    """Refuses tensors of the block's module that the layout leaves out.
+
+    Where the block begins at a whole layer, as Granite's does, only its own modules count: the
+    others are attention and norms.
+    """
+    known = {name for name, _ in _tensors(layout, start)}
+    modules = {start}
+    if re.search(r"\.\d+\.$", start):
+        modules = {f"{start}{name.removeprefix(start).split('.')[0]}." for name in known}
+    others = sorted(name for name in files if name not in known and name.startswith(tuple(modules)))
+    if others:
+        raise ValueError(
+            "The block must hold only tensors that follow from the configuration, got "
+            f"{others[:4]} and {max(0, len(others) - 4)} more: give the `config` of these files."
+        )
 
 
 def _array(piece: Any) -> np.ndarray:

@@ -85,7 +85,8 @@ def block(config: Any, *, execute: Schedule | None = None) -> tuple[Layer, Layou
         The layer, a `moe` alone or beside a shared expert, and the layout of the module's
         ``state_dict`` in the installed transformers. ``from_torch(layout, module.state_dict())`` of
         ``moejax.interop.torch`` gives the params, and ``layer.apply(params, x)[0]`` is the module's
-        output in evaluation. A bias that chooses experts is among the params; it has no gradient.
+        output in evaluation. A bias that chooses experts is among the params, as the
+        ``"balance_bias"`` of `biased`; it has no gradient.
 
     Raises:
         ValueError: if the model, or the value of a field, is not supported; names it.

@@ -16,10 +16,8 @@ from moejax.rules import top_k
 
 def olmoe(config: Config, **options: Any) -> Block:
     """The block of OLMoE; FlexOlmo has the same."""
-    d_model, num_experts = (
-        count(config, "hidden_size"),
-        count(config, "num_experts", "num_local_experts"),
-    )
+    d_model = count(config, "hidden_size")
+    num_experts = count(config, "num_experts", "num_local_experts")
     experts = glu_experts(
         d_model, count(config, "intermediate_size"), num_experts, activation=activation(config)
     )

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from moejax.base import Array, Layer, Params
+from moejax.base import Layer
 from moejax.interop.torch import Layout, Tensor, at, parts, stacked
 from moejax.interop.torch import linear as linear_layout
 from moejax.interop.torch import stack as spread
 from moejax.interop.transformers.fields import Config, count, refuse
 from moejax.layers import gated, glu, linear
 from moejax.moe_layer import moe, with_shared
+from moejax.routers import biased
 
 
 class Block(NamedTuple):
@@ -62,19 +60,12 @@ def choosing(
     published: str | None = None,
     stored: tuple[int, ...] | None = None,
 ) -> Block:
-    """A router beside a bias that affects the choice but not the weights: the rule takes both."""
-
-    def init(key: Array) -> Params:
-        return {"router": logits.layer.init(key), "bias": jnp.zeros(num_experts)}
-
-    def apply(params: Params, x: Array) -> tuple[Array, Array]:
-        return logits.layer.apply(params["router"], x), jax.lax.stop_gradient(params["bias"])
-
+    """`biased`: a router beside a bias that chooses and has no weight; the rule takes both."""
     bias = [Tensor(name, (num_experts,), (0,), stored=stored) for name in (key, published or key)]
     return Block(
-        Layer(init, apply),
-        {"router": logits.layout, "bias": bias[0]},
-        {"router": logits.published, "bias": bias[1]},
+        biased(logits.layer, num_experts),
+        {"router": logits.layout, "balance_bias": bias[0]},
+        {"router": logits.published, "balance_bias": bias[1]},
     )
 
 

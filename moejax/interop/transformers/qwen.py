@@ -54,10 +54,8 @@ def qwen3_5_moe(config: Config, **options: Any) -> Block:
 
 
 def _routed(config: Config, *, renormalize: bool, **options: Any) -> Block:
-    d_model, num_experts = (
-        count(config, "hidden_size"),
-        count(config, "num_experts", "num_local_experts"),
-    )
+    d_model = count(config, "hidden_size")
+    num_experts = count(config, "num_experts", "num_local_experts")
     experts = glu_experts(
         d_model,
         count(config, "moe_intermediate_size"),
@@ -70,9 +68,7 @@ def _routed(config: Config, *, renormalize: bool, **options: Any) -> Block:
 
 
 def _shared(config: Config) -> Block:
-    d_model, d_hidden = (
-        count(config, "hidden_size"),
-        count(config, "shared_expert_intermediate_size"),
-    )
+    d_model = count(config, "hidden_size")
+    d_hidden = count(config, "shared_expert_intermediate_size")
     shared = dense_glu(d_model, d_hidden, "shared_expert", activation=activation(config))
     return behind(shared, router(d_model, 1, "shared_expert_gate"))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moejax.base import Array, Expert, Layer, Params, Routing, Schedule
 from moejax.interop.torch import Layout, Tensor, at
@@ -42,15 +43,21 @@ def switch_transformers(config: Config, *, execute: Schedule | None = None) -> B
     return block._replace(layer=_by_sequence(block.layer))
 
 
-def _with_mask(layer: Layer, params: Params, x: Array, mask: Array) -> Any:
-    return layer.apply(params, x, mask=mask)
-
-
 def _by_sequence(layer: Layer) -> Layer:
-    def apply(params: Params, x: Array, *, mask: Array | None = None) -> Any:
-        if mask is None:
-            return jax.vmap(layer.apply, in_axes=(None, 0))(params, x)
-        return jax.vmap(partial(_with_mask, layer), in_axes=(None, 0, 0))(params, x, mask)
+    def one(params: Params, x: Array, key: Array | None, mask: Array | None) -> Any:
+        return layer.apply(params, x, key=key, mask=mask)
+
+    def apply(
+        params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
+    ) -> Any:
+        x = jnp.asarray(x)
+        if x.ndim != 3:
+            raise ValueError(
+                f"`x` must be [sequences, tokens, D], got {list(x.shape)}: the capacity is that of "
+                "one sequence, so reshape x."
+            )
+        keys = None if key is None else jax.random.split(key, len(x))
+        return jax.vmap(one, in_axes=(None, 0, 0, 0))(params, x, keys, mask)
 
     return Layer(layer.init, apply)
 
