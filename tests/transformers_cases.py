@@ -118,7 +118,7 @@ CASES = {
                 "moe_top_k": K,
             },
         },
-        "experts below each other in one matrix",
+        "experts on top of each other in one matrix",
     ),
     "hunyuan_v1_moe": Case(
         "hunyuan_v1_moe.HunYuanMoEV1Moe",

@@ -18,7 +18,13 @@ from transformers_cases import CASES, config_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformers.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->"
-PIECES = {"beside": "with_shared", "behind": "gated", "mixture": "moe", "glu_experts": "glu"}
+PIECES = {
+    "beside": "with_shared",
+    "behind": "gated",
+    "choosing": "biased",
+    "mixture": "moe",
+    "glu_experts": "glu",
+}
 
 
 def functions_of(family):
