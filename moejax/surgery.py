@@ -7,7 +7,7 @@ of that structure. `take_experts` and `prune` also work on an optimizer's moment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,15 @@ import numpy as np
 
 from moejax._arrays import at_least_float32
 from moejax._checks import check_count
+from moejax._mixture_params import (
+    PLACEHOLDER,
+    as_dicts,
+    is_mixture,
+    logit_axes,
+    num_experts_of,
+    with_last,
+)
 from moejax.base import Array, Params
-
-Shape = tuple[int, ...]
-PLACEHOLDER: Shape = (1,)  # of what `optax.adafactor` keeps in place of a moment
 
 
 def upcycle(
@@ -81,8 +86,8 @@ def upcycle(
         experts = _perturbed(experts, noise, key)
     # Only the last layer: with zeros throughout, no gradient would reach an `mlp`.
     zeros = partial(jax.tree.map, jnp.zeros_like)
-    params = {"router": _with_last(router, zeros, what="router"), "experts": experts}
-    _num_experts(params)  # refuses a router with another number of logits
+    params = {"router": with_last(router, zeros, what="router"), "experts": experts}
+    num_experts_of(params)  # refuses a router with another number of logits
     return params
 
 
@@ -136,7 +141,7 @@ def grow(
         True
     """
     check_count("num_experts", num_experts)
-    old = _num_experts(params)
+    old = num_experts_of(params)
     if old is None:  # moments of which an optimizer keeps nothing
         return params
     if num_experts < old:
@@ -184,7 +189,7 @@ def prune(params: Params, keep: Any) -> Params:
     References:
         Lu et al., `Not All Experts are Equal <https://arxiv.org/abs/2402.14800>`_, 2024
     """
-    ids, old = np.asarray(keep), _num_experts(params)
+    ids, old = np.asarray(keep), num_experts_of(params)
     if not _are_ids(ids, old) or len(np.unique(ids)) < ids.size:
         raise ValueError(f"`keep` must be distinct ids of {_some(old)}, got {ids.tolist()}.")
     return take_experts(params, ids)
@@ -215,7 +220,7 @@ def merge(params: Params, load: Array) -> Params:
     References:
         Li et al., `Merge, Then Compress <https://arxiv.org/abs/2310.01334>`_, 2024
     """
-    load, num_experts = jnp.asarray(load), _num_experts(params) or 1
+    load, num_experts = jnp.asarray(load), num_experts_of(params) or 1
     if load.shape != (num_experts,):
         raise ValueError(
             f"`load` must hold one number per expert, [{num_experts}], got {list(load.shape)}."
@@ -257,7 +262,7 @@ def take_experts(params: Params, ids: Any) -> Params:
         >>> params["router"]["kernel"].shape
         (2, 6)
     """
-    ids, num_experts = np.asarray(ids), _num_experts(params)
+    ids, num_experts = np.asarray(ids), num_experts_of(params)
     if not _are_ids(ids, num_experts):  # a gather would read the last one
         raise ValueError(
             f"`ids` must be a list of ids of {_some(num_experts)}, integers in "
@@ -270,9 +275,9 @@ def take_experts(params: Params, ids: Any) -> Params:
         leaf = jnp.asarray(leaf)
         return leaf[ids] if axis == 0 else leaf[..., ids]
 
-    router = _as_dicts(params["router"])
+    router = as_dicts(params["router"])
     columns = jax.tree.map(
-        lambda leaf, axes: taken(leaf, axis=-1) if axes else leaf, router, _logit_axes(router)
+        lambda leaf, axes: taken(leaf, axis=-1) if axes else leaf, router, logit_axes(router)
     )
     return {"router": columns, "experts": jax.tree.map(partial(taken, axis=0), params["experts"])}
 
@@ -308,56 +313,11 @@ def map_mixtures(operate: Callable[[Params], Params], tree: Any) -> Any:
     """
 
     def changed(node: Any) -> Any:
-        if not _is_mixture(node):
+        if not is_mixture(node):
             return node
-        return operate(node) if isinstance(node, dict) else type(node)(operate(_as_dicts(node)))
+        return operate(node) if isinstance(node, dict) else type(node)(operate(as_dicts(node)))
 
-    return jax.tree.map(changed, tree, is_leaf=_is_mixture)
-
-
-def _is_mixture(node: Any) -> bool:
-    return isinstance(node, Mapping) and set(node) == {"router", "experts"}
-
-
-def _as_dicts(node: Any) -> Any:
-    """Mappings of other types as dicts, of which those types can be made again."""
-    if not isinstance(node, Mapping):
-        return node
-    return {name: _as_dicts(value) for name, value in node.items()}
-
-
-def _num_experts(params: Params) -> int | None:
-    """E, the number of experts and of logits; None if an optimizer keeps no leaf of that size."""
-    leaves = map(jnp.shape, jax.tree.leaves(params["experts"]))
-    experts = [shape for shape in leaves if shape != PLACEHOLDER]
-    kept = [(shape, axes) for shape, axes in _logits(params["router"]) if shape != PLACEHOLDER]
-    logits = [shape for shape, _ in kept]
-    sizes = {shape[:1] for shape in experts} | {shape[-1:] for shape in logits}
-    if any(len(shape) < axes for shape, axes in kept):
-        raise ValueError(
-            f"The router's kernel must be [D, E], got {_listed(logits)}: a factored moment cannot "
-            "follow its parameter, so make the optimizer's state anew."
-        )
-    # Stacked layers may be as many as the experts; if not, the sizes tell.
-    stacked = [len(shape) > axes and shape[0] == shape[-1] for shape, axes in kept]
-    if len(sizes) > 1 or () in sizes or (stacked and all(stacked)):
-        raise ValueError(
-            "The params must be those of one `moe`, experts [E, ...] and logits [..., E], got "
-            f"experts {_listed(experts)} and a router {_listed(logits)}: map over stacked layers "
-            "with `jax.vmap`, and change the banks of `moe_of` by hand."
-        )
-    return sizes.pop()[0] if sizes else None
-
-
-def _logits(router: Params) -> list[tuple[Shape, int]]:
-    """The shapes of the leaves with logits, and how many axes each has in a single layer."""
-    router = _as_dicts(router)
-    try:
-        axes = jax.tree.leaves(_logit_axes(router))
-    except ValueError:  # of another structure, which `merge` does not read
-        return []
-    shapes = map(jnp.shape, jax.tree.leaves(router))
-    return [(shape, number) for shape, number in zip(shapes, axes, strict=True) if number]
+    return jax.tree.map(changed, tree, is_leaf=is_mixture)
 
 
 def _are_ids(ids: np.ndarray, num_experts: int | None) -> bool:
@@ -367,25 +327,6 @@ def _are_ids(ids: np.ndarray, num_experts: int | None) -> bool:
 
 def _some(num_experts: int | None) -> str:
     return "the experts" if num_experts is None else f"the {num_experts} experts"
-
-
-def _listed(shapes: list[Shape]) -> str:
-    return " and ".join(str(list(shape)) for shape in dict.fromkeys(shapes)) or "without leaves"
-
-
-def _logit_axes(router: Params) -> Params:
-    """For each leaf of a router the number of its axes if the last is of logits, or 0."""
-    if not (isinstance(router, dict) and jax.tree.leaves(router)):
-        return jax.tree.map(lambda _: 1, router)  # the bias of `biased`
-    if "router" in router:  # `noisy`, or a router beside its bias
-        return {name: _logit_axes(node) for name, node in router.items()}
-    none = jax.tree.map(lambda _: 0, router)
-    return _with_last(none, _linear_axes, what="router")
-
-
-def _linear_axes(layer: Params) -> Params:
-    axes = {name: 2 if name == "kernel" else 1 for name in layer}
-    return {name: jax.tree.map(lambda _, n=axes[name]: n, leaf) for name, leaf in layer.items()}
 
 
 def _check_noise(noise: float, key: Array | None) -> None:
@@ -404,7 +345,7 @@ def _lower_logits(router: Params, by: np.ndarray) -> Params:
     """A router with lower logits; the same router where all would be lowered alike."""
     if by.min() == by.max():
         return router
-    return _with_last(router, lambda layer: _with_lower(layer, "bias", by), what="router")
+    return with_last(router, lambda layer: _with_lower(layer, "bias", by), what="router")
 
 
 def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
@@ -418,38 +359,11 @@ def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
 
 
 def _divided(dense: Params, total: float) -> Params:
-    return _with_last(
+    return with_last(
         dense,
         lambda layer: jax.tree.map(lambda leaf: leaf / jnp.asarray(total, leaf.dtype), layer),
         what="layer",
     )
-
-
-def _with_last(params: Params, change: Callable[[Params], Params], *, what: str) -> Params:
-    """Params of `linear`, `mlp`, `glu`, or what wraps one, with the last linear layer changed."""
-    if isinstance(params, dict):
-        if "kernel" in params:
-            return change(params)
-        if "layers" in params:
-            changed = partial(_with_last, change=change, what=what)
-            return {**params, "layers": _with_last_of(params["layers"], changed)}
-        for name in ("down", "router"):
-            if name in params:
-                return {**params, name: _with_last(params[name], change, what=what)}
-    raise ValueError(
-        f"The {what} must end in a `linear`, as `linear`, `mlp` and `glu` do: change params of "
-        "another structure by hand."
-    )
-
-
-def _with_last_of(layers: Any, change: Callable[[Params], Params]) -> Any:
-    """The layers with the last one changed; Flax keeps them in a dict, by number."""
-    if isinstance(layers, dict):
-        last = max(layers, key=lambda name: (len(str(name)), str(name)))  # "10" comes after "9"
-        return {**layers, last: change(layers[last])}
-    *first, last = layers
-    changed = [*first, change(last)]
-    return tuple(changed) if isinstance(layers, tuple) else changed
 
 
 def _perturbed(experts: Params, noise: float, key: Array) -> Params:

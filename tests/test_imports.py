@@ -21,7 +21,7 @@ FAMILIES = """afmoe aria cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v4 ernie 
 LAYERS = [
     ["_version", "_comparing", "_compiling", "_arrays", "_paths"],
     ["base"],
-    ["_calling", "_checks", "_sorting"],
+    ["_calling", "_checks", "_sorting", "_mixture_params"],
     ["layers", "routers"],
     ["rules.by_score", "rules.softmax", "rules.sparsemixer", "rules.top_p", "rules.relu"],
     ["rules.hashed", "rules.slots", "rules.limit", "rules.noisy", "rules.balanced", "rules"],
