@@ -4,9 +4,10 @@
     python experiments/heads.py --seeds 1 --epochs 2 --out runs/heads_small
 
 Four heads of equal size, one network, a soft and two sparse mixtures, each learn MNIST with a
-trunk of four convolutions, from images turned, scaled and shifted at random. Test accuracy and
-the loads of the experts come after every epoch. Tables show them beside the published; a picture
-and summary.json go to --out. A run that was killed goes on with --resume.
+trunk of five convolutions, from images turned, scaled, shifted and bent at random, and at the end
+from images as they are, too. Test accuracy and the loads of the experts come after every epoch.
+Tables show them beside the published; a picture and summary.json go to --out. A run that was killed
+goes on with --resume.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from studies.command import Study, heads_option, main, seeds_option
 from studies.heads import heads
 from studies.images import check_batch_size, identity, loaded
 from studies.trunk import FEATURES
-from studies.trunk_training import Training, adamw, curves
+from studies.trunk_curves import curves
+from studies.trunk_training import Training, adamw
 
 
 def evenly(routing: moejax.Routing) -> jax.Array:
-    """Load balancing at ten times the weight of Switch Transformers: even within a few epochs."""
-    return 0.1 * moejax.load_balancing_loss(routing)
+    """Load balancing at thirty times the weight of Switch Transformers: even in a few epochs."""
+    return 0.3 * moejax.load_balancing_loss(routing)
 
 
 HEADS = heads(FEATURES, evenly)
@@ -46,10 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_data_dir(parser)
     add = parser.add_argument
     heads_option(parser, HEADS)
-    add("--epochs", type=at_least(1), default=12, help="of training (default: %(default)s)")
+    add("--epochs", type=at_least(1), default=15, help="of training (default: %(default)s)")
     add(
         "--batch-size",
-        type=at_least(1),
+        type=at_least(2),
         default=128,
         help="training images per step (default: %(default)s)",
     )
@@ -68,12 +70,12 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         RefusedError: if a batch has more images than there are.
     """
     data = loaded(args.data_dir)
-    train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
+    train = jax.tree.map(jnp.asarray, data.train)
     check_batch_size(args.batch_size, len(train.labels))
     steps = args.epochs * (len(train.labels) // args.batch_size)
     optimizer = adamw(args.learning_rate, steps)
     return [
-        Cell(name, args.seeds, 1, curves(training, train, test, name))
+        Cell(name, args.seeds, 1, curves(training, train, data.test, name))
         for name, head in HEADS.items()
         if name in args.heads
         for training in [Training(head, optimizer, args.epochs, args.batch_size)]

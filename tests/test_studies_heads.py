@@ -13,10 +13,19 @@ from commands import refusal, run
 from data import Split
 from mnist_files import write_small_mnist
 from parts.routes import nothing
-from studies import heads_report, trunk
+from studies import distortion, heads_report, trunk_testing
+from studies.distortion import bends, distorted
 from studies.heads import EXPERTS, heads
-from studies.trunk import FEATURES, Trunk, distorted
-from studies.trunk_training import Training, adamw, classify, evaluate, start, step
+from studies.trunk import FEATURES, Trunk
+from studies.trunk_testing import accuracy, blended, evaluate, evaluate_all, shifted
+from studies.trunk_training import (
+    Training,
+    adamw,
+    classify,
+    faithful_images,
+    start,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -31,8 +40,8 @@ def digit(row=slice(8, 20), column=slice(12, 15)):
 def exactly(monkeypatch, degrees=0, scale=0, pixels=0):
     """Distorts every image as far as it goes, in the same direction."""
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, minval: jnp.ones(shape))
-    for name, value in {"DEGREES": degrees, "SCALE": scale, "PIXELS": pixels}.items():
-        monkeypatch.setattr(trunk, name, value)
+    for name, value in {"DEGREES": degrees, "SCALE": scale, "PIXELS": pixels, "BEND": 0}.items():
+        monkeypatch.setattr(distortion, name, value)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +70,22 @@ def test_every_image_has_chances_of_its_own(key):
     assert not np.allclose(found[0], found[1])
     assert not np.allclose(found[1], found[2])
     assert 0 <= found.min() < found.max() < 255.1
+
+
+def test_bends_are_as_large_as_drawn_and_smooth(key):
+    found = np.asarray(bends(key, 500, [28, 28]))
+    assert found.shape == (500, 2, 28, 28)
+    assert abs(found.mean()) < 0.02
+    assert 0.35 < found.std() < 0.5  # between nodes less than at them, which have 0.5
+    assert np.abs(np.diff(found, axis=-1)).mean() < 0.1 < np.abs(found).mean()
+    assert abs(np.corrcoef(found[:, 0, 14, 14], found[:, 1, 14, 14])[0, 1]) < 0.2
+
+
+def test_bent_images_differ_from_straight_ones(monkeypatch, key):
+    images = jnp.asarray(digit())[None]
+    bent = distorted(key, images)
+    monkeypatch.setattr(distortion, "BEND", 0)
+    assert np.abs(bent - distorted(key, images)).max() > 20
 
 
 def test_features_are_normalised_in_training_alone(key):
@@ -113,10 +138,15 @@ def test_too_few_images_are_refused(tmp_path, capsys):
 def test_the_summary_says_what_was_measured():
     load = np.full((2, 3, EXPERTS), 1 / EXPERTS)
     load[1, -1, :2] = 0.1, 0.15
-    accuracy = np.array([[90, 99.7, 99.6], [90, 99.5, 99.4]])
+    right = np.array([[90, 99.7, 99.6], [90, 99.5, 99.4]])
     measured = {
-        "dense": {"accuracy": accuracy, "loss": 1 - accuracy / 100},
-        "top-1": {"accuracy": accuracy + 0.1, "loss": 1 - accuracy / 100, "load": load},
+        "dense": {"accuracy": right, "loss": 1 - right / 100, "blended": right[:, 1]},
+        "top-1": {
+            "accuracy": right + 0.1,
+            "loss": 1 - right / 100,
+            "blended": right[:, 1],
+            "load": load,
+        },
     }
     summary = heads_report.summarize(measured)
     assert summary["cells"]["dense"]["accuracy"]["mean"] == pytest.approx(99.5)
@@ -124,8 +154,12 @@ def test_the_summary_says_what_was_measured():
     assert summary["cells"]["top-1"]["smallest"]["values"] == pytest.approx([1, 0.8])
     assert summary["cells"]["top-1"]["largest"]["values"] == pytest.approx([1, 1.2])
     assert summary["differences"]["top-1"]["values"] == pytest.approx([0.1, 0.1])
+    assert summary["cells"]["dense"]["blended"]["values"] == pytest.approx([99.7, 99.5])
     text = heads_report.render(summary | {"seconds": 90.0, "versions": MACHINE})
-    assert "| dense | 2 | 99.65 | 99.60 [98.33, 100.87] | 99.50 ± 0.14 [98.23, 100.77] |  |" in text
+    assert (
+        "| dense | 2 | 99.65 | 99.60 [98.33, 100.87] | 99.50 ± 0.14 [98.23, 100.77] |  | 99.60 ±"
+        in text
+    )
     assert "Better than dense, by an interval that leaves out zero: top-1; worse: no head." in text
     assert "The load farthest from even, of any head and seed, is 20.0% off." in text
     alone = heads_report.summarize({"dense": measured["dense"]})
@@ -163,11 +197,29 @@ def test_steps_learn(eight, key):
     run = first = start(key, training())
     losses = []
     for _ in range(20):
-        run, loss = go_on(run, data, rows, key)
+        run, loss = go_on(run, data, rows, key, 0)
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, run)
     assert all(jax.tree.leaves((moved.params["trunk"], moved.statistics)))
+
+
+def test_faithful_images_are_not_distorted(eight, key):
+    data, rows = eight
+    way = training("dense")
+    go_on = jax.jit(partial(step, way))
+    for faithful, alike in ((0, False), (7, False), (8, True)):
+        losses = [
+            float(go_on(start(key, way), data, rows, each, faithful)[1])
+            for each in jax.random.split(key, 2)
+        ]
+        assert (losses[0] == losses[1]) is alike
+
+
+@pytest.mark.parametrize(("epochs", "distorting"), [(1, 1), (2, 1), (3, 2), (15, 10)])
+def test_half_of_the_images_are_faithful_in_the_last_epochs(epochs, distorting):
+    found = [int(faithful_images(training(epochs=epochs), epoch)) for epoch in range(epochs)]
+    assert found == [0] * distorting + [4] * (epochs - distorting)
 
 
 def test_the_balance_loss_reaches_the_router(eight, key):
@@ -175,7 +227,7 @@ def test_the_balance_loss_reaches_the_router(eight, key):
     routers = []
     for balance in (nothing, lambda routing: 1e3 * moejax.load_balancing_loss(routing)):
         way = training(balance=balance)
-        run, _ = jax.jit(partial(step, way))(start(key, way), data, rows, key)
+        run, _ = jax.jit(partial(step, way))(start(key, way), data, rows, key, 0)
         routers.append(run.params["head"]["router"]["kernel"])
     assert not np.allclose(*routers, atol=1e-6)
 
@@ -190,9 +242,39 @@ def test_tests_use_what_training_has_gathered(eight, key):
         for statistics in (run.statistics, other)
     ]
     assert not np.allclose(*found)
-    assert evaluate(training("dense"), run, data)["accuracy"] == 100 * jnp.mean(
-        jnp.argmax(found[0], axis=-1) == data.labels
-    )
+    tested = evaluate(training("dense"), run, data.images)["log_probabilities"]
+    np.testing.assert_allclose(tested, jax.nn.log_softmax(found[0]), atol=1e-5)
+
+
+def test_images_move_by_a_pixel():
+    image = digit(slice(0, 3), slice(25, 28))[None]
+    np.testing.assert_array_equal(shifted(image, 0, 0), image)
+    np.testing.assert_array_equal(shifted(image, 1, -1)[0], digit(slice(1, 4), slice(24, 27)))
+    np.testing.assert_array_equal(shifted(image, -1, 1)[0], digit(slice(0, 2), slice(26, 28)))
+
+
+def test_all_images_are_tested_in_batches(eight, key, monkeypatch):
+    data, _ = eight
+    way = training()
+    look, run = jax.jit(partial(evaluate, way)), start(key, way)
+    expected = look(run, data.images)
+    monkeypatch.setattr(trunk_testing, "AT_ONCE", 3)
+    found = evaluate_all(look, run, np.asarray(data.images))
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-5)
+
+
+def test_the_blend_is_of_nine_shifts(eight, key):
+    data, _ = eight
+    way = training("dense")
+    look, run = jax.jit(partial(evaluate, way)), start(key, way)
+    images = np.pad(np.asarray(data.images)[:, 2:-2, 2:-2], ((0, 0), (2, 2), (2, 2)))
+    views = [
+        np.roll(images, shift, (1, 2)) for shift in [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+    ]
+    expected = np.mean([look(run, view)["log_probabilities"] for view in views], axis=0)
+    np.testing.assert_allclose(blended(look, run, images), expected, atol=1e-5)
+    assert accuracy(np.log(np.eye(10)[[3, 4]] + 0.1), np.array([3, 5])) == 50
 
 
 @pytest.mark.parametrize("steps", [1, 3, 100])

@@ -12,6 +12,8 @@ from studies.heads import EXPERTS, shade
 from studies.intervals import half_width
 from studies.page import Summary
 
+BLENDED = {"marker": "D", "linestyle": "none", "fillstyle": "none", "markersize": 5}
+
 
 def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     """Three panels."""
@@ -36,14 +38,16 @@ def draw_errors(ax: Any, measured: dict[str, Measured]) -> None:
 
 
 def draw_accuracies(ax: Any, summary: Summary) -> None:
-    """After the last epoch: every seed, mean and interval; the published in grey."""
+    """After the last epoch: seeds, mean and interval, mean over shifts; the published in grey."""
     heads = summary["cells"]
     for place, (name, one) in enumerate(heads.items()):
         found = one["accuracy"]
         ax.plot([place - 0.15] * len(found["values"]), found["values"], ".", color=shade(name))
         ax.errorbar(place, found["mean"], half_width(found), fmt="o", capsize=3, color=shade(name))
+        ax.plot(place + 0.13, one["blended"]["mean"], **BLENDED, color=shade(name))
     published = [summary["published"][name] for name in heads]
-    places = np.arange(len(heads)) + 0.15
+    places = np.arange(len(heads)) + 0.26
+    ax.plot([], [], **BLENDED, color="0.5", label="over nine shifts, mean")
     ax.plot(places, published, "s", color="0.5", fillstyle="none", label="published, validation")
     ax.set(xlim=(-0.5, len(heads) - 0.5), ylabel="accuracy, percent")
     ax.set_xticks(range(len(heads)), list(heads))

@@ -34,13 +34,15 @@ def of_head(one: Measured) -> dict[str, Any]:
     """One head, over seeds.
 
     Returns:
-        ``accuracy`` after the last epoch; ``best``, that of the best epoch; ``loss``, the mean
-        cross-entropy of the last epoch's steps, on distorted images; and of a sparse head
+        ``accuracy`` after the last epoch; ``blended``, that over nine shifts of every image;
+        ``best``, that of the best epoch; ``loss``, the mean cross-entropy of the last epoch's
+        steps, on the images of training; and of a sparse head
         ``smallest`` and ``largest``, the loads of the experts that serve the fewest and the most
         images, 1 being an even share.
     """
     found = {
         "accuracy": one["accuracy"][:, -1],
+        "blended": one["blended"],
         "best": one["accuracy"].max(axis=1),
         "loss": one["loss"][:, -1],
     }
@@ -59,7 +61,15 @@ def render(summary: Summary) -> str:
 def accuracies(summary: Summary) -> str:
     """Of every head, beside the published."""
     rows = table(
-        ["head", "seeds", "published", "ours, best epoch", "ours, last epoch", "minus dense"],
+        [
+            "head",
+            "seeds",
+            "published",
+            "ours, best epoch",
+            "ours, last epoch",
+            "minus dense",
+            "last epoch, nine shifts",
+        ],
         [
             [
                 name,
@@ -68,6 +78,7 @@ def accuracies(summary: Summary) -> str:
                 shown(one["best"], 2),
                 shown_with_deviation(one["accuracy"], 2),
                 shown(summary["differences"][name], 3) if name in summary["differences"] else "",
+                shown_with_deviation(one["blended"], 2),
             ]
             for name, one in summary["cells"].items()
         ],

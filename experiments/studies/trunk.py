@@ -1,4 +1,4 @@
-"""A convolutional trunk that two cores can train, and distorted images for it to learn from."""
+"""A convolutional trunk that two cores can train."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen
-from jax.scipy.ndimage import map_coordinates
 
 from parts.convolutional import convolve_by_slices
 
-DEGREES, SCALE, PIXELS = 12, 0.1, 2  # of distortion, at most
 MARGIN = 2  # pixels left out at every side, where few digits have ink
 
 
@@ -36,6 +33,7 @@ CONVOLUTIONS = (
     Convolution(48, window=3, pooled=True),  # 6 x 6
     Convolution(96, window=3, pooled=False),
     Convolution(96, window=3, pooled=True),  # 3 x 3
+    Convolution(128, window=3, pooled=False),
 )
 FEATURES = CONVOLUTIONS[-1].channels
 
@@ -69,29 +67,3 @@ def largest_of_four(x: jax.Array) -> jax.Array:
     """
     count, height, width, channels = x.shape
     return x.reshape(count, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-
-
-def distorted(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Every image turned, scaled and shifted at random, by bilinear interpolation.
-
-    Args:
-        key: from which angles, scales and shifts are drawn.
-        images: uint8, shape [N, H, W].
-
-    Returns:
-        Images in [0, 255], float32, shape [N, H, W], black where they reach beyond the old ones.
-    """
-    keys = jax.random.split(key, 3)
-    count, *size = images.shape
-    uniform = partial(jax.random.uniform, minval=-1)
-    angle = jnp.radians(DEGREES) * uniform(keys[0], (count,))
-    scale = 1 + SCALE * uniform(keys[1], (count,))
-    shift = PIXELS * uniform(keys[2], (count, 2))
-    turn = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-    centre = (jnp.array(size) - 1) / 2
-    pixels = jnp.moveaxis(jnp.indices(size), 0, -1) - centre  # [H, W, 2]
-    sources = jnp.einsum("ijn,hwj->nihw", scale * turn, pixels)
-    sources += (centre + shift)[:, :, None, None]
-    return jax.vmap(lambda image, source: map_coordinates(image, [*source], order=1))(
-        images.astype(jnp.float32), sources
-    )

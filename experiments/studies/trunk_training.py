@@ -1,9 +1,7 @@
-"""Trains a head with its trunk on distorted images, and tests it after every epoch."""
+"""A training step of a head with its trunk, on distorted images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import moejax
 from data import Split
-from parts.compiling import QUICK_TO_COMPILE
-from parts.progress import progress
+from studies.distortion import distorted
 from studies.heads import Head
-from studies.trunk import Trunk, distorted
+from studies.trunk import Trunk
 
 WEIGHT_DECAY = 0.05
+FAITHFUL = 1 / 3  # of the epochs, the last: half of every batch is not distorted in them
 
 
 class Run(NamedTuple):
@@ -92,7 +89,12 @@ def start(key: jax.Array, training: Training) -> Run:
 
 
 def step(
-    training: Training, run: Run, data: Split, rows: jax.Array, key: jax.Array
+    training: Training,
+    run: Run,
+    data: Split,
+    rows: jax.Array,
+    key: jax.Array,
+    faithful: jax.Array | np.int32,
 ) -> tuple[Run, jax.Array]:
     """One batch, distorted at random.
 
@@ -102,12 +104,14 @@ def step(
         data: all images to learn from.
         rows: those of the batch, [B].
         key: of the distortion.
+        faithful: how many images of the batch, the first, are left as they are.
 
     Returns:
         The run after it, and its mean cross-entropy.
     """
     batch = jax.tree.map(lambda leaf: leaf[rows], data)
-    images = distorted(key, batch.images)
+    kept = jnp.arange(len(rows))[:, None, None] < faithful
+    images = jnp.where(kept, batch.images, distorted(key, batch.images))
 
     def objective(params: Any) -> tuple[jax.Array, Any]:
         logits, decision, statistics = classify(
@@ -121,70 +125,10 @@ def step(
     return Run(optax.apply_updates(run.params, updates), statistics, opt_state), loss
 
 
-def evaluate(training: Training, run: Run, test: Split) -> dict[str, jax.Array]:
-    """All test images in one batch.
+def faithful_images(training: Training, epoch: int) -> np.int32:
+    """How many images of a batch are not distorted: half of them in the last epochs.
 
-    Returns:
-        ``accuracy`` in percent, and of a sparse head the ``load`` of every expert, its share of the
-        choices, [E].
+    Distorted images are softer than those that count in the end, and spread otherwise over experts.
     """
-    logits, decision, _ = classify(
-        training.head, run.params, run.statistics, test.images, training=False
-    )
-    right = jnp.argmax(logits, axis=-1) == test.labels
-    load = {} if training.head.active == 1 else {"load": moejax.expert_load(decision)}
-    return {"accuracy": 100 * right.mean(), **load}
-
-
-def curves(
-    training: Training, data: Split, test: Split, name: str
-) -> Callable[[jax.Array], dict[str, Any]]:
-    """What a cell measures: one run after the other, each under a progress bar.
-
-    The steps are not scanned: in a loop, XLA computes convolutions on CPU 14 times as slowly.
-
-    Args:
-        training: how the runs go.
-        data: to learn from.
-        test: to test on.
-        name: of the cell.
-
-    Returns:
-        ``keys -> measures``, one row per key: by epoch the mean ``loss`` of its steps, and all of
-        `evaluate`.
-    """
-    begin = jax.jit(partial(start, training=training), compiler_options=QUICK_TO_COMPILE)
-    look = jax.jit(partial(evaluate, training))
-
-    @partial(jax.jit, donate_argnums=0)
-    def go_on(
-        run: Run, data: Split, order: jax.Array, keys: jax.Array, place: np.int32
-    ) -> tuple[Run, jax.Array]:
-        return step(training, run, data, order[place], keys[place])
-
-    def epoch(run: Run, key: jax.Array) -> tuple[Run, np.ndarray]:
-        order_key, run_key = jax.random.split(key)
-        steps = len(data.labels) // training.batch_size
-        order = jax.random.permutation(order_key, len(data.labels))
-        order = order[: steps * training.batch_size].reshape(steps, -1)
-        keys, losses = jax.random.split(run_key, steps), []
-        for place in range(steps):
-            run, loss = go_on(run, data, order, keys, np.int32(place))
-            losses.append(loss)
-        return run, np.mean(jax.device_get(losses))
-
-    def one(key: jax.Array) -> dict[str, Any]:
-        init_key, run_key = jax.random.split(key)
-        run, found = begin(init_key), []
-        keys = jax.random.split(run_key, training.epochs)
-        for epoch_key in progress(keys, f"epochs of {name}"):
-            run, loss = epoch(run, epoch_key)
-            found.append({"loss": loss, **jax.device_get(look(run, test))})
-        return stacked(found)
-
-    return lambda keys: stacked([one(key) for key in keys])
-
-
-def stacked(measures: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row for each."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *measures)
+    distorting = training.epochs - round(FAITHFUL * training.epochs)
+    return np.int32(0 if epoch < distorting else training.batch_size // 2)
