@@ -278,14 +278,14 @@ def test_every_model_reaches_the_worst_of_the_final_losses():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, tmp_path, capsys):
-    rates = ["--learning-rate", "1e30", "--model", "dense", "--no-cache"]
+    rates = ["--learning-rate", "1e30", "--model", "sparse", "--no-cache"]
     options = [*SHORT, *rates, "--text", *map(str, files), "--out", str(tmp_path / "out")]
     message = refusal("language_model", *options, capsys=capsys, code=1)
-    assert "the loss of dense, seed 0, is not finite before step" in message
+    assert "the loss of sparse, seed 0, is not finite before step" in message
 
 
 def test_a_sample_is_of_the_network_that_was_trained(files, tmp_path, capsys):
-    options = [*SHORT, "--model", "dense", "--no-cache", "--out", str(tmp_path / "out")]
+    options = [*SHORT, "--model", "sparse", "--no-cache", "--out", str(tmp_path / "out")]
     run("language_model", *options, "--seeds=1", "--text", *map(str, files))
     capsys.readouterr()
     message = refusal("language_model", *options, "--heads=4", "--sample", "def", capsys=capsys)
