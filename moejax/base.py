@@ -169,7 +169,7 @@ class Routing(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Which tokens are not padding: those that go to an expert at all, shape [T]."""
+        """Which tokens go to an expert at all, which padding does not, shape [T]."""
         return self.chosen.any(axis=-1)
 
 

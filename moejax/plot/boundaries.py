@@ -157,7 +157,7 @@ def boundary_frames(
         truth: the curve that separates the labels, shape [M, 2], where it is known.
 
     Returns:
-        The same figure each time, with only what moves drawn anew: use it before taking the next.
+        The same figure each time, with only what moves drawn anew, so use it before the next one.
 
     Example:
         >>> x, y, _ = grid(np.zeros((1, 2)), size=4)
