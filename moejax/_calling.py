@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from moejax._compiling import has_hash
+from moejax._comparing import has_hash
 from moejax.base import Array, Expert, Layer, Rule
 
 

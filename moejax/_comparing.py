@@ -87,8 +87,15 @@ def _key(value: Any) -> Hashable:
         return tuple((name, _key(one)) for name, one in sorted(value.items()))
     if isinstance(value, (tuple, list)):
         return (type(value), *map(_key, value))
+    if not has_hash(value):
+        return _Itself(value)
+    return (type(value), value)  # 1 == True, but as arguments they differ
+
+
+def has_hash(value: Any) -> bool:
+    """Whether a value can be hashed; a frozen dataclass that holds an array only seems to."""
     try:
         hash(value)
     except TypeError:
-        return _Itself(value)
-    return (type(value), value)  # 1 == True, but as arguments they differ
+        return False
+    return True

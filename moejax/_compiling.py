@@ -14,16 +14,9 @@ from typing import Any, TypeVar, cast
 
 import jax
 
+from moejax._comparing import has_hash
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def has_hash(value: Any) -> bool:
-    """Whether a value can be hashed; a frozen dataclass that holds an array only seems to."""
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def compiled(*static: str) -> Callable[[Function], Function]:

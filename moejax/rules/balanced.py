@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import at_least_float32
 from moejax._checks import check_count, check_k, check_mask, checked_logits, takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
@@ -132,7 +133,7 @@ def update_balance_bias(bias: Array, routing: Routing | Array, *, rate: float) -
             "over decisions, and map over layers with `jax.vmap`."
         )
     check_bias(bias, counts.size)
-    if jnp.finfo(bias.dtype).bits < 32:
+    if at_least_float32(bias).dtype != bias.dtype:
         raise ValueError(
             f"`bias` must be float32 or wider, as its steps are small, got {bias.dtype}: leave it "
             "out where you cast params."
