@@ -199,8 +199,7 @@ def train(
         for number in range(len(progress.history) + 1, args.epochs + 1):
             progress = finish_epoch(plan, pause, advance, shuffle, split, progress)
             test = jax.device_get(test_program()(progress.state.params, data.test))
-            if not np.isfinite(test["loss"]):  # of the parameters after the last step
-                check_finite(np.array([np.nan]), progress.step - 1)
+            check_finite(np.atleast_1d(test["loss"]), progress.step - 1)  # after the last step
             record = epoch_record(number, sizes, progress.metrics, test, progress.seconds)
             log.write(json.dumps(record) + "\n")
             log.flush()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.text import VOCABULARY, Text, from_files, standard_library
-from language.contenders import CONTENDERS, NETWORKS, NOT_CAUSAL, TAKE_K, Mixture, Network
+from language.contenders import CHOOSE_K, CONTENDERS, NETWORKS, NOT_CAUSAL, Mixture, Network
 from language.training import EVALUATED_AT_ONCE
 from language.transformer import Sizes
 from moejax.sharding import expert_parallel, shardings
@@ -97,7 +97,7 @@ def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Nam
     """Refuses options that have no effect beside the others."""
     if args.model not in NETWORKS:
         return
-    if args.top_k is not None and args.model not in TAKE_K:
+    if args.top_k is not None and args.model not in ("dense", *CHOOSE_K):  # dense is K as wide
         parser.error(f"--top-k does nothing with --model {args.model}")
     if args.experts is not None and args.model == "dense":
         parser.error("--experts does nothing with --model dense, which is one network")
@@ -115,7 +115,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--width must be an even multiple of --heads ({args.heads}), got {args.width}"
         )
-    if args.model in ("all", *TAKE_K) and args.model != "dense" and args.top_k > args.experts:
+    if args.model in ("all", *CHOOSE_K) and args.top_k > args.experts:
         parser.error(f"--top-k must be at most --experts ({args.experts}), got {args.top_k}")
     if args.windows % EVALUATED_AT_ONCE:
         parser.error(

@@ -87,7 +87,7 @@ def sparse(sizes: Sizes, mixture: Mixture, execute: Execute | None) -> Network:
 
 CONTENDERS = {"dense": dense, "sparse": sparse, "dense_total": dense_total}
 NETWORKS = CONTENDERS | {name: partial(by_rule, name) for name in RULES}
-TAKE_K = ["dense", "sparse", *(name for name in RULES if asks_for_k(ROUTES[name]))]
+CHOOSE_K = ["sparse", *(name for name in RULES if asks_for_k(ROUTES[name]))]
 
 
 def unrouted(width: int, hidden: int) -> moejax.Layer:

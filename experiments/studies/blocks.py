@@ -146,7 +146,8 @@ def damaged(path: Path) -> RefusedError:
 def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
     """Makes the folder with its identity, or checks that it may go on."""
     path = folder / "identity.json"
-    now = identity | {"the version of jax": versions()["jax"]}
+    here = versions()
+    now = identity | {"the version of jax": here["jax"]}
     if path.exists() and not resume:
         raise RefusedError(
             f"{folder} holds results of an earlier run: go on with it by --resume, or choose "
@@ -156,15 +157,15 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
         say(f"nothing to resume in {folder}: starting from the beginning")
     if path.exists():
         check_same_run(now, record(path))
-        note_other_versions(folder / "versions.json")
+        note_other_versions(folder / "versions.json", here)
     folder.mkdir(exist_ok=True)
     write_json(path, now)
-    write_json(folder / "versions.json", versions())
+    write_json(folder / "versions.json", here)
 
 
-def note_other_versions(path: Path) -> None:
+def note_other_versions(path: Path, now: dict[str, str]) -> None:
     """Says so where another machine, or other versions, measured what is there."""
-    was, now = record(path) if path.exists() else {}, versions()
+    was = record(path) if path.exists() else {}
     others = [f"{name} {was[name]}" for name in was if was[name] != now.get(name)]
     if others:
         say(f"the seeds so far were measured with {', '.join(others)}")

@@ -98,12 +98,13 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
 
     figure, axes = new_figure(2, 2, width=9.5, height=6.4)
     (alone, tree), curves = axes
-    shares = []
+    lowest = 65.0
     for index, (name, _) in enumerate(cells(summary, TOY)):
         one = measured[f"{TOY}-{name}"]
-        shares += [one["accuracy"], one["top_alone"]]
-        alone.scatter(*shares[-2:], s=9, alpha=0.6, color=color(index), label=name)
-    limits = [min(65, *(part.min() - 1 for part in shares)), 101]
+        blend, top = one["accuracy"], one["top_alone"]
+        alone.scatter(blend, top, s=9, alpha=0.6, color=color(index), label=name)
+        lowest = min(lowest, blend.min() - 1, top.min() - 1)
+    limits = [lowest, 101]
     alone.plot(limits, limits, color="0.7", linewidth=1, zorder=0)
     alone.set(xlim=limits, ylim=limits, xlabel="blend right, %", ylabel="top expert alone right, %")
     alone.set_title("toy: one dot per seed", size=10)
