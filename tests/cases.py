@@ -129,3 +129,12 @@ def problem(expert, dtype=jnp.float32):
     params = moejax.stack(EXPERTS[expert], E).init(keys[0])
     x = jax.random.normal(keys[1], (T, *features), wide)
     return jax.tree.map(lambda leaf: leaf.astype(wide), params), x.astype(dtype)
+
+
+def unit(d_in, d_out):
+    """A layer that is undefined at zero."""
+
+    def apply(params, x):
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)) @ params
+
+    return moejax.Layer(lambda key: jax.random.normal(key, (d_in, d_out)), apply)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import moejax
+from cases import unit
 
 
 def test_linear_is_an_affine_map(key):
@@ -169,19 +170,9 @@ def test_parameters_may_start_in_another_dtype(make, key):
     assert layer.apply(layer.init(key), jnp.ones((2, 3))).dtype == jnp.float32
 
 
-def unit(width):
-    """A layer that has no value at zero."""
-    layer = moejax.linear(width, width)
-
-    def apply(params, x):
-        return layer.apply(params, x / jnp.linalg.norm(x, axis=-1, keepdims=True))
-
-    return moejax.Layer(layer.init, apply)
-
-
 def test_between_gives_no_padding_to_the_layer_after(key):
     mixture = moejax.moe(moejax.linear(2, 2), moejax.linear(2, 3), num_experts=3)
-    model = moejax.between(moejax.linear(4, 2), mixture, unit(2))
+    model = moejax.between(moejax.linear(4, 2), mixture, unit(2, 2))
     params, x = model.init(key), jax.random.normal(key, (5, 4))
     mask = jnp.arange(5) != 2
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import EXPERTS, RULES, D, E, O, T
+from cases import EXPERTS, RULES, D, E, O, T, unit
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
@@ -310,15 +310,6 @@ def test_keys_of_both_kinds_are_taken():
     model = moejax.moe(LAYER, LAYER, num_experts=3)
     jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
     assert model.init(jax.random.PRNGKey(0))["experts"]["kernel"].shape == (3, 2, 3)
-
-
-def unit(d_in, d_out):
-    """A layer that is undefined at zero."""
-
-    def apply(params, x):
-        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)) @ params
-
-    return moejax.Layer(lambda key: jax.random.normal(key, (d_in, d_out)), apply)
 
 
 @pytest.mark.parametrize("rule", ["softmax", "top_2"])
