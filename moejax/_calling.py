@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from moejax._comparing import has_hash
+from moejax._comparing import Made, has_hash
 from moejax.base import Array, Expert, Layer, Rule
 
 
@@ -62,6 +62,8 @@ def _is_fixed(function: Any) -> bool:
     """Whether equality tells that a function does the same."""
     if isinstance(function, partial):
         return _is_fixed(function.func) and has_hash(function)
+    if isinstance(function, Made):
+        return all(map(_is_fixed, function.parts()))
     kind = type(function)
     an_object = inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
     by_identity = inspect.getattr_static(kind, "__hash__") is object.__hash__

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar, cast
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
@@ -30,18 +30,22 @@ class Made:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def parts(self) -> Iterator[Callable[..., Any]]:
+        """The functions that it was made by and of."""
+        return _functions(self._key)
+
 
 class _Itself:
     """Stands for a value that has no hash, such as an array; equal only to itself."""
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self._value is other._value
+        return isinstance(other, _Itself) and self.value is other.value
 
     def __hash__(self) -> int:
-        return id(self._value)
+        return id(self.value)
 
 
 def comparable(make: Maker) -> Maker:
@@ -84,12 +88,21 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, functools.partial):
         return (_key(value.func), _key(value.args), _key(value.keywords))
     if isinstance(value, dict):
-        return tuple((name, _key(one)) for name, one in sorted(value.items()))
+        return frozenset((name, _key(one)) for name, one in value.items())
     if isinstance(value, (tuple, list)):
         return (type(value), *map(_key, value))
     if not has_hash(value):
         return _Itself(value)
     return (type(value), value)  # 1 == True, but as arguments they differ
+
+
+def _functions(key: Hashable) -> Iterator[Callable[..., Any]]:
+    """The functions in what `_key` returns."""
+    if isinstance(key, (tuple, frozenset)):
+        for one in key:
+            yield from _functions(one)
+    elif callable(value := key.value if isinstance(key, _Itself) else key):
+        yield value
 
 
 def has_hash(value: Any) -> bool:

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from moejax._arrays import gradient_if, padded_by_example, where_kept
 from moejax._calling import accepts, options_for
 from moejax._checks import (
+    check_array,
     check_count,
     check_gate,
     check_input,
     check_layer,
     check_mask,
+    check_stacked,
     check_widths,
 )
 from moejax._comparing import comparable
@@ -254,8 +256,8 @@ def gated(layer: Layer, gate: Layer) -> Layer:
         A layer with params ``{"layer": ..., "gate": ...}``.
 
     Raises:
-        ValueError: if one of them is not a layer; in apply, if the gate's output would change the
-            shape of the layer's.
+        ValueError: if one of them is not a layer; in apply, if one returns more than its output, or
+            if the gate's output would change the shape of the layer's.
 
     Example:
         >>> shared = gated(glu(4, 8), linear(4, 1, bias=False))
@@ -274,9 +276,11 @@ def gated(layer: Layer, gate: Layer) -> Layer:
 
     def apply(params: Params, x: Array, *, matmul: Matmul | None = None) -> Array:
         y = _apply(layer, params["layer"], x, matmul)
-        opened = jax.nn.sigmoid(_apply(gate, params["gate"], x, matmul))
-        check_gate(opened, y)
-        return opened * y
+        logits = _apply(gate, params["gate"], x, matmul)
+        check_array(y)
+        check_array(logits)
+        check_gate(logits, y)
+        return jax.nn.sigmoid(logits) * y
 
     return Layer(init, _with_matmul_of([layer, gate], apply))
 
@@ -369,7 +373,8 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         ``[E, T, O]`` for ``x [T, D]``.
 
     Raises:
-        ValueError: if ``num_experts`` is not a positive integer.
+        ValueError: if the layer is none, or ``num_experts`` is not a positive integer; in apply,
+            if the params are of another number of experts.
 
     Example:
         >>> experts = stack(linear(3, 2), 4)
@@ -377,12 +382,14 @@ def stack(layer: Layer, num_experts: int) -> Layer:
         >>> params["kernel"].shape, experts.apply(params, jnp.ones((5, 3))).shape
         ((4, 3, 2), (4, 5, 2))
     """
+    check_layer("layer", layer)
     check_count("num_experts", num_experts)
 
     def init(key: Array) -> Params:
         return jax.vmap(layer.init)(jax.random.split(key, num_experts))
 
     def apply(params: Params, x: Array) -> Array:
-        return jax.vmap(layer.apply, in_axes=(0, None))(params, x)  # [E, T, O]
+        check_stacked(params, num_experts)
+        return jax.vmap(layer.apply, in_axes=(0, None), axis_size=num_experts)(params, x)
 
     return Layer(init, apply)

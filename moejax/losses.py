@@ -137,7 +137,9 @@ def router_z_loss(routing: Routing | ExpertChoice | SoftSlots) -> Array:
         Zoph et al., `ST-MoE <https://arxiv.org/abs/2202.08906>`_, 2022
     """
     every = tuple(range(1, routing.logits.ndim))  # [T, E], or [T, E, C] of slots
-    return mean_over_tokens(routing, jax.nn.logsumexp(routing.logits, axis=every) ** 2)
+    # A token without an expert may have no logit but minus infinity, whose gradient is no number.
+    logits = where_kept(routing.present, routing.logits)
+    return mean_over_tokens(routing, jax.nn.logsumexp(logits, axis=every) ** 2)
 
 
 @takes(Routing, ExpertChoice)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import at_least_float32, output_dtype
+from moejax._arrays import at_least_float32, gradient_where, output_dtype, where_kept
 from moejax._checks import check_count, check_layer, check_stacked, check_widths, takes
 from moejax._comparing import comparable
 from moejax.base import Array, DenseRouting, Layer, Params, Routing, Rule, Schedule
@@ -157,7 +157,11 @@ def constant_experts(num_experts: int, width: int) -> Bank:
         return {"vectors": jnp.zeros((num_experts, width), jnp.float32)}
 
     def apply(params: Params, x: Array, routing: Routing) -> Array:
+        check_stacked(params, num_experts)
         gates, vectors = routing.gates, params["vectors"]  # [T, E], [E, O]
+        # Zero times infinity is not zero: an expert that no token gives weight is not read.
+        used = gates.any(axis=0)
+        vectors = where_kept(used, gradient_where(used, vectors))
         dtype = np.promote_types(gates.dtype, vectors.dtype)
         return gates.astype(dtype) @ vectors.astype(dtype)
 
@@ -170,7 +174,8 @@ def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> L
 
     .. math:: y_t = \sum_{\text{banks}} \sum_{e \in \text{bank}} g_{te}\, E_e(x_t)
 
-    Expert ids run through the banks in their order.
+    Expert ids run through the banks in their order. The sum of each bank is rounded to the dtype of
+    x, and then they are added up in float32 or wider.
 
     Args:
         *banks: from `networks`, `zero_experts`, `copy_experts`, `constant_experts`.
@@ -182,7 +187,8 @@ def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> L
         A layer as from `moe`, whose ``params["experts"]`` is a list with the params of each bank.
 
     Raises:
-        ValueError: if there is no bank, or if their outputs are not of one shape.
+        ValueError: if there is no bank; in apply, if the parameters are of another number of banks,
+            or the outputs not of one shape.
 
     Example:
         >>> model = moe_of(
@@ -207,6 +213,10 @@ def moe_of(*banks: Bank, router: Layer, route: Rule, feature_ndim: int = 1) -> L
 
     @takes(Routing)
     def apply(params: Params, x: Array, routing: Routing) -> Array:
+        if len(params) != len(banks):
+            raise ValueError(
+                f"The parameters must be those of {len(banks)} banks, got {len(params)}."
+            )
         outputs = [
             at_least_float32(bank.apply(own, x, _own_part(routing, start, bank.num_experts)))
             for bank, own, start in zip(banks, params, starts, strict=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from moejax._arrays import at_least_float32, gradient_if, padded_by_example, where_kept
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
 from moejax._checks import (
+    check_array,
     check_expert_params,
     check_key,
     check_layer,
@@ -189,6 +190,11 @@ def _router_input(tokens: Array) -> Array:
 
 
 def _check_logits(logits: Array, num_tokens: int, num_experts: int) -> None:
+    if not hasattr(logits, "shape"):
+        raise ValueError(
+            "The router must return logits, an array, or a tuple that begins with them, got a "
+            f"{type(logits).__name__}: only the outermost router may be `noisy` or `biased`."
+        )
     if logits.shape[:2] != (num_tokens, num_experts):
         raise ValueError(
             f"The router must return one logit per token and expert, [{num_tokens}, "
@@ -220,7 +226,7 @@ def outputs_of(layer: Layer) -> Layer:
         A layer with the same params, and ``apply(params, x) -> y``.
 
     Raises:
-        ValueError: in apply, if the layer returns only its output.
+        ValueError: if the layer is none; in apply, if it returns only its output.
 
     Example:
         >>> inner = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 2), num_experts=2)
@@ -233,6 +239,7 @@ def outputs_of(layer: Layer) -> Layer:
         Jordan & Jacobs, `Hierarchical Mixtures of Experts and the EM Algorithm
         <https://doi.org/10.1162/neco.1994.6.2.181>`_, 1994
     """
+    check_layer("layer", layer)
 
     def apply(params: Params, x: Array) -> Array:
         output = layer.apply(params, x)
@@ -261,7 +268,8 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
         A layer with params ``{"routed": ..., "shared": ...}`` that is applied as ``model`` is.
 
     Raises:
-        ValueError: if one of them is not a layer; in apply, if the two outputs differ in shape.
+        ValueError: if one of them is not a layer; in apply, if the model returns no decision or the
+            shared expert one, or if the two outputs differ in shape.
 
     Example:
         >>> routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
@@ -283,13 +291,22 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
     def apply(
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        y, decision = model.apply(params["routed"], x, key=key, mask=mask)
+        given = {"key": key, "mask": mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        output = model.apply(params["routed"], x, **given)
+        if not isinstance(output, tuple):
+            raise ValueError(
+                "The model of `with_shared` must return its output and a decision, as `moe` does, "
+                "got its output alone."
+            )
+        y, decision = output
         tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
         if mask is not None:
             mask = jnp.asarray(mask)
             tokens = padded_by_example(tokens, mask.reshape(-1))
             params = gradient_if(mask.any(), params)
         always = shared.apply(params["shared"], tokens)
+        check_array(always)
         always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
         if always.shape != y.shape:
             raise ValueError(

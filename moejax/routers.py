@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax._arrays import at_least_float32
 from moejax._calling import only_accepted
-from moejax._checks import check_count, check_widths, is_number
+from moejax._checks import check_count, check_layer, check_widths, is_number
 from moejax._comparing import comparable
 from moejax.base import Array, Layer, Params
 from moejax.layers import linear
@@ -34,6 +34,9 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
         gives ``(logits, noise_scale)``. The key goes to the two routers, if they take one; the
         noise itself is drawn by `noisy_top_k`.
 
+    Raises:
+        ValueError: if one of them is not a layer.
+
     Example:
         >>> router = moejax.noisy(moejax.linear(4, 3), moejax.linear(4, 3))
         >>> params = router.init(jax.random.key(0))
@@ -45,6 +48,8 @@ def noisy(router: Layer, noise_router: Layer) -> Layer:
         Shazeer et al., `Outrageously Large Neural Networks
         <https://arxiv.org/abs/1701.06538>`_, 2017
     """
+    check_layer("router", router)
+    check_layer("noise_router", noise_router)
 
     def init(key: Array) -> Params:
         router_key, noise_key = jax.random.split(key)
@@ -76,7 +81,7 @@ def biased(router: Layer, num_experts: int) -> Layer:
         ``apply(params, x, *, key=None)``, which gives ``(logits, bias)``.
 
     Raises:
-        ValueError: if ``num_experts`` is not a positive integer.
+        ValueError: if the router is not a layer, or ``num_experts`` not a positive integer.
 
     Example:
         >>> model = moejax.moe(
@@ -91,6 +96,7 @@ def biased(router: Layer, num_experts: int) -> Layer:
     References:
         Wang et al., `Auxiliary-Loss-Free Load Balancing <https://arxiv.org/abs/2408.15664>`_, 2024
     """
+    check_layer("router", router)
     check_count("num_experts", num_experts)
 
     def init(key: Array) -> Params:
@@ -228,7 +234,8 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
         A layer with the router's params and ``apply(params, x, *, key=None)``.
 
     Raises:
-        ValueError: if epsilon is not between 0 and 1: the factor could change the sign of x.
+        ValueError: if the router is not a layer, or epsilon not between 0 and 1: the factor could
+            change the sign of x.
 
     Example:
         >>> router = jittered(moejax.linear(4, 3), epsilon=1e-2)
@@ -239,6 +246,7 @@ def jittered(router: Layer, *, epsilon: float) -> Layer:
     References:
         Fedus et al., `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2021
     """
+    check_layer("router", router)
     if not 0 <= epsilon < 1:
         raise ValueError(f"`epsilon` must be between 0 and 1, got {epsilon}.")
 
@@ -264,7 +272,8 @@ def tempered(router: Layer, *, temperature: Array | float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the temperature is a number that is not positive and finite.
+        ValueError: if the router is not a layer, or the temperature a number that is not positive
+            and finite.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -289,7 +298,8 @@ def soft_capped(router: Layer, *, cap: Array | float) -> Layer:
         A layer with the router's params.
 
     Raises:
-        ValueError: if the cap is a number that is not positive and finite.
+        ValueError: if the router is not a layer, or the cap a number that is not positive and
+            finite.
 
     Example:
         >>> router = moejax.Layer(lambda key: {}, lambda params, x: x)
@@ -316,6 +326,8 @@ def _check_positive(name: str, value: Array | float) -> None:
 
 
 def _with_logits(router: Layer, transform: Callable[[Array], Array]) -> Layer:
+    check_layer("router", router)
+
     def apply(params: Params, x: Array, *, key: Array | None = None) -> Any:
         outputs = router.apply(params, x, **only_accepted(router, key=key))
         logits, *more = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -129,8 +129,10 @@ def check_manifest(manifest: Manifest, step: int) -> None:
     """Checks a manifest against its own SHA-256, and the step that its folder is named after.
 
     Raises:
-        DamagedError: if they differ.
+        DamagedError: if they differ, or it is no manifest.
     """
+    if not isinstance(manifest, dict):
+        raise DamagedError("its manifest is not a JSON object")
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if _digest_of_json(content) != manifest.get("sha256"):
         raise DamagedError("its manifest differs from its SHA-256")

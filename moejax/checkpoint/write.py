@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from moejax._checks import is_integer
 from moejax._paths import local
 from moejax.checkpoint.folder import apart, clear, delete, latest, on_first_process, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, step_number, stored
@@ -68,7 +69,8 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         A context manager that gives ``save(state, *, step, config=None)``.
 
     Raises:
-        ValueError: if ``keep`` is less than one, or the folder is an address on another machine.
+        ValueError: if ``keep`` is not a positive integer, or the folder is an address on another
+            machine.
         OSError: if the folder cannot be made.
         RuntimeError: in ``save``, after the ``with`` block.
 
@@ -78,8 +80,10 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         ...     for step in (10, 20, 30):
         ...         save_one({"w": jnp.full(3, step)}, step=step)
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"`keep` must be at least 1, or None to keep all, got {keep}.")
+    if keep is not None and not (is_integer(keep) and keep >= 1):
+        raise ValueError(
+            f"`keep` must be an integer of at least 1, or None to keep all, got {keep}."
+        )
     folder = local(folder)
     with orbax() as ocp:
         with _write_errors(folder):
@@ -121,7 +125,7 @@ def _save(
         raise RuntimeError(f"The writer of {folder} has ended: save inside the `with` block.")
     step = step_number(step)
     leaves = named_leaves(state)
-    manifest = describe(leaves, step, config or {})
+    manifest = describe(leaves, step, {} if config is None else config)
     arrays = {name: stored(leaf) for name, leaf in leaves.items() if leaf.size}
     if not arrays:
         raise ValueError("The state to save must hold at least one array that is not empty.")

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moejax._paths import local
 from moejax.plot.style import pixels
 
 
@@ -40,7 +41,7 @@ def save_animation(figures: Iterable[Figure], path: Path, *, milliseconds: int =
         picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
     )
     durations = [milliseconds] * len(rest) + [20 * milliseconds]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    first.save(local(path), "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _palette(sample: Image.Image) -> Image.Image:

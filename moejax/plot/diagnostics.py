@@ -54,17 +54,18 @@ def diagnostics(
         >>> [text.get_text() for text in figure.legends[0].texts]
         ['0', '1']
     """
-    names = [name for name in (history[0] if history else ()) if name != "epoch"]
+    names = list(dict.fromkeys(name for record in history for name in record if name != "epoch"))
     if not names:
         raise ValueError("There is nothing to draw: give at least one record with a quantity.")
     rows = -(-len(names) // COLUMNS)
     columns = min(len(names), COLUMNS)
     figure, axes = new_figure(rows, columns, width=3.2 * columns, height=2.7 * rows)
-    num_experts = max(np.size(history[0][name]) for name in names)
+    num_experts = max(np.size(record[name]) for record in history for name in record)
     for ax in axes.ravel()[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.ravel(), names, strict=False):
-        _draw(ax, history, name, num_experts)
+        _draw(ax, [record for record in history if name in record], name, num_experts)
+        epoch_axis(ax, [record["epoch"] for record in history])
         ax.set_title((titles or {}).get(name, name.replace("_", " ")), fontsize=10)
     _name_experts(figure)
     return figure
@@ -88,7 +89,6 @@ def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts
     for index, line in enumerate(lines):
         shade = color(index) if len(lines) > 1 else WHOLE_MODEL
         ax.plot(epochs, line, marker="o", markersize=4, color=shade, label=index, clip_on=False)
-    epoch_axis(ax, epochs)
     unit = UNITS.get(name, "")
     known = lines[np.isfinite(lines)]
     lowest, highest = known.min(initial=0.0), known.max(initial=0.0)
@@ -99,7 +99,7 @@ def _draw(ax: Axes, history: Sequence[Mapping[str, Any]], name: str, num_experts
         ax.set_ylim(0, max(1.08 * highest, num_experts, 1))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if unit == SHARE:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _name_experts(figure: Figure) -> None:

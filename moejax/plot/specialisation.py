@@ -66,8 +66,9 @@ def table(
     num_rows, num_columns = values.shape
     figure, axes = new_figure(width=1.6 + 0.55 * num_columns, height=1.3 + 0.42 * num_rows)
     ax = axes[0, 0]
-    ax.imshow(values, cmap="Blues", aspect="auto", vmin=min(values.min(), 0))
-    dark = values.max() / 2
+    lightest = min(values.min(), 0)
+    ax.imshow(values, cmap="Blues", aspect="auto", vmin=lightest)
+    dark = (lightest + values.max()) / 2
     for (r, c), value in np.ndenumerate(values):
         color = "white" if value > dark else "#222222"
         ax.text(c, r, form(value), ha="center", va="center", color=color, fontsize=8)
@@ -90,10 +91,15 @@ def images_by_expert(images: np.ndarray, top: np.ndarray, num_experts: int) -> F
     Returns:
         A figure with one row per expert; the row of an expert that serves no image says so.
 
+    Raises:
+        ValueError: if there is no image.
+
     Example:
         >>> len(images_by_expert(np.ones((3, 2, 2)), np.zeros(3), 2).axes)
         2
     """
+    if not len(images):
+        raise ValueError("`images_by_expert` needs at least one image, got none.")
     figure, axes = new_figure(num_experts, width=8.6, height=0.72 * num_experts)
     for expert, (ax,) in enumerate(axes):
         own = np.flatnonzero(top == expert)

@@ -73,7 +73,7 @@ def loss(
         ylabel: what the loss is.
 
     Returns:
-        A figure; the band holds the middle 90% of the seeds.
+        A figure; the band holds the middle 90% of the seeds whose loss is a number at that step.
 
     Example:
         >>> len(loss({"this run": np.ones(3)}, np.ones((2, 3))).axes)
@@ -81,7 +81,7 @@ def loss(
     """
     figure, axes = new_figure(width=5.4, height=3.8)
     ax = axes[0, 0]
-    low, middle, high = np.quantile(seeds, [0.05, 0.5, 0.95], axis=0)
+    low, middle, high = np.nanquantile(seeds, [0.05, 0.5, 0.95], axis=0)
     ax.fill_between(
         range(len(low)),
         low,

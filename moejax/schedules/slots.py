@@ -42,6 +42,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     taken = jnp.where(along(filled, taken.ndim), taken, jax.lax.stop_gradient(taken))
     params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(_checked(expert))(params, taken)  # [E, C, O]
+    outputs = jnp.where(along(filled, outputs.ndim), outputs, 0)
     dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
         decision.weights.astype(dtype), outputs.astype(dtype)

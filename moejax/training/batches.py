@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax._checks import is_integer
 from moejax.base import Array
 from moejax.training.step import TrainState
 
@@ -17,7 +18,7 @@ class Masked(NamedTuple):
     The last batch of an epoch has N mod B examples, and compiling a second step for it takes as
     long as compiling the first. A loss that takes ``Masked`` batches needs no second step: the last
     batch is filled up with other examples, for which the mask is False. ``mask`` can also leave
-    out examples of the data.
+    out examples of the data, and then a batch may have none that counts.
 
     Attributes:
         data: pytree of arrays [N, ...]; in a batch, [B, ...].
@@ -26,7 +27,8 @@ class Masked(NamedTuple):
     Example:
         >>> from moejax.training import init_state, train_epoch, train_step
         >>> def loss(p, batch, key):
-        ...     return jnp.mean((p[None] - batch.data) ** 2, where=batch.mask[:, None]), {}
+        ...     total = jnp.sum((p[None] - batch.data) ** 2, where=batch.mask[:, None])
+        ...     return total / jnp.maximum(batch.mask.sum(), 1), {}
         >>> step = train_step(loss, optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> data = Masked(jnp.ones((5, 1)), jnp.ones(5, bool))
@@ -71,16 +73,16 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
         One size per step; all are B except perhaps the last.
 
     Raises:
-        ValueError: if the batch size is not between 1 and N.
+        ValueError: if the batch size is not an integer between 1 and N.
 
     Example:
         >>> batch_sizes(5, 2)
         (2, 2, 1)
     """
-    if not 1 <= batch_size <= num_examples:
+    if not (is_integer(batch_size) and 1 <= batch_size <= num_examples):
         raise ValueError(
-            f"`batch_size` must be between 1 and the number of examples ({num_examples}), "
-            f"got {batch_size}."
+            "`batch_size` must be an integer between 1 and the number of examples "
+            f"({num_examples}), got {batch_size}."
         )
     rest = num_examples % batch_size
     return (batch_size,) * (num_examples // batch_size) + ((rest,) if rest else ())

@@ -96,8 +96,8 @@ def train_until(
         The state after the steps, and the metrics.
 
     Raises:
-        ValueError: if the batch size is not between 1 and N, or the arrays of the data and the
-            order do not share axis 0.
+        ValueError: if the batch size is not between 1 and N, the arrays of the data and the order
+            do not share axis 0, or the metrics are of another number of steps.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -117,6 +117,7 @@ def train_until(
             f"{list(order.shape)}: make it with `epoch_order`."
         )
     sizes = batch_sizes(num_examples, batch_size)
+    _check_room(metrics, len(sizes))
     rows, present = rows_of_steps(order, batch_size)
     first = state.step // len(sizes) * len(sizes)  # first step of the epoch
     # Only a loss that reads a mask can take a last batch that is filled up.
@@ -138,6 +139,16 @@ def train_until(
         return carry
     at_last = (carry[0].step == first + looped) & (carry[0].step < stop)
     return jax.lax.cond(at_last, partial(take, size=sizes[-1]), lambda carry: carry, carry)
+
+
+def _check_room(metrics: Metrics, steps: int) -> None:
+    """Refuses metrics of another number of steps: a value written beyond the end is lost."""
+    for leaf in jax.tree.leaves(metrics):
+        if leaf.shape[:1] != (steps,):
+            raise ValueError(
+                f"`metrics` must have room for the {steps} steps of an epoch, got "
+                f"{list(leaf.shape)}: make them with `empty_metrics` and this batch size."
+            )
 
 
 def _written(at: Array, every: Array, new: Array) -> Array:
@@ -199,8 +210,8 @@ def scan_batches(
         The state after S steps, and each metric of every step, shape [S, ...].
 
     Raises:
-        ValueError: if the arrays of the data do not share axis 0, or an index that is not traced
-            is out of range.
+        ValueError: if the arrays of the data do not share axis 0, or the indices are not integers
+            [S, B] in range, as far as they are not traced.
 
     Example:
         >>> from moejax.training import init_state, train_step
@@ -212,6 +223,7 @@ def scan_batches(
         ((2,), 2)
     """
     data, num_examples = examples(data)
+    indices = indices if isinstance(indices, jax.Array) else np.asarray(indices)
     _check_indices(indices, num_examples)
 
     def body(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
@@ -221,6 +233,11 @@ def scan_batches(
 
 
 def _check_indices(indices: Array, num_examples: int) -> None:
+    if indices.ndim != 2 or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            "`indices` must be integers [S, B], a row for each step, got "
+            f"{indices.dtype}{list(indices.shape)}."
+        )
     # A gather would clamp an index that is too large. Traced indices cannot be checked.
     if isinstance(indices, jax.core.Tracer):
         return

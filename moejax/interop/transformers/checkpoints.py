@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from moejax.interop.torch import Layout, to_torch
 from moejax.interop.torch.checks import check_layout
 from moejax.interop.torch.state_dicts import read
 from moejax.interop.transformers.families import build
-from moejax.interop.transformers.fields import as_dict, refuse
+from moejax.interop.transformers.fields import as_dict, read_json, refuse
 from moejax.interop.transformers.pieces import Block
 
 Files = Mapping[str, Path]  # which file holds a tensor, by the tensor's name
@@ -112,13 +111,19 @@ def _opened(folder: Folder) -> Iterator[tuple[Files, Callable[[str], Any]]]:
 
 
 def _open(file: Path) -> Any:
-    return library().safe_open(file, framework="numpy")
+    try:
+        return library().safe_open(file, framework="numpy")
+    except library().SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from error
 
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not places:
+            raise ValueError(f"{index} must have a `weight_map`, got none.")
+        names = sorted(set(places.values()))
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -36,7 +37,7 @@ def as_dict(config: Any) -> Config:
     """The fields of a configuration object, a dict, a ``config.json``, or the folder of one."""
     if isinstance(config, str | os.PathLike):
         path = local(config)
-        return json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        return read_json(path / "config.json" if path.is_dir() else path)
     if isinstance(config, Mapping):
         return config
     if hasattr(config, "to_dict"):
@@ -45,6 +46,17 @@ def as_dict(config: Any) -> Config:
         "`config` must be a configuration object of transformers, a dict, or the path of a "
         f"config.json, got {type(config).__name__}."
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+    return value
 
 
 def get(config: Config, *names: str) -> Any:

@@ -188,7 +188,10 @@ def _zeros_by_expert(
 ) -> Any:
     """Zeros like the ``by_expert`` of ``one``, stacked along E; ``by_slot[0]`` holds choices."""
     some = [a[: groups[0].capacity] for a in by_slot]
-    over_experts = jax.vmap(one, in_axes=(0, *[None] * len(some)))
+    # The experts may have no parameters that tell how many they are.
+    over_experts = jax.vmap(
+        one, in_axes=(0, *[None] * len(some)), axis_size=sum(group.size for group in groups)
+    )
     shapes = jax.eval_shape(over_experts, params, *some)
     return separate_zeros(shapes.by_expert, by_slot[0][0])
 
