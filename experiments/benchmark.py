@@ -39,7 +39,7 @@ from benchmarks.traffic import traffic_suite
 from benchmarks.whole_runs import load_suite, mnist_suite, toy_suite
 from parts.command_line import OneLineParser, add_out, say, start_devices
 from parts.output import output_of_one_run
-from parts.records import processor, rounded, versions, write_json
+from parts.records import cores, processor, rounded, versions, write_json
 
 ROUNDS = 7
 SETTINGS = ["GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS"]
@@ -91,7 +91,7 @@ def work(options: argparse.Namespace) -> None:
     folder = options.out
     results: list[Result] = []
     settings = "".join(f", {name}={value}" for name, value in environment().items())
-    say(f"{os.cpu_count()} cores of {processor()}{settings}\n")
+    say(f"{cores()} cores of {processor()}{settings}\n")
     for name in [options.suite] if options.suite else SUITES:
         suite = SUITES[name]
         for result in suite.run(2 if options.quick else ROUNDS, options.quick):

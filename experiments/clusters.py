@@ -51,9 +51,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="which of the four (default: all)",
     )
-    add("--examples", type=at_least(8), default=16000, help="to train, and as many to test")
-    add("--steps", type=at_least(1), default=501, help="of a mixture, at the most")
-    add("--single-steps", type=at_least(1), default=801, help="of one network, at the most")
+    counts = {
+        "--examples": (8, 16000, "to train, and as many to test"),
+        "--steps": (1, 501, "of a mixture, at the most"),
+        "--single-steps": (1, 801, "of one network, at the most"),
+    }
+    for name, (least, default, text) in counts.items():
+        add(name, type=at_least(least), default=default, help=f"{text} (default: %(default)s)")
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:

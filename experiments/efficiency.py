@@ -17,15 +17,15 @@ if __name__ == "__main__":
     beginning.prepare()  # before the imports that take seconds
 
 import argparse
-import os
 
 from parts.command_line import at_least
-from parts.records import processor
+from parts.records import cores, processor
 from studies import efficiency_report
 from studies.blocks import Cell
-from studies.command import Study, identity_of, main, seeds_option
+from studies.command import Study, main, seeds_option
 from studies.efficiency_measures import turn_of
 from studies.efficiency_report import cell_name
+from studies.identity import identity_of
 from studies.sharpness_models import HEADS
 
 BATCHES = (1, 128, 10_000)
@@ -55,7 +55,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def identity(args: argparse.Namespace) -> dict[str, str]:
     """The options, and the machine: its times are not another's."""
-    return identity_of(args) | {"the machine": f"{os.cpu_count()} cores of {processor()}"}
+    return identity_of(args) | {"the machine": f"{cores()} cores of {processor()}"}
 
 
 STUDY = Study(

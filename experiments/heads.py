@@ -31,15 +31,25 @@ from studies.heads import heads
 from studies.images import check_batch_size, identity, loaded
 from studies.trunk import FEATURES
 from studies.trunk_curves import curves
-from studies.trunk_training import Training, adamw
+from studies.trunk_training import Training, adamw, unbalanced
 
 
-def evenly(routing: moejax.Routing) -> jax.Array:
-    """Load balancing at thirty times the weight of Switch Transformers: even in a few epochs."""
+def of_all(routing: moejax.Routing, undistorted: jax.Array) -> jax.Array:
+    """Load balancing at thirty times the weight of Switch Transformers."""
     return 0.3 * moejax.load_balancing_loss(routing)
 
 
-HEADS = heads(FEATURES, evenly)
+def of_undistorted(routing: moejax.Routing, undistorted: jax.Array) -> jax.Array:
+    """Load balancing at a hundred times that weight, of images like those to be tested.
+
+    As long as all images of a batch are distorted, all of them count.
+    """
+    counted = undistorted | ~undistorted.any()
+    return moejax.load_balancing_loss(moejax.mask_tokens(routing, counted))
+
+
+HEADS = heads(FEATURES)
+BALANCE = {"dense": unbalanced, "soft": unbalanced, "top-2": of_all, "top-1": of_undistorted}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +88,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         Cell(name, args.seeds, 1, curves(training, train, data.test, name))
         for name, head in HEADS.items()
         if name in args.heads
-        for training in [Training(head, optimizer, args.epochs, args.batch_size)]
+        for training in [
+            Training(head, optimizer, args.epochs, args.batch_size, BALANCE[name]),
+        ]
     ]
 
 

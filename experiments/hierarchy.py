@@ -47,7 +47,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=500,
         help="steps of Adam on the toy (default: %(default)s)",
     )
-    add("--samples", type=at_least(8), default=400, help="examples of a tree, to train and to test")
+    add(
+        "--samples",
+        type=at_least(8),
+        default=400,
+        help="examples of a tree, to train and to test (default: %(default)s)",
+    )
     add(
         "--iterations",
         type=at_least(1),

@@ -33,7 +33,16 @@ from data.text import Text, decode, encode
 from language.command import arguments, build, check, load
 from language.contenders import Network
 from language.report import add_times, claim, print_table, summarize
-from language.runs import HEADER, Plan, Programs, Run, check_fresh, train, trained
+from language.runs import (
+    HEADER,
+    Plan,
+    Programs,
+    Run,
+    check_fresh,
+    note_nothing_to_resume,
+    train,
+    trained,
+)
 from language.sampling import Sample, sample
 from language.training import advance, evaluate, optimizer, start, windows_of
 from parts.cache import keep_programs
@@ -103,14 +112,22 @@ def bar(total: int) -> Iterator[Any]:
     next(ticks, None)
 
 
+def check_begin(args: argparse.Namespace, plans: list[Plan]) -> None:
+    """Refuses to begin anew where there are checkpoints; says so if there are none to resume."""
+    if args.resume:
+        note_nothing_to_resume(plans, args.out)
+        return
+    for plan in plans:
+        check_fresh(plan.folder)
+
+
 def compete(
     args: argparse.Namespace, networks: dict[str, Network], text: Text, mesh: Mesh | None
 ) -> dict[str, list[Run]]:
     """Trains every model with every seed."""
     digest = hashlib.sha256(text.train.tobytes() + text.validation.tobytes()).hexdigest()[:16]
     every = {name: plans(args, name, digest) for name in networks}
-    for plan in [plan for each in every.values() for plan in each if not args.resume]:
-        check_fresh(plan.folder)
+    check_begin(args, [plan for each in every.values() for plan in each])
     windows = windows_of(text.validation, text.kinds, args.context, args.windows)
     characters, windows = place((jnp.asarray(text.train), windows), mesh)
     say("\n" + HEADER)

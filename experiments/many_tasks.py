@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=at_least(POINTS),
         default=2000,
-        help=f"of Adam, of which the last multiple of {POINTS} is taken (default: %(default)s)",
+        help=f"steps of Adam, cut to a multiple of {POINTS} (default: %(default)s)",
     )
     add(
         "--batch-size",

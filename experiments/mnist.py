@@ -65,13 +65,34 @@ from parts.command_line import (
     start_devices,
 )
 from parts.compiling import QUICK_TO_COMPILE, compile_in_background, compiled, timed
-from parts.devices import everywhere, join, make_mesh, mesh_axes, own, place, places, shapes, spread
+from parts.devices import (
+    address,
+    everywhere,
+    join,
+    make_mesh,
+    mesh_axes,
+    own,
+    place,
+    places,
+    shapes,
+    spread,
+)
 from parts.ending import EndedError, RefusedError
 from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, RUN_ALL, TAKE_TOP_K, Model, by_rule
 from parts.output import make_writable, output_of_one_run
 from parts.progress import waiting
 from parts.records import write_json
-from parts.reports import HEADER, LINE, Run, compare, draw, epoch_record, print_step, summarize
+from parts.reports import (
+    HEADER,
+    LINE,
+    Run,
+    compare,
+    draw,
+    epoch_record,
+    forget_earlier_run,
+    print_step,
+    summarize,
+)
 from parts.resume import Progress, metrics_log, pauses
 from parts.routes import ROUTES, asks_for_k
 
@@ -180,6 +201,8 @@ def train(
     plan = resumable.plan(args, out, data, len(sizes))
     unseen = place(empty_metrics(step, state, split, batch_size=args.batch_size), mesh)
     progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
+    for folder in {own(args.out), own(out)}:
+        forget_earlier_run(folder)
     write_json(
         own(args.out) / "config.json", {name: str(value) for name, value in vars(args).items()}
     )
@@ -310,7 +333,12 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar="AXES",
         help="devices along each axis, such as data=2,expert=4 (default: one device)",
     )
-    add("--coordinator", metavar="ADDRESS", help="of process 0, such as 127.0.0.1:9876")
+    add(
+        "--coordinator",
+        type=address,
+        metavar="HOST:PORT",
+        help="of process 0, such as 127.0.0.1:9876",
+    )
     add(
         "--processes",
         type=at_least(1),

@@ -304,7 +304,7 @@ def report(args: argparse.Namespace, summary: dict[str, Any]) -> None:
         f"over {seeds['count']} seeds": f"median {seeds['accuracy_median']:.1%}, "
         f"from {seeds['accuracy_min']:.1%} to {seeds['accuracy_max']:.1%}; "
         f"top expert alone {seeds['top_expert_alone_median']:.1%}",
-        "speed": f"{summary['steps_per_second']:,.0f} steps/s "
+        "speed": f"{summary['steps_per_second']:,.0f} steps/s over all runs "
         f"after {summary['compile_seconds']:.2f} s of compilation",
     }
     for name, value in lines.items():

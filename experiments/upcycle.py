@@ -41,7 +41,8 @@ from parts.command_line import (
 )
 from parts.output import output_of_one_run, save_figure
 from parts.progress import progress
-from parts.records import write_json
+from parts.records import versions, write_json
+from studies.identity import identity_of
 from studies.images import check_batch_size
 
 NUM_EXPERTS, HIDDEN, DIGITS = 8, 50, 10
@@ -161,6 +162,7 @@ def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
     axes[0, 0].axvline(switched, color="0.7", linestyle="--")
     axes[0, 0].annotate(" upcycled", (switched, 0.02), xycoords=("data", "axes fraction"))
     axes[0, 0].set(xlabel="epoch", ylabel="test accuracy")
+    axes[0, 0].set_title("mean over seeds, and their range", size=10)
     axes[0, 0].legend()
     save_figure(figure, path)
 
@@ -168,6 +170,8 @@ def draw(curves: dict[str, np.ndarray], switched: int, path: Path) -> None:
 def verdict(last: dict[str, np.ndarray]) -> str:
     """Whether upcycling paid, by the seeds' differences from each of the others."""
     upcycled = last["upcycled with noise"]
+    if len(upcycled) < 2:
+        return "One seed does not show whether upcycling pays."
     beaten = [name for name in ("dense", "from scratch") if (upcycled > last[name]).all()]
     if len(beaten) == 2:
         return "Upcycling paid here: better than both in every seed."
@@ -218,7 +222,17 @@ def work(args: argparse.Namespace) -> None:
     say(verdict(last))
     draw(curves, args.epochs, args.out / "curves.png")
     lists = {name: each.tolist() for name, each in curves.items()}
-    write_json(args.out / "summary.json", {"dataset": data.name, "curves": lists})
+    write_json(
+        args.out / "summary.json",
+        {
+            "dataset": data.name,
+            "curves": lists,
+            "options": identity_of(args) | {"seeds": args.seeds},
+            "versions": versions(),
+        },
+    )
+    if data.notice:
+        say(f"\n{data.notice}")
 
 
 if __name__ == "__main__":

@@ -225,15 +225,15 @@ reports, by_cluster = jax.jit(jax.vmap(report))(params)
 print(" " * 21, *(f"{name:>14}" for name in REMEDIES))
 for quantity, values in reports.items():
     runs = [np.asarray(one) for one in by_remedy(values).values()]
-    texts = [f"{one.mean():.2f} ± {one.std():.2f}" for one in runs]
+    texts = [f"{one.mean():.2f} ± {one.std(ddof=1):.2f}" for one in runs]
     print(f"{quantity:21}", *(f"{text:>14}" for text in texts))
 
 # %% [markdown]
-# Both the loss and the bias keep nearly all experts alive and the load nearly even. The loss lowers
-# the squared error, too. The bias, at this rate, does not, and its runs differ most: a bias moves
-# by the same $\rho$ however small the imbalance is, and the load jumps from step to step. (Under
-# the loss two experts swap points in this way, too.) Where the load-balancing loss is below 1, the
-# bias sends points to experts that the scores do not prefer.
+# Both the loss and the bias keep nearly all experts alive and the load nearly even. On average the
+# loss lowers the squared error, too. The bias, at this rate, does not, and its runs differ most: a
+# bias moves by the same $\rho$ however small the imbalance is, and the load jumps from step to
+# step. (Under the loss two experts swap points in this way, too.) Where the load-balancing loss is
+# below 1, the bias sends points to experts that the scores do not prefer.
 #
 # An even load is not the right division of labour. The mutual information is higher with it, but
 # stays short of 2.08: some experts have parts of several clusters.
@@ -306,14 +306,15 @@ def train_choice(key):
 
 tokens, errors = jax.jit(jax.vmap(train_choice))(keys[:SEEDS])  # [seeds, E, C], [seeds]
 taken = np.stack([np.bincount(one.ravel(), minlength=POINTS) for one in np.asarray(tokens)])
-print(f"squared error {errors.mean():.2f} ± {errors.std():.2f}")
+print(f"squared error {errors.mean():.2f} ± {errors.std(ddof=1):.2f}")
 for count in range(4):
     print(f"points that {count} experts take: {np.mean(taken == count):.1%}")
 print(f"points that more take: {np.mean(taken > 3):.1%}")
 
 # %% [markdown]
-# The second happens here: about a quarter of the points go to nobody, and the squared error is
-# larger than with any remedy above. An even load says nothing about the points that are left out.
+# The second happens here: about a quarter of the points go to nobody, and on average the squared
+# error is larger than with any remedy above. An even load says nothing about the points that are
+# left out.
 #
 # The rule looks at all points at once, so it cannot stand in a decoder that writes one token after
 # the other; see *causal* in [the table of rules](../rules.md).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import moejax
+from parts.records import cores
 
 
 class Shape(NamedTuple):
@@ -76,7 +76,7 @@ def torch_layers(shape: Shape) -> dict[str, Callable[[bool], None]]:
     """
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)  # as XLA does
+    torch.set_num_threads(cores())  # as XLA does
     x = torch.randn(1, shape.T, shape.D, requires_grad=True)
     cotangent = torch.randn(1, shape.T, shape.D)
 
@@ -100,7 +100,7 @@ def torch_step(shape: Shape, learning_rate: float) -> Callable[[], None]:
     """Mixtral's block with grouped products: forward, backward and one fused update of Adam."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     block = torch_block(shape, "grouped_mm")
     optimizer = torch.optim.Adam(block.parameters(), lr=learning_rate, fused=True)
     x = torch.randn(1, shape.T, shape.D)

@@ -28,7 +28,7 @@ from moejax.training import (
     train_step,
     train_until,
 )
-from parts.ending import before_the_end
+from parts.ending import EndedError, before_the_end
 from parts.folders import temporary_folder
 from parts.models import DIGITS, MODELS, PIXELS, mlp_expert
 
@@ -104,7 +104,11 @@ def load_suite(rounds: int, quick: bool) -> Iterator[Result]:
 
 
 def stages(arguments: list[str]) -> dict[str, float]:
-    """Runs mnist.py and times what it prints."""
+    """Runs mnist.py and times what it prints.
+
+    Raises:
+        EndedError: if it fails.
+    """
     spent = {}
     with temporary_folder() as out:
         before = time.perf_counter()
@@ -119,7 +123,7 @@ def stages(arguments: list[str]) -> dict[str, float]:
                     now = time.perf_counter()
                     spent[STAGES[waiting.pop(0)]], before = now - before, now
     if run.returncode or waiting:
-        raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}, without {waiting}")
+        raise EndedError(f"{' '.join(command)} ended with {run.returncode}, without {waiting}")
     return spent
 
 

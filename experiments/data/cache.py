@@ -9,7 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from parts.folders import folder_of, local_folder
+from parts.ending import RefusedError
+from parts.folders import folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +18,21 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_dir() -> Path:
-    """``$MOEJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/moejax``, else ``~/.cache/moejax``."""
+    """``$MOEJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/moejax``, else ``~/.cache/moejax``.
+
+    Raises:
+        RefusedError: if a variable names no folder on this machine, or there is no home folder.
+    """
     if own := folder_of("MOEJAX_CACHE_DIR"):
         return own
-    return (folder_of("XDG_CACHE_HOME") or local_folder("~/.cache")) / "moejax"
+    return (folder_of("XDG_CACHE_HOME") or _home_cache()) / "moejax"
+
+
+def _home_cache() -> Path:
+    try:
+        return Path("~/.cache").expanduser()
+    except RuntimeError:  # a user without HOME and without an entry in the list of users
+        raise RefusedError("there is no home folder: set MOEJAX_CACHE_DIR") from None
 
 
 def store(path: Path, content: bytes) -> None:

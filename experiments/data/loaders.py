@@ -91,11 +91,11 @@ def _given_folder(data_dir: str | Path | None) -> Path | None:
 
 def _cached_or_downloaded() -> Dataset:
     folder = cache_dir() / "mnist"
-    if holds_idx(folder):
-        try:
+    try:
+        if holds_idx(folder):
             return _read_mnist(folder)
-        except ValueError as error:
-            logger.warning("The cached MNIST is downloaded again: %s", error)
+    except (OSError, ValueError) as error:  # a folder that cannot be entered, or damaged files
+        logger.warning("The cached MNIST is downloaded again: %s", error)
     with temporary_folder() as temporary:
         download(Path(temporary))
         try:

@@ -20,6 +20,9 @@ from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, p
 from parts.devices import mesh_axes
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits
+# Filled in late: until then, None tells that an option was not given.
+DEFAULTS = {"seeds": 3, "windows": 512, "experts": 8, "top_k": 2}
+TRAINING_ONLY = ("text", "seeds", "windows", "mesh", "resume")
 
 
 def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -36,7 +39,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         help="your own text (default: Python's library)",
     )
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
-    add("--seeds", type=at_least(1), default=3, help=f"runs of each model {shown}")
+    add("--seeds", type=at_least(1), help="runs of each model (default: 3)")
     add("--steps", type=at_least(1, LARGEST_STEP), default=1500, help=f"of training {shown}")
     add(
         "--evaluate-every",
@@ -48,8 +51,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     add(
         "--windows",
         type=at_least(EVALUATED_AT_ONCE),
-        default=512,
-        help=f"of the validation text, a multiple of {EVALUATED_AT_ONCE} {shown}",
+        help=f"of the validation text, a multiple of {EVALUATED_AT_ONCE} (default: 512)",
     )
     add("--width", type=at_least(8), default=64, help=f"features of a character {shown}")
     add("--layers", type=at_least(1), default=2, help=f"transformer blocks {shown}")
@@ -78,7 +80,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         type=at_least(1),
         default=500,
         metavar="CHARACTERS",
-        help=f"how much --sample writes {shown}",
+        help=f"how long a sample is, the prompt included {shown}",
     )
     add(
         "--temperature",
@@ -88,13 +90,18 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     args = parser.parse_args()
     refuse_what_does_nothing(parser, args)
-    args.experts = 8 if args.experts is None else args.experts
-    args.top_k = 2 if args.top_k is None else args.top_k
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return parser, args
 
 
 def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses options that have no effect beside the others."""
+    if args.sample is not None:
+        for name in TRAINING_ONLY:
+            if getattr(args, name):
+                parser.error(f"--{name} does nothing with --sample, which trains nothing")
     if args.model not in NETWORKS:
         return
     if args.top_k is not None and args.model not in ("dense", *CHOOSE_K):  # dense is K as wide
@@ -117,6 +124,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.model in ("all", *CHOOSE_K) and args.top_k > args.experts:
         parser.error(f"--top-k must be at most --experts ({args.experts}), got {args.top_k}")
+    if args.sample is not None and len(args.sample) >= args.sample_length:
+        parser.error(
+            f"--sample-length must be more than the {len(args.sample)} characters of --sample, got "
+            f"{args.sample_length}"
+        )
     if args.windows % EVALUATED_AT_ONCE:
         parser.error(
             f"--windows must be a multiple of {EVALUATED_AT_ONCE}, which are evaluated at once, "

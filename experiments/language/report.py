@@ -51,7 +51,7 @@ def summarize(runs: list[Run], network: Network, tokens_per_step: int) -> dict[s
             "total_parameters": total,
             "validation_loss": final,
             "validation_loss_mean": final.mean(),
-            "validation_loss_std": final.std(ddof=1) if len(final) > 1 else 0.0,
+            "validation_loss_std": final.std(ddof=1) if len(final) > 1 else None,
             "seconds_per_step": per_step,
             "tokens_per_second": tokens_per_step / per_step,
             **routers,
@@ -85,13 +85,16 @@ def claim(summaries: dict[str, dict[str, Any]]) -> str:
     """Whether the sparse model beats the dense one of equal active parameters."""
     dense, sparse = summaries["dense"], summaries["sparse"]
     gap = dense["validation_loss_mean"] - sparse["validation_loss_mean"]
+    if len(sparse["validation_loss"]) < 2:
+        return (
+            f"sparse against dense at equal active parameters: {gap:+.4f} nats per character; one "
+            "seed shows no difference"
+        )
     spread = max(dense["validation_loss_std"], sparse["validation_loss_std"])
     numbers = (
         f"{gap:+.4f} nats per character, {len(sparse['validation_loss'])} seeds, the larger "
         f"standard deviation {spread:.4f}"
     )
-    if len(sparse["validation_loss"]) < 2:
-        return f"sparse against dense at equal active parameters: {numbers}; one seed shows nothing"
     if gap > 3 * spread:
         return f"sparse beats dense at equal active parameters: {numbers}"
     return (
@@ -105,9 +108,11 @@ def print_table(summaries: dict[str, dict[str, Any]]) -> None:
     say("\n" + HEAD)
     for name, one in summaries.items():
         dead = sum(map(sum, one["dead_experts"])) if "dead_experts" in one else "-"
+        spread = one["validation_loss_std"]
+        spread = "-" if spread is None else f"{spread:.4f}"
         say(
             f"{name:<12} {one['active_parameters']:>9,} {one['total_parameters']:>10,}  "
-            f"{one['validation_loss_mean']:.4f} +- {one['validation_loss_std']:.4f} "
+            f"{one['validation_loss_mean']:.4f} +- {spread:<6} "
             f"{one['steps_to_equal_loss']:>12,} {one['seconds_to_equal_loss']:>12.1f} "
             f"{one['seconds_per_step']:>10.4f} {one['tokens_per_second']:>11,.0f} {dead:>5}"
         )

@@ -15,7 +15,8 @@ from moejax import checkpoint
 from moejax.training import TrainState
 from parts.command_line import say
 from parts.ending import EndedError, RefusedError
-from parts.records import check_same_run, rounded, write_lines
+from parts.records import check_same_run, rounded, versions, write_lines
+from parts.resume import note_other_versions
 
 KEEP = 2  # checkpoints
 SHAPING = [
@@ -93,20 +94,30 @@ def train(
             began = time.perf_counter()
             state, loss = jax.block_until_ready(programs.advance(state, text, np.int32(stop)))
             seconds = time.perf_counter() - began
-            if not np.isfinite(loss):
-                raise EndedError(
-                    f"the loss of {plan.name}, seed {plan.seed}, is not finite before step {stop}: "
-                    "try a smaller --learning-rate"
-                )
             results = programs.evaluate(state.params, windows)
+            check_finite(plan, stop, loss, results["loss"])
             history = [*history, record(plan, history, stop, loss, results, seconds)]
-            save(state, step=stop, config={"identity": plan.identity, "history": history})
+            config = {"identity": plan.identity, "history": history, "versions": versions()}
+            save(state, step=stop, config=config)
             tick(stop - before)
             say(LINE.format(name=plan.name, seed=plan.seed, **history[-1]))
     if results is None:  # resumed when all was done
         results = programs.evaluate(state.params, windows)
     write_lines(plan.folder.parent / "metrics.jsonl", history)
     return Run(history, jax.device_get(results), state.params)
+
+
+def check_finite(plan: Plan, step: int, *losses: jax.Array) -> None:
+    """Ends the program if training has diverged.
+
+    Raises:
+        EndedError: naming the run.
+    """
+    if not all(map(np.isfinite, losses)):
+        raise EndedError(
+            f"the loss of {plan.name}, seed {plan.seed}, is not finite by step {step}: try a "
+            "smaller --learning-rate"
+        )
 
 
 def record(
@@ -139,6 +150,12 @@ def check_fresh(folder: Path) -> None:
         )
 
 
+def note_nothing_to_resume(plans: list[Plan], out: Path) -> None:
+    """Says so where no run has left a checkpoint."""
+    if all(checkpoint.latest(plan.folder) is None for plan in plans):
+        say(f"nothing to resume in {out}: starting from the beginning")
+
+
 def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
     """The newest checkpoint of the same run, or its beginning."""
     if checkpoint.latest(plan.folder) is None:
@@ -149,6 +166,7 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
         found = checkpoint.restore(plan.folder, fresh)
     except ValueError as error:
         raise RefusedError(str(error)) from error
+    note_other_versions(found.config)
     say(f"{plan.name}, seed {plan.seed}: resumed after step {found.step:,}")
     return found.state, found.config["history"]
 

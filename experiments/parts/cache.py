@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import hashlib
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -36,12 +37,20 @@ def keep_programs(wanted: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return  # a cache that cannot be written costs time and nothing else
+    ignore_complaints()
     drop_damaged(folder)
     atexit.register(sign_programs)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_raise_persistent_cache_errors", False)
+
+
+def ignore_complaints() -> None:
+    """Passes over JAX's warnings of programs that it can neither read nor write: it compiles."""
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
+    )
 
 
 def sign_programs() -> None:

@@ -15,6 +15,7 @@ import jax
 
 from parts.ending import EndedError, RefusedError
 from parts.folders import local_folder
+from parts.progress import clear_bar
 
 LARGEST_SEED = 2**32 - 1  # a larger one would be cut to the seed of another run
 
@@ -156,6 +157,7 @@ def in_words(size: int) -> str:
 
 def say(text: str = "") -> None:
     """Prints at once, also into a pipe; a reader that has gone away does not stop training."""
+    clear_bar()
     try:
         print(text, flush=True, file=sys.stdout)
     except BrokenPipeError:

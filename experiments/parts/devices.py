@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def mesh_axes(text: str) -> dict[str, int]:
     if "expert" not in axes:
         raise argparse.ArgumentTypeError(f"must have an axis expert, as {text},expert=1 has")
     return axes
+
+
+def address(text: str) -> str:
+    """An argparse type: ``127.0.0.1:9876``."""
+    if not re.fullmatch(r".+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(
+            f"must be HOST:PORT, such as 127.0.0.1:9876, got {text or 'nothing'}"
+        )
+    return text
 
 
 def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

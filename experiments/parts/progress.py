@@ -16,6 +16,23 @@ SECONDS_BETWEEN_LINES = 5.0
 PATIENCE = 2.0  # seconds without a word
 
 
+def on_terminal() -> bool:
+    """Whether someone watches standard error, which is None where it is closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def note(text: str) -> None:
+    """Prints on standard error, if it is there."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def clear_bar() -> None:
+    """Makes room for a line where a bar may stand; the bar draws itself again below."""
+    if on_terminal():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def waiting(description: str) -> Iterator[None]:
     """Says on a terminal or in a notebook what is going on, if it takes longer than a moment.
@@ -23,11 +40,10 @@ def waiting(description: str) -> Iterator[None]:
     Args:
         description: what is going on, such as "compiling the training step".
     """
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if not (on_terminal() or "ipykernel" in sys.modules):
         yield
         return
-    say = lambda: print(f"{description} ...", file=sys.stderr, flush=True)  # noqa: E731
-    timer = threading.Timer(PATIENCE, say)
+    timer = threading.Timer(PATIENCE, note, [f"{description} ..."])
     timer.start()
     try:
         yield
@@ -52,7 +68,7 @@ def progress(items: Iterable[T], description: str, *, total: int | None = None) 
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if sys.stderr.isatty() and find_spec("tqdm") is not None:
+    if on_terminal() and find_spec("tqdm") is not None:
         from tqdm import tqdm
 
         return iter(tqdm(items, desc=description, total=total, file=sys.stderr))
@@ -68,6 +84,6 @@ def _plain_lines(items: Iterable[T], description: str, total: int | None) -> Ite
         now = time.perf_counter()
         if now - last >= SECONDS_BETWEEN_LINES and count != total:
             last = now
-            print(f"{description}: {count}{of_total}", file=sys.stderr, flush=True)
+            note(f"{description}: {count}{of_total}")
     seconds = time.perf_counter() - start
-    print(f"{description}: {count}{of_total} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    note(f"{description}: {count}{of_total} in {seconds:.1f} s")

@@ -71,9 +71,16 @@ def versions() -> dict[str, str]:
     return found | {
         "device": jax.devices()[0].device_kind,
         "devices": str(jax.device_count()),
-        "cores": str(os.cpu_count()),
+        "cores": str(cores()),
         "processor": processor(),
     }
+
+
+def cores() -> int:
+    """How many cores this process may use; XLA takes a thread for each."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -34,7 +34,7 @@ TITLES = {
     "expert_load": "share of the gate, by expert",
     "choice_load": "share of the choices, by expert",
 }
-OF_EXPERTS = ("diagnostics.png", "specialisation.png", "experts.png")
+PICTURES = ("curves.png", "confusion.png", "diagnostics.png", "specialisation.png", "experts.png")
 SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
@@ -102,12 +102,15 @@ def summarize(run: Run, model: str, dataset: str) -> dict[str, Any]:
     ) | {"versions": versions()}
 
 
+def forget_earlier_run(out: Path) -> None:
+    """Deletes what an earlier run has left, which would seem to be this one's."""
+    for name in ("metrics.jsonl", "summary.json", *PICTURES):
+        (out / name).unlink(missing_ok=True)
+
+
 def draw(run: Run, model: str, images: np.ndarray, out: Path) -> None:
     """Writes the pictures of one run; those of experts only where there are some."""
     from moejax import plot  # loads matplotlib, for which no epoch should wait
-
-    for name in OF_EXPERTS:  # an earlier run's pictures would seem to be this one's
-        (out / name).unlink(missing_ok=True)
 
     save_figure(plot.curves({model: run.history}), out / "curves.png")
     save_figure(plot.confusion(run.test["confusion"], classes="digit"), out / "confusion.png")

@@ -22,7 +22,7 @@ from data import Dataset
 from moejax import checkpoint
 from moejax.training import Metrics, TrainState
 from parts.command_line import at_least, in_words, say
-from parts.ending import EndedError, RefusedError, signals
+from parts.ending import EndedError, RefusedError, end_at_once, signals
 from parts.records import check_same_run, data_identity, versions, write_lines
 
 KEEP = 3  # checkpoints
@@ -163,13 +163,18 @@ def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
     like = {"state": fresh.state, "metrics": fresh.metrics}
     found = read(checkpoint.restore, plan.folder, like, step=step)
     checkpoint.discard(plan.folder, after=found.step)
-    if found.config.get("versions") != versions():
+    note_other_versions(found.config)
+    say(f"resumed after step {found.step}")
+    return Progress(**found.state, history=found.config["history"], seconds=found.config["seconds"])
+
+
+def note_other_versions(config: dict[str, Any]) -> None:
+    """Says so where other versions or another machine wrote a checkpoint."""
+    if config.get("versions") != versions():
         say(
             "other versions or another machine wrote the checkpoint: going on, but not bit by bit "
             "as it would have"
         )
-    say(f"resumed after step {found.step}")
-    return Progress(**found.state, history=found.config["history"], seconds=found.config["seconds"])
 
 
 def read(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -236,13 +241,16 @@ def pauses(plan: Plan) -> Iterator[Pause]:
         yield lambda progress: None
         return
     every = plan.every
-    with signals() as received, checkpoint.writer(plan.folder, keep=KEEP) as write:
+    with signals() as received:
+        with checkpoint.writer(plan.folder, keep=KEEP) as write:
 
-        def pause(progress: Progress) -> None:
-            signum = agreed(received())
-            if signum or progress.step % every == 0 or len(progress.history) == plan.epochs:
-                save(plan, write, progress)
-            if signum:
-                raise StoppedError(signum, progress.step)
+            def pause(progress: Progress) -> None:
+                signum = agreed(received())
+                if signum or progress.step % every == 0 or len(progress.history) == plan.epochs:
+                    save(plan, write, progress)
+                if signum:
+                    raise StoppedError(signum, progress.step)
 
-        yield pause
+            yield pause
+        if signum := received():  # it came while the writer finished its last checkpoint
+            end_at_once(signum)

@@ -18,6 +18,7 @@ import torch
 from benchmarks.other_processes import busy_elsewhere, processor_seconds
 from parts.command_line import say
 from parts.folders import temporary_folder
+from parts.records import cores
 from pytorch.contenders import Contender
 from pytorch.ways import MOEJAX
 
@@ -68,8 +69,7 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
 
 def same_threads() -> int:
     """Gives PyTorch as many threads as XLA takes: one per core that this process may use."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or 1)
+    torch.set_num_threads(cores())
     return torch.get_num_threads()
 
 

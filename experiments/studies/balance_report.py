@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.balance_methods import METHODS
 from studies.blocks import Measured
-from studies.intervals import half_width, intervals_of, shown, with_interval
+from studies.intervals import ONE_SEED, half_width, intervals_of, shown, with_interval
 from studies.page import Summary, duration, table
 
 # Wang et al. 2024, table 2: a balance loss and a balance bias in language models of 1 and 3 billion
@@ -71,12 +71,12 @@ def row(summary: Summary, method: str) -> list[str]:
 
 def verdict(summary: Summary) -> str:
     """Which methods have an interval of the difference that leaves zero out."""
-    better, worse = [], []
-    for method in METHODS:
-        one = summary["differences"][cell_name(method)]
-        if method != REFERENCE and one["low"] is not None:
-            better += [method] * (one["high"] < 0)
-            worse += [method] * (one["low"] > 0)
+    others = [method for method in METHODS if method != REFERENCE]
+    found = {method: summary["differences"][cell_name(method)] for method in others}
+    if any(one["low"] is None for one in found.values()):
+        return ONE_SEED
+    better = [method for method, one in found.items() if one["high"] < 0]
+    worse = [method for method, one in found.items() if one["low"] > 0]
     return (
         f"Errors below that of nothing: {'; '.join(better) or 'none'}. "
         f"Errors above it: {'; '.join(worse) or 'none'}."

@@ -20,6 +20,7 @@ from parts.ending import EndedError, RefusedError
 from parts.progress import progress, waiting
 from parts.records import check_same_run, versions, write_json
 
+IDENTITY = "identity.json"
 Measured = dict[str, np.ndarray]  # every measure by seed, [seeds, ...]
 
 
@@ -54,7 +55,7 @@ def collect(
 
     Raises:
         RefusedError: if there are blocks and ``resume`` is not asked for, or they are of a run
-            with another identity.
+            with another identity or none.
         EndedError: if a measure is not finite.
     """
     begin(folder, identity, resume)
@@ -139,13 +140,17 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path) -> RefusedError:
-    """The error for a file that no run has written."""
-    return RefusedError(f"{path} is damaged: delete it to go on without it")
+    """The error for a file that no run has written.
+
+    Without its identity, nobody can tell what a run has measured.
+    """
+    advice = "choose another --out" if path.name == IDENTITY else "delete it to go on without it"
+    return RefusedError(f"{path} is damaged: {advice}")
 
 
 def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
     """Makes the folder with its identity, or checks that it may go on."""
-    path = folder / "identity.json"
+    path = folder / IDENTITY
     here = versions()
     now = identity | {"the version of jax": here["jax"]}
     if path.exists() and not resume:
@@ -153,6 +158,8 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
             f"{folder} holds results of an earlier run: go on with it by --resume, or choose "
             "another --out"
         )
+    if not path.exists() and any(folder.glob("[!.]*-*-*.json")):
+        raise RefusedError(f"{folder} holds results of an unknown run: choose another --out")
     if resume and not path.exists():
         say(f"nothing to resume in {folder}: starting from the beginning")
     if path.exists():

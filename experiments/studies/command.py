@@ -20,25 +20,9 @@ from parts.command_line import (
 from parts.output import output_of_one_run, save_figure
 from parts.records import rounded, versions, write_json
 from studies.blocks import Cell, Measured, collect
+from studies.identity import identity_of
+from studies.images import check_published, notice_of
 from studies.page import Summary, check_page, publish
-
-# What may differ when a run is resumed: its place, its data's place, which cells and seeds, and
-# what is done afterwards.
-FREE_TO_DIFFER = {"out", "resume", "docs", "no_cache", "data_dir"} | {
-    "settings",
-    "correlations",
-    "heads",
-    "batches",
-}
-
-
-def identity_of(args: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what is measured."""
-    return {
-        f"--{name.replace('_', '-')}": str(value)
-        for name, value in vars(args).items()
-        if name not in FREE_TO_DIFFER and not name.endswith("seeds")
-    }
 
 
 class Study(NamedTuple):
@@ -88,8 +72,15 @@ def main(study: Study, description: str) -> None:
 
 
 def work(study: Study, args: argparse.Namespace) -> None:
-    """Measures, summarises, draws."""
+    """Measures, summarises, draws.
+
+    Raises:
+        RefusedError: if the results may not stand on the page.
+    """
     began = time.perf_counter()
+    notice = notice_of(args)
+    if args.docs is not None:
+        check_published(notice)
     cells, identity = study.cells(args), study.identity(args)
     measured = collect(args.out / "blocks", cells, args.seed, identity, resume=args.resume)
     summary = rounded(study.summarize(measured)) | {
@@ -107,6 +98,8 @@ def work(study: Study, args: argparse.Namespace) -> None:
         f"summary.json and {study.name}.png are in {args.out}, after "
         f"{time.perf_counter() - began:.0f} s"
     )
+    if notice:
+        say(f"\n{notice}")
 
 
 def heads_option(parser: argparse.ArgumentParser, heads: Iterable[str]) -> None:

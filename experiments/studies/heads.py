@@ -33,13 +33,13 @@ class Head(NamedTuple):
     active: float
 
 
-def heads(features: int, balance: Callable[[moejax.Routing], jax.Array] = load) -> dict[str, Head]:
-    """All four, for this many features, the sparse ones with this balance."""
+def heads(features: int) -> dict[str, Head]:
+    """All four, for this many features."""
     return {
         "dense": Head(one_network(features), nothing, 1.0),
         "soft": Head(mixture(features, moejax.softmax), nothing, 1.0),
-        "top-2": Head(mixture(features, partial(moejax.top_k, k=2)), balance, 2 / EXPERTS),
-        "top-1": Head(mixture(features, moejax.switch), balance, 1 / EXPERTS),
+        "top-2": Head(mixture(features, partial(moejax.top_k, k=2)), load, 2 / EXPERTS),
+        "top-1": Head(mixture(features, moejax.switch), load, 1 / EXPERTS),
     }
 
 

@@ -33,6 +33,7 @@ def draw_errors(ax: Any, measured: dict[str, Measured]) -> None:
         epochs = np.arange(1, errors.shape[1] + 1)
         mean_and_range(ax, epochs, errors, color=shade(name), label=name)
     ax.set(yscale="log", xlabel="epoch", ylabel="test error, percent")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title("mean and range over seeds", size=10)
     ax.legend(fontsize=8)
 

@@ -10,7 +10,7 @@ from data import Dataset, load
 from parts import ending
 from parts.command_line import say
 from parts.records import data_identity
-from studies.command import identity_of
+from studies.identity import identity_of
 
 
 @cache
@@ -20,6 +20,24 @@ def loaded(data_dir: Path | None) -> Dataset:
         data = load(data_dir)
     say(data.notice or f"Data: {data.source}")
     return data
+
+
+def notice_of(args: argparse.Namespace) -> str:
+    """What the reader of the results must know of the images; empty for a study without images."""
+    return loaded(args.data_dir).notice if "data_dir" in args else ""
+
+
+def check_published(notice: str) -> None:
+    """Refuses to publish results beside which a notice has to stand.
+
+    Raises:
+        RefusedError: if there is one.
+    """
+    if notice:
+        raise ending.RefusedError(
+            "--docs needs all images of MNIST, got a sample: name their folder with --data-dir, or "
+            "leave out --docs"
+        )
 
 
 def check_batch_size(batch_size: int, count: int) -> None:

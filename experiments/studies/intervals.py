@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+ONE_SEED = "One seed shows no difference."
 
 
 def interval(values: np.ndarray) -> dict[str, float | None]:

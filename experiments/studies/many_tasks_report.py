@@ -89,7 +89,7 @@ def sentence(name: str, by_correlation: dict[str, Any]) -> str:
     text = (
         f"{better.capitalize()} beats {worse} at correlations {', '.join(sure)}"
         if sure
-        else (f"{better.capitalize()} beats {worse} at no correlation")
+        else f"{better.capitalize()} is not shown to beat {worse} at any correlation"
     )
     return text + (f", and loses to it at {', '.join(against)}." if against else ".")
 

@@ -28,7 +28,7 @@ def publish(
         RefusedError: if the page has no place for it.
     """
     page = docs / PAGE
-    text = replaced(page.read_text(), name, render(summary), page)
+    text = replaced(page.read_text(encoding="utf-8"), name, render(summary), page)
     (docs / "studies").mkdir(exist_ok=True)
     write_json(docs / "studies" / f"{name}.json", summary)
     save_figure(figure, docs / "studies" / f"{name}.png")
@@ -44,7 +44,7 @@ def check_page(docs: Path, name: str) -> None:
     page = docs / PAGE
     if not page.exists():
         raise RefusedError(f"--docs must be a folder that has {PAGE}, got {docs}")
-    replaced(page.read_text(), name, "", page)
+    replaced(page.read_text(encoding="utf-8"), name, "", page)
 
 
 def replaced(text: str, name: str, content: str, page: Path) -> str:

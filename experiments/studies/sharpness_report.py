@@ -161,10 +161,13 @@ def ratio_published(summary: Summary, name: str, measure: str) -> str:
 
 def sentence(name: str, each: dict[str, Any]) -> str:
     """Where the interval of a head's ratios leaves one out."""
-    above = [place for place, one in each.items() if one["low"] is not None and one["low"] > 1]
-    below = [place for place, one in each.items() if one["low"] is not None and one["high"] < 1]
+    known = {place: one for place, one in each.items() if one["low"] is not None}
+    if not known:
+        return f"One seed shows no difference between {name} and dense."
+    above = [place for place, one in known.items() if one["low"] > 1]
+    below = [place for place, one in known.items() if one["high"] < 1]
     than = f"sharper than dense by {listed(above)} and flatter by {listed(below)}"
-    return f"{name.capitalize()} is {than}."
+    return f"{name.capitalize()} is shown to be {than}."
 
 
 def sharpest(summary: Summary) -> str:
@@ -196,6 +199,12 @@ def precision(summary: Summary) -> str:
     }
     return (
         "By the residual of Lanczos, each largest eigenvalue is within "
-        f"{100 * worst['residual']:.2g}% of a true one, over all heads and seeds; no standard "
-        f"error of a trace is more than {100 * worst['error']:.2g}% of it."
+        f"{percent(worst['residual'])} of a true one, over all heads and seeds; no standard error "
+        f"of a trace is more than {percent(worst['error'])} of it."
     )
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two digits and without an exponent."""
+    digits = np.format_float_positional(100 * share, precision=2, fractional=False, trim="-")
+    return f"{digits}%"

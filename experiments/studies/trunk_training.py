@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,12 +66,20 @@ class Training(NamedTuple):
         optimizer: of all parameters.
         epochs: how many.
         batch_size: images per step.
+        balance: ``(decision, undistorted) -> scalar``, added to the loss; ``undistorted``,
+            booleans [B], says which images of the batch are as they were.
     """
 
     head: Head
     optimizer: optax.GradientTransformation
     epochs: int
     batch_size: int
+    balance: Callable[[Any, jax.Array], jax.Array]
+
+
+def unbalanced(decision: Any, undistorted: jax.Array) -> jax.Array:
+    """Zero, for a head that needs no balance."""
+    return jnp.zeros(())
 
 
 def adamw(rate: float, steps: int) -> optax.GradientTransformation:
@@ -110,15 +119,15 @@ def step(
         The run after it, and its mean cross-entropy.
     """
     batch = jax.tree.map(lambda leaf: leaf[rows], data)
-    kept = jnp.arange(len(rows))[:, None, None] < faithful
-    images = jnp.where(kept, batch.images, distorted(key, batch.images))
+    undistorted = jnp.arange(len(rows)) < faithful
+    images = jnp.where(undistorted[:, None, None], batch.images, distorted(key, batch.images))
 
     def objective(params: Any) -> tuple[jax.Array, Any]:
         logits, decision, statistics = classify(
             training.head, params, run.statistics, images, training=True
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-        return loss + training.head.balance(decision), (loss, statistics)
+        return loss + training.balance(decision, undistorted), (loss, statistics)
 
     gradient, (loss, statistics) = jax.grad(objective, has_aux=True)(run.params)
     updates, opt_state = training.optimizer.update(gradient, run.opt_state, run.params)
