@@ -14,6 +14,23 @@ from moejax.sharding import expert_parallel
 T, D, O, E, C = 8, 4, 3, 4, 3  # noqa: E741
 AUTO = jax.sharding.AxisType.Auto
 MESH = jax.make_mesh((4, 2), ("data", "expert"), (AUTO, AUTO))  # each device has two experts
+# Numbers come from NumPy and `device_put`: what else makes an array compiles a program per shape.
+BIAS = jax.device_put(np.float32(np.arange(E) / 8))
+TOKEN_IDS, TABLE = jax.device_put((np.int32(np.arange(T)), np.int32(np.arange(T) % E)))
+
+
+def normal(seed, *shape, scale=1.0, dtype=np.float32):
+    """Normal numbers."""
+    numbers = scale * np.random.default_rng(seed).normal(size=shape)
+    return jax.device_put(numbers.astype(dtype))
+
+
+def params_of(layer, seed=0):
+    """Parameters of the shapes and dtypes that `init` gives them."""
+    rng = np.random.default_rng(seed)
+    draw = lambda like: rng.uniform(-0.5, 0.5, like.shape).astype(like.dtype)  # noqa: E731
+    like = jax.eval_shape(layer.init, jax.random.key(0))
+    return jax.device_put(jax.tree.map(draw, like))
 
 
 RULES = {
@@ -24,14 +41,14 @@ RULES = {
     "switch": moejax.switch,
     "noisy_top_2": partial(moejax.noisy_top_k, noise_scale=0.5, k=2, key=jax.random.key(7)),
     "gshard_top_2": partial(moejax.gshard_top_2, key=jax.random.key(8)),
-    "sigmoid_top_2": partial(moejax.sigmoid_top_k, bias=jnp.arange(E) / 8, k=2, scale=2.5),
+    "sigmoid_top_2": partial(moejax.sigmoid_top_k, bias=BIAS, k=2, scale=2.5),
     "sigmoid_groups": partial(moejax.sigmoid_top_k, k=2, num_groups=2, kept_groups=1),
     "by_score": partial(moejax.by_score, k=2, scale=2.5),
     "by_score_groups": partial(
         moejax.by_score,
         k=2,
         score=moejax.root_softplus,
-        bias=jnp.arange(E) / 8,
+        bias=BIAS,
         num_groups=2,
         group_best=1,
     ),
@@ -40,7 +57,7 @@ RULES = {
     "top_p": partial(moejax.top_p, p=0.6),
     "top_p_3": partial(moejax.top_p, p=0.8, k=3),
     "relu": moejax.relu,
-    "hashed": partial(moejax.hashed, token_ids=jnp.arange(T), table=jnp.arange(T) % E),
+    "hashed": partial(moejax.hashed, token_ids=TOKEN_IDS, table=TABLE),
     "sinkhorn": moejax.sinkhorn,
     "sinkhorn_2": partial(moejax.sinkhorn, k=2),
 }
@@ -80,7 +97,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def logits_for(rule, seed=2):
     """Router outputs of the shape that a rule takes."""
     shape = (T, E, C) if rule == "soft_slots" else (T, E)
-    return 2 * jax.random.normal(jax.random.key(seed), shape)
+    return normal(seed, *shape, scale=2)
 
 
 def fourier(params, x):
@@ -125,9 +142,7 @@ def problem(expert, dtype=jnp.float32):
     """Parameters of E experts, and tokens in a dtype; images for an expert that takes them."""
     features = (3, 2, D) if expert == "pixelwise" else (D,)
     wide = np.promote_types(dtype, jnp.float32)
-    keys = jax.random.split(jax.random.key(1))
-    params = moejax.stack(EXPERTS[expert], E).init(keys[0])
-    x = jax.random.normal(keys[1], (T, *features), wide)
+    params, x = params_of(moejax.stack(EXPERTS[expert], E)), normal(1, T, *features, dtype=wide)
     return jax.tree.map(lambda leaf: leaf.astype(wide), params), x.astype(dtype)
 
 

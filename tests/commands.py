@@ -1,15 +1,20 @@
 """Runs an experiment's script in this process, as `python experiments/NAME.py ARGUMENTS` would."""
 
+import atexit
 import gc
+import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import jax
 import pytest
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -62,3 +67,56 @@ def start_process(name, *arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@cache
+def forks():
+    """Makes processes by forking one that has imported everything and sees one device."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    found = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where it looks for what to import
+    with mock.patch.dict(os.environ, ONE_DEVICE | found):
+        forkserver.ensure_running()
+    return context
+
+
+def start_fork(name, *arguments, log, programs, devices=1, replaced=None):
+    """Starts the script in a process that does not have to import anything.
+
+    Args:
+        name: of the script.
+        arguments: what it is called with.
+        log: the file to which everything it says is appended.
+        programs: the folder of its compiled programs; whoever reads there passes over one that is
+            half written.
+        devices: how many it has.
+        replaced: what it takes in the place of what, by name.
+    """
+    settings = {
+        "jax_num_cpu_devices": devices,
+        "jax_compilation_cache_dir": str(programs),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    call = (name, arguments, log, settings, replaced or {})
+    process = forks().Process(target=forked, args=call, daemon=True)
+    process.start()
+    return process
+
+
+def forked(name, arguments, log, settings, replaced):
+    assert "preload" in sys.modules  # what could not be imported is passed over in silence
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for setting, value in settings.items():
+        jax.config.update(setting, value)
+    for target, value in replaced.items():
+        mock.patch(target, value).start()
+    try:
+        run(name, *arguments)
+    finally:
+        atexit._run_exitfuncs()  # a process that is forked ends without
+
+
+def draw_nothing(*_):
+    """Takes the place of what draws, where nobody looks at pictures."""

@@ -1,9 +1,12 @@
-"""What processes that train import late, imported once before they are forked."""
+"""What the experiments import, imported once before processes are forked that run them."""
 
 import flax.nnx  # noqa: F401
-import matplotlib.figure  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
 
-import test_resume  # noqa: F401
+import commands  # noqa: F401
+import mnist  # noqa: F401
+import moejax.plot  # noqa: F401
+import toy  # noqa: F401
 from moejax.checkpoint.folder import orbax
 
 with orbax():

@@ -38,24 +38,54 @@ def _term(expert, params, x, weights, where, t, e):
     return weights[where] * expert(expert_by(params, e), x[t][None])[0]
 
 
-def loop(expert, params, x, routing):
-    """Runs one expert on one token at a time: no stacking, no sorting, no einsum."""
-    rows = [0.0] * len(x)
-    for t, k in np.ndindex(routing.experts.shape):
+@partial(jax.jit, static_argnums=0)
+def _gradients_of_term(expert, cotangent, params, x, weights, where, t, e):
+    """By parameters, tokens and weights, where the term is multiplied by the cotangent."""
+    term = lambda *given: _term(expert, *given, where, t, e)  # noqa: E731
+    return jax.vjp(term, params, x, weights)[1](cotangent)
+
+
+def chosen(routing, num_tokens):
+    """Where each weight stands, and its token and expert: of every choice that goes somewhere."""
+    for t, k in np.ndindex(num_tokens, routing.experts.shape[1]):
         e = int(routing.experts[t, k])
         if e < routing.scores.shape[-1]:
-            rows[t] = rows[t] + _term(expert, params, x, routing.weights, (t, k), t, e)
-    return _stack(rows)
+            yield (t, k), t, e
 
 
-def loop_over_taken(expert, params, x, decision):
-    """Runs each expert on the tokens it took, one token at a time."""
-    rows = [0.0] * len(x)
+def taken(decision, num_tokens):
+    """The same where experts take tokens."""
     for e, c in np.ndindex(decision.tokens.shape):
         t = int(decision.tokens[e, c])
-        if t < len(x):
-            rows[t] = rows[t] + _term(expert, params, x, decision.weights, (e, c), t, e)
+        if t < num_tokens:
+            yield (e, c), t, e
+
+
+TERMS = {moejax.DenseRouting: chosen, moejax.Routing: chosen, moejax.ExpertChoice: taken}
+
+
+def loop(expert, params, x, decision):
+    """Runs one expert on one token at a time: no stacking, no sorting, no einsum."""
+    rows = [0.0] * len(x)
+    for where, t, e in TERMS[type(decision)](decision, len(x)):
+        rows[t] = rows[t] + _term(expert, params, x, decision.weights, where, t, e)
     return _stack(rows)
+
+
+def loop_of_gradients(expert, params, x, decision, cotangent):
+    """Sums the gradients of one term at a time; beside the weights, a decision has none."""
+    total = jax.tree.map(np.zeros_like, (params, x, decision.weights))
+    for where, t, e in TERMS[type(decision)](decision, len(x)):
+        given = cotangent[t], params, x, decision.weights
+        total = jax.tree.map(np.add, total, _gradients_of_term(expert, *given, where, t, e))
+    to_params, to_x, to_weights = total
+    return to_params, to_x, jax.tree.map(_zero, decision)._replace(weights=to_weights)
+
+
+def _zero(leaf):
+    """The gradient of what is not used."""
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return np.zeros(leaf.shape, leaf.dtype if inexact else jax.dtypes.float0)
 
 
 def loop_over_slots(expert, params, x, decision):
@@ -68,6 +98,12 @@ def loop_over_slots(expert, params, x, decision):
     return _stack(rows)
 
 
+def gradients_over_slots(expert, params, x, decision, cotangent):
+    """Those of `loop_over_slots`, by JAX."""
+    _, gradients = jax.vjp(partial(loop_over_slots, expert), params, x, decision)
+    return gradients(cotangent)
+
+
 @jax.jit
 def _mean_of_tokens(dispatch, x, e, c):
     return sum(dispatch[t, e, c] * x[t] for t in range(len(x)))[None]
@@ -78,17 +114,18 @@ def _stack(rows):
     return jnp.stack([jnp.broadcast_to(row, shape) for row in rows])
 
 
-LOOPS = {
-    moejax.DenseRouting: loop,
-    moejax.Routing: loop,
-    moejax.ExpertChoice: loop_over_taken,
-    moejax.SoftSlots: loop_over_slots,
-}
+LOOPS = dict.fromkeys(TERMS, (loop, loop_of_gradients))
+LOOPS[moejax.SoftSlots] = (loop_over_slots, gradients_over_slots)
 
 
 def obvious(expert, params, x, decision):
     """The mixture by the loop for the decision's kind."""
-    return LOOPS[type(decision)](expert, params, x, decision)
+    return LOOPS[type(decision)][0](expert, params, x, decision)
+
+
+def obvious_gradients(expert, params, x, decision, cotangent):
+    """Of the mixture, by parameters, tokens and decision, for a cotangent of its output."""
+    return LOOPS[type(decision)][1](expert, params, x, decision, cotangent)
 
 
 def golden(name):

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
 from moejax._arrays import normal_cdf, separate_zeros
@@ -19,6 +20,7 @@ def test_zeros_are_zeros_in_the_dtypes_of_the_leaves():
     assert jax.tree.map(lambda a: a.dtype, zeros) == jax.tree.map(lambda a: a.dtype, like)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_loop_that_writes_to_several_zeros_copies_none():
     like = [jax.ShapeDtypeStruct((64, 8), jnp.float32)] * 2
 

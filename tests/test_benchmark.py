@@ -1,16 +1,27 @@
 """The benchmark, on problems so small that only its machinery is tested."""
 
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import timing, whole_runs
 from benchmarks.sparsity import relu_of_sparsity
 from benchmarks.whole_runs import SCRIPT
 from commands import refusal, run
+from parts.ending import EndedError
+from parts.records import cores
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "small_limits")
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Lets the machine's limits be measured on less."""
+    monkeypatch.setattr(timing, "SIDE", 128)
+    monkeypatch.setattr(timing, "READ", 2**16)
 
 
 def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
@@ -31,7 +42,7 @@ def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
         flops = 2 * result["sizes"]["T"] * result["sizes"]["K"] * 32 * 64
         if record["mode"]:
             expected = flops * (1 if record["mode"] == "forward" else 3)
-            rate = 2 * 2048**3 / limit["seconds"]
+            rate = 2 * timing.SIDE**3 / limit["seconds"]
             np.testing.assert_allclose(record["matmul_floor"], expected / rate, rtol=1e-4)
     printed = capsys.readouterr().out
     assert all(contender in printed for contender, _ in timed)
@@ -66,7 +77,7 @@ def test_relu_is_timed_at_its_sparsity(tmp_path):
     limit, *_, dense, _, sparse, _ = result["records"]
     active = 6 * 64 * (8 / 4) * 16 * 32  # of T, a quarter of K = 8, D and F
     for one in (dense, sparse):
-        flops = one["matmul_floor"] / limit["matmul_floor"] * 2 * 2048**3
+        flops = one["matmul_floor"] / limit["matmul_floor"] * 2 * timing.SIDE**3
         np.testing.assert_allclose(flops, active, rtol=1e-4)
     logits = jax.random.normal(jax.random.key(0), (100, 8))
     chosen = relu_of_sparsity(0.75, logits).weights > 0
@@ -90,6 +101,19 @@ def test_traffic_is_counted(tmp_path, capsys):
 
 def test_the_experiment_that_is_timed_is_there():
     assert SCRIPT.is_file()
+
+
+def test_peers_get_a_thread_for_each_core_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
+
+
+def test_a_run_that_fails_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(whole_runs, "SCRIPT", "no_such_script.py")
+    with pytest.raises(EndedError, match=r"no_such_script.py .* ended with 2"):
+        whole_runs.stages([])
 
 
 def test_an_unknown_suite_is_refused(capsys):

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax as np_softmax
 
 import moejax
+from cases import normal
 from reference import by_expert, golden
 
-LOGITS = 2 * jax.random.normal(jax.random.key(3), (64, 8))
+LOGITS = normal(3, 64, 8, scale=2)
 
 
 def same(one, other):
@@ -157,34 +159,37 @@ def test_sparsemixer_without_a_key(epsilon):
 
 
 def test_sparsemixer_draws_as_often_as_the_softmax_says():
-    logits = jnp.tile(jnp.array([1.0, 0.9, 0.2]), (20_000, 1))
+    logits = jax.device_put(np.tile(np.float32([1.0, 0.9, 0.2]), (20_000, 1)))
     routing = moejax.sparsemixer(logits, epsilon=10.0, key=jax.random.key(0))
-    share = jnp.mean(routing.experts[:, 0, None] == jnp.arange(3)[None], axis=0)
-    np.testing.assert_allclose(share, jax.nn.softmax(logits[0]), atol=0.01)
+    first, weights = np.asarray(routing.experts)[:, 0], np.asarray(routing.weights)[:, 0]
+    softmax = np.asarray(jax.nn.softmax(logits[0]))
+    np.testing.assert_allclose(np.bincount(first) / len(first), softmax, atol=0.01)
     # A draw that is not the best keeps its weight once in four times, or a third of it.
-    others = np.asarray(routing.experts[:, 0] != 0)
-    whole = jax.nn.softmax(logits)[jnp.arange(20_000), routing.experts[:, 0]]
-    ratio = np.asarray(routing.weights[:, 0] / whole)
+    others, ratio = first != 0, weights / softmax[first]
     np.testing.assert_allclose(ratio[~others], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratio[others], np.where(ratio[others] > 2 / 3, 1, 1 / 3), rtol=1e-5)
     np.testing.assert_allclose(ratio[others].mean(), 0.25 + 0.75 / 3, atol=0.02)
+    second = np.asarray(routing.experts[:, 1])[~others]
+    assert set(second) == {1, 2}
+    np.testing.assert_allclose(np.mean(second == 1), jax.nn.softmax(logits[0, 1:])[0], atol=0.02)
 
 
 def test_the_gradient_of_sparsemixer_is_that_of_the_published_code():
     """Whatever the factor in the value, it is w (1[e chosen] - p_e) for each of the choices."""
     key, epsilon = jax.random.key(1), 10.0  # no expert is left out
-    cotangent = jax.random.normal(jax.random.key(2), (64, 2))
+    cotangent = np.asarray(normal(2, 64, 2))
     routing, pullback = jax.vjp(
         lambda logits: moejax.sparsemixer(logits, epsilon=epsilon, key=key).weights, LOGITS
     )
-    chosen = moejax.sparsemixer(LOGITS, epsilon=epsilon, key=key).experts
-    first, second = (chosen[:, i, None] == jnp.arange(8)[None] for i in range(2))
+    chosen = np.asarray(moejax.sparsemixer(LOGITS, epsilon=epsilon, key=key).experts)
+    first, second = (chosen[:, i, None] == np.arange(8) for i in range(2))
     expected = 0
-    for i, (choice, taken) in enumerate([(first, jnp.zeros_like(first)), (second, first)]):
-        p = jax.nn.softmax(jnp.where(taken, -jnp.inf, LOGITS))
-        weight = jnp.sum(jnp.where(choice, p, 0), axis=-1, keepdims=True)
-        expected += cotangent[:, i, None] * weight * (choice.astype(p.dtype) - p)
+    for i, (choice, taken) in enumerate([(first, np.zeros_like(first)), (second, first)]):
+        p = np_softmax(np.where(taken, -np.inf, LOGITS), axis=-1)
+        weight = np.sum(p, axis=-1, keepdims=True, where=choice)
+        expected += cotangent[:, i, None] * weight * (choice - p)
     np.testing.assert_allclose(pullback(cotangent)[0], expected, rtol=1e-4, atol=1e-6)
-    assert (routing < 1).all()
+    assert (np.asarray(routing) < 1).all()
 
 
 @pytest.mark.parametrize("key", [None, jax.random.key(0)])

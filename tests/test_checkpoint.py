@@ -6,12 +6,10 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -21,6 +19,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from disk import file_size_limit
 from moejax import checkpoint
 from moejax.training import init_state
 
@@ -185,6 +184,15 @@ def test_latest_and_pruning(tmp_path):
     older = checkpoint.restore(tmp_path, train_state(), step=15)
     assert older.step == 15
     assert bits(older.state) == bits(train_state(15))
+
+
+def test_three_are_kept_by_default(tmp_path):
+    with checkpoint.writer(tmp_path) as save:
+        for step in range(4):
+            save(jnp.ones(1), step=step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
+    checkpoint.save(tmp_path, jnp.ones(1), step=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "4"]
 
 
 def test_keep_all(tmp_path):
@@ -400,7 +408,7 @@ def test_what_cannot_be_saved(tmp_path):
             save({"empty": jnp.ones((0, 2))}, step=1)
         save(jnp.ones(1), step=1)  # the writer goes on
     assert checkpoint.latest(tmp_path) == 1
-    with pytest.raises(ValueError, match="`keep` must be at least 1"):
+    with pytest.raises(ValueError, match="`keep` must be an integer of at least 1"):
         checkpoint.save(tmp_path, jnp.ones(1), step=2, keep=0)
 
 
@@ -418,26 +426,17 @@ def test_background_does_not_see_later_changes(tmp_path):
     np.testing.assert_array_equal(restored["host"], expected)
 
 
-@contextmanager
-def file_size_limit(size):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_full_disk_keeps_the_last_good_one(tmp_path):
+    others = set(threading.enumerate())
     state = {"w": jax.random.normal(jax.random.key(0), (300, 300))}
     checkpoint.save(tmp_path, state, step=1, keep=1)
-    threads = running_threads()
+    threads = running_threads(others)
     with (
         file_size_limit(100_000),
         pytest.raises(OSError, match=r"newest complete one is 1. The reason: .*too large"),
     ):
         checkpoint.save(tmp_path, state, step=2, keep=1)
-    assert running_threads() == threads
+    assert running_threads(others) == threads
     assert bits(checkpoint.restore(tmp_path, state).state) == bits(state)
     checkpoint.save(tmp_path, state, step=2, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
@@ -460,21 +459,21 @@ def test_error_in_the_body_is_not_masked(tmp_path):
     assert checkpoint.latest(tmp_path) == 1
 
 
-def running_threads():
-    """Threads that stay, once those about to end have ended."""
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+def running_threads(others):
+    """Threads beside the others, once those about to end have ended."""
+    for thread in set(threading.enumerate()) - others:
         thread.join(timeout=1)
-    return set(threading.enumerate())
+    return set(threading.enumerate()) - others
 
 
-def process_state():
+def process_state(others):
     return {
         "root handlers": list(logging.root.handlers),
         "root level": logging.root.level,
         "absl level": logging.getLogger("absl").level,
         "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "hooks": (sys.excepthook, threading.excepthook, asyncio.get_event_loop_policy()),
-        "threads": running_threads(),
+        "threads": running_threads(others),
         "descriptors": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
         "environment": dict(os.environ),
         "x64": jax.config.jax_enable_x64,
@@ -482,6 +481,7 @@ def process_state():
 
 
 def test_leaves_no_trace_in_the_process(tmp_path, monkeypatch, capfd):
+    others = set(threading.enumerate())
     monkeypatch.setattr(logging.root, "handlers", [])
 
     def cycle(name):
@@ -489,10 +489,10 @@ def test_leaves_no_trace_in_the_process(tmp_path, monkeypatch, capfd):
         return checkpoint.restore(tmp_path / name, train_state())
 
     cycle("first")  # what is loaded lazily
-    before = process_state()
+    before = process_state(others)
     for name in ("second", "third"):
         cycle(name)
-    assert process_state() == before
+    assert process_state(others) == before
     assert logging.root.handlers == []
     assert capfd.readouterr() == ("", "")
 
@@ -621,3 +621,25 @@ def test_numbers_that_jax_would_narrow_are_refused(tmp_path):
     assert all(np.array_equal(restored[name], state[name]) for name in state)
     with jax.enable_x64(True):
         assert int(checkpoint.restore(tmp_path, like).state["n"][0]) == 2**40 + 1
+
+
+@pytest.mark.parametrize("content", ["null", "[]"])
+def test_a_manifest_that_is_no_object_is_damaged(tmp_path, content):
+    checkpoint.save(tmp_path, jnp.ones(1), step=1)
+    (tmp_path / "1" / "manifest" / "metadata").write_text(content)
+    with pytest.raises(ValueError, match="not a JSON object"):
+        checkpoint.restore(tmp_path, jnp.ones(1))
+
+
+def test_how_many_to_keep_is_an_integer(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"integer of at least 1.*got 2.5"),
+        checkpoint.writer(tmp_path, keep=2.5),
+    ):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("config", [[], 0, False, ""])
+def test_an_empty_configuration_is_kept_as_it_is(tmp_path, config):
+    checkpoint.save(tmp_path, jnp.ones(1), step=1, config=config)
+    assert checkpoint.read_config(tmp_path) == config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ FAMILIES = {
     "mixtral": ("MixtralForCausalLM", {}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {}),
     "gpt_oss": ("GptOssForCausalLM", {}),
+    "phimoe": ("PhimoeForCausalLM", {}),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
 }
 
 
@@ -184,3 +187,20 @@ def test_a_configuration_that_leaves_tensors_out_is_refused(name, without, left_
     config = {**written(name, tmp_path, "model.layers.1.mlp."), **without}
     with pytest.raises(ValueError, match=f"only tensors that follow .*{left_out}"):
         published.load(tmp_path, 1, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "is not a file of JSON"),
+        ("config.json", "[]", "must hold a JSON object, got a list"),
+        ("model.safetensors.index.json", "{", "is not a file of JSON"),
+        ("model.safetensors.index.json", "{}", "must have a `weight_map`"),
+        ("model.safetensors", "", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    config_of(CASES["mixtral"]).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}\b.* {message}"):
+        published.load(tmp_path, 0)

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 import moejax
 from benchmarks.collectives import bytes_sent, collectives
+from cases import params_of
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 
 TOP_2 = partial(moejax.top_k, k=2)
@@ -46,7 +47,7 @@ def compiled_layer(mesh, route, execute, num_tokens, dtype=jnp.float32):
     layer = moejax.moe(
         moejax.glu(16, 8), moejax.linear(16, 8), num_experts=8, route=route, execute=execute
     )
-    params = layer.init(jax.random.key(0))
+    params = params_of(layer)
     params = jax.device_put(params, shardings(params, mesh))
     x = jax.device_put(jnp.ones((num_tokens, 16), dtype), token_sharding(mesh))
 

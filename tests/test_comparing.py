@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import moejax
-from cases import D, E, T
+from cases import D, E, T, normal, params_of
 from moejax._calling import accepts
 from moejax.interop.flax import to_nnx
 
@@ -66,7 +66,7 @@ def test_others_are_not():
     )
 
 
-def test_one_trace_for_equal_layers(key):
+def test_one_trace_for_equal_layers():
     traces = []
 
     @partial(jax.jit, static_argnums=0)
@@ -74,7 +74,7 @@ def test_one_trace_for_equal_layers(key):
         traces.append(layer)
         return layer.apply(params, x)
 
-    params, x = MAKERS["moe"]().init(key), jnp.ones((T, D))
+    params, x = params_of(MAKERS["moe"]()), jnp.ones((T, D))
     for _ in range(2):
         run(MAKERS["moe"](), params, x)
     assert len(traces) == 1
@@ -99,24 +99,25 @@ def test_signatures_are_kept():
     assert accepts(MAKERS["linear"]().apply, "matmul")
 
 
-def test_a_traced_argument_is_taken(key):
+def test_a_traced_argument_is_taken():
     router = moejax.linear(D, E)
+    params = params_of(router)
 
     @jax.jit
     def run(temperature):
         layer = moejax.tempered(router, temperature=temperature)
-        return layer.apply(router.init(key), jnp.ones((T, D)))
+        return layer.apply(params, jnp.ones((T, D)))
 
     np.testing.assert_allclose(run(jnp.float32(2)) * 2, run(jnp.float32(1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("route", [moejax.softmax, partial(moejax.top_k, k=2)], ids=["all", "two"])
-def test_a_mixture_of_mixtures(route, key):
+def test_a_mixture_of_mixtures(route):
     inner = partial(moejax.moe, moejax.glu(D, 5), moejax.linear(D, 3), num_experts=3, route=route)
     outer = partial(moejax.moe, router=moejax.linear(D, E), num_experts=E, route=route)
     layer = outer(moejax.outputs_of(inner()))
     oracle = outer(moejax.outputs_of(inner(execute=moejax.dense)), execute=moejax.dense)
-    params, x = layer.init(key), jax.random.normal(key, (T, D))
+    params, x = params_of(layer), normal(0, T, D)
     loss = lambda apply, params: jnp.sum(apply(params, x)[0] ** 2)  # noqa: E731
     actual, gradients = jax.jit(jax.value_and_grad(partial(loss, layer.apply)))(params)
     expected, wanted = jax.jit(jax.value_and_grad(partial(loss, oracle.apply)))(params)
@@ -125,14 +126,26 @@ def test_a_mixture_of_mixtures(route, key):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_without_a_decision_is_refused_whatever_its_rows(key):
+def test_a_layer_without_a_decision_is_refused_whatever_its_rows():
     layer = moejax.outputs_of(moejax.linear(D, 2))
     with pytest.raises(ValueError, match="returns its output alone"):
-        layer.apply(layer.init(key), jnp.ones((2, D)))
+        layer.apply(params_of(layer), jnp.ones((2, D)))
 
 
-def test_a_mixture_as_it_is_is_refused_by_name(key):
+def test_a_mixture_as_it_is_is_refused_by_name():
     inner = moejax.moe(moejax.glu(D, 5), moejax.linear(D, 3), num_experts=3)
     layer = moejax.moe(inner, moejax.linear(D, E), num_experts=E, route=moejax.switch)
     with pytest.raises(ValueError, match="outputs_of"):
-        layer.apply(layer.init(key), jnp.ones((T, D)))
+        layer.apply(params_of(layer), jnp.ones((T, D)))
+
+
+def test_keys_that_cannot_be_ordered_are_compared():
+    def rule(logits, *, table):
+        return moejax.switch(logits)
+
+    def layer(second):
+        route = partial(rule, table={"a": 0, 1: second})
+        return moejax.moe(moejax.linear(D, D), moejax.linear(D, E), num_experts=E, route=route)
+
+    assert layer(2) == layer(2)
+    assert layer(2) != layer(3)

@@ -1,13 +1,15 @@
 """What is called outside of `jax.jit` is compiled as a whole, forward and backward."""
 
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import moejax
-from cases import RULES, SLOT_RULES, C, E, T
+from cases import RULES, SLOT_RULES, TABLE, C, E
 
 LOSSES = [moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss]
 
@@ -22,11 +24,18 @@ def test_one_program_and_not_one_for_each_operation(function, caplog):
     assert len(compiled) == 1, compiled
 
 
-@pytest.mark.parametrize("name", [*RULES, *SLOT_RULES])
+ALL_RULES = RULES | SLOT_RULES
+# A number of tokens that no other test has, so that nothing of it is compiled yet.
+TOKENS = {name: 1001 + index for index, name in enumerate(ALL_RULES)}
+IDS = np.arange(TOKENS["hashed"], dtype=np.int32)
+ALL_RULES["hashed"] = partial(moejax.hashed, token_ids=IDS, table=TABLE)
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
 def test_a_rule_is_one_program(name, caplog):
-    rule, shape = (RULES | SLOT_RULES)[name], (T, E, C) if name == "soft_slots" else (T, E)
-    logits = jnp.ones(shape)
-    jax.clear_caches()
+    rule, shape = ALL_RULES[name], (TOKENS[name], E)
+    logits = jnp.ones((*shape, C) if name == "soft_slots" else shape)
+    assert len(jax.make_jaxpr(rule)(logits).eqns) == 1  # what does not depend on tokens, too
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         rule(logits)
     compiled = [message for message in caplog.messages if message.startswith("Compiling")]

@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -261,24 +262,40 @@ def test_one_file_of_another_data_set_is_named(small, tmp_path):
         load(small.folder)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A data set of three images, in raw files and in compressed ones."""
+    return {
+        compress: write_small_mnist(tmp_path_factory.mktemp("tiny"), 2, 1, compress=compress)
+        for compress in (False, True)
+    }
+
+
+@contextmanager
+def holding(path, content):
+    """The file holds something else for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(idx.NAMES), data=st.data(), compress=st.booleans())
-def test_no_changed_byte_goes_unnoticed(tmp_path_factory, name, data, compress):
-    folder = tmp_path_factory.mktemp("flip")
-    small = write_small_mnist(folder, train_size=2, test_size=1, compress=compress)
-    path = idx.find(folder, name)
+def test_no_changed_byte_goes_unnoticed(tiny, name, data, compress):
+    path = idx.find(tiny[compress].folder, name)
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(idx, "MNIST_SHA256", small.digests)
-        loaded = value_or_error(mnist, folder)
+    with holding(path, content), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idx, "MNIST_SHA256", tiny[compress].digests)
+        loaded = value_or_error(mnist, path.parent)
     if isinstance(loaded, ValueError):
-        assert str(folder) in str(loaded)
+        assert str(path.parent) in str(loaded)
     else:  # a byte of the gzip header that says nothing about the content
         assert compress
-        assert_same(loaded, small.train, small.test)
-    shutil.rmtree(folder)
+        assert_same(loaded, tiny[compress].train, tiny[compress].test)
 
 
 # Image folders

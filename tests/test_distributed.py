@@ -5,21 +5,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
+from itertools import count
 
 import jax
 import numpy as np
 import pytest
 
-from commands import ONE_DEVICE, refusal
+from commands import draw_nothing, refusal, start_fork, start_process
 from data import Split, digits
 from mnist_files import write_mnist
 from parts.devices import join
 
-ROOT = Path(__file__).parent.parent
 IMAGES = 203  # of which a mesh cannot give each device as many
 STEPS = 4  # per epoch
 # With some seeds an image comes so near a tie between two experts that rounding decides where it
@@ -38,42 +35,72 @@ def data(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("data"), train, test).folder
 
 
-@pytest.fixture
-def start(data):
-    """Starts the experiment; what still runs when the test ends is killed."""
-    processes = []
+@pytest.fixture(scope="module")
+def fork(data, tmp_path_factory):
+    """Starts the experiment without pictures, in processes that soon miss one another."""
+    folder = tmp_path_factory.mktemp("forks")
+    logs = (folder / f"{number}.log" for number in count())
+    replaced = {"parts.reports.draw": draw_nothing, "parts.devices.SECONDS_TO_MISS": 5}
 
     def launch(out, *flags, devices):
-        processes.append(run(data, out, *flags, devices=devices))
-        return processes[-1]
+        log = next(logs)
+        process = start_fork(
+            "mnist",
+            *arguments(data, out, *flags),
+            log=log,
+            programs=folder / "programs",
+            devices=devices,
+            replaced=replaced,
+        )
+        return process, log
+
+    return launch
+
+
+@pytest.fixture
+def start(fork):
+    """Starts the experiment; what still runs when the test ends is killed."""
+    started = []
+
+    def launch(out, *flags, devices):
+        started.append(fork(out, *flags, devices=devices))
+        return started[-1]
 
     yield launch
-    for process in processes:
+    for process, _ in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
-def run(data, out, *flags, devices):
-    own = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    environment = os.environ | ONE_DEVICE | own
-    script = ROOT / "experiments" / "mnist.py"
-    command = [sys.executable, script, *RUN, "--data-dir", data, "--out", out, *flags]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def arguments(data, out, *flags):
+    return [*RUN, "--data-dir", str(data), "--out", str(out), *flags]
 
 
-def start_two(start, out, *flags):
+def two(*flags):
+    """The flags of two processes that meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     meet = [*flags, *MESH, "--coordinator", address, "--processes", "2", "--process-id"]
-    return [start(out, *meet, str(number), devices=4) for number in range(2)]
+    return [[*meet, str(number)] for number in range(2)]
 
 
-def finish(process, seconds=300):
-    output, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, output
+def start_two(start, out, *flags):
+    return [start(out, *own, devices=4) for own in two(*flags)]
+
+
+def ended(started, seconds=300):
+    """The exit code of a process, and what it has said."""
+    process, log = started
+    process.join(seconds)
+    assert process.exitcode is not None, log.read_text()
+    return process.exitcode, log.read_text()
+
+
+def finish(started):
+    code, output = ended(started)
+    assert code == 0, output
+    return output
 
 
 def losses(out):
@@ -82,22 +109,33 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def one_device(data, tmp_path_factory):
+def one_device(fork, tmp_path_factory):
     """The losses of a hundred steps on one device."""
     out = tmp_path_factory.mktemp("one")
-    finish(run(data, out, *HUNDRED_STEPS, devices=1))
+    finish(fork(out, *HUNDRED_STEPS, devices=1))
     assert losses(out).shape == (100 // STEPS, 2)
     assert losses(out)[-1, 0] < losses(out)[0, 0] / 2
     return losses(out)
 
 
-def test_losses_of_a_hundred_steps_on_a_mesh_and_in_two_processes(start, tmp_path, one_device):
-    finish(start(tmp_path / "mesh", *HUNDRED_STEPS, *MESH, devices=8))
-    for process in start_two(start, tmp_path / "two", *HUNDRED_STEPS):
-        finish(process)
-    np.testing.assert_allclose(losses(tmp_path / "mesh"), one_device, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(losses(tmp_path / "two"), one_device, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(losses(tmp_path / "two" / "process-1"), losses(tmp_path / "two"))
+def test_losses_of_a_hundred_steps_on_a_mesh(start, tmp_path, one_device):
+    finish(start(tmp_path, *HUNDRED_STEPS, *MESH, devices=8))
+    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=0, atol=1e-5)
+
+
+def test_losses_of_a_hundred_steps_in_two_processes(data, tmp_path, one_device):
+    """As a user starts them: not forked."""
+    commands = [arguments(data, tmp_path, *own) for own in two(*HUNDRED_STEPS)]
+    processes = [start_process("mnist", *own, JAX_NUM_CPU_DEVICES="4") for own in commands]
+    try:
+        for process in processes:
+            output = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(losses(tmp_path / "process-1"), losses(tmp_path))
 
 
 @pytest.mark.parametrize(("victim", "devices"), [(0, 1), (1, 4)])
@@ -107,30 +145,28 @@ def test_when_a_process_dies_the_other_ends_and_the_run_goes_on_elsewhere(
     flags = ["--epochs", "8", "--checkpoint-every", "5"]
     processes = start_two(start, tmp_path, *flags)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3)
-    processes[victim].send_signal(signal.SIGKILL)
-    output, _ = processes[1 - victim].communicate(timeout=90)
-    assert processes[1 - victim].returncode != 0, output
+    processes[victim][0].kill()
+    code, output = ended(processes[1 - victim], seconds=90)
+    assert code != 0, output
     mesh = ["--mesh", "expert=4"] if devices == 4 else []
-    resumed = start(tmp_path, *flags, *mesh, "--resume", devices=devices)
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    output = finish(start(tmp_path, *flags, *mesh, "--resume", devices=devices))
     assert "resumed after step" in output
     np.testing.assert_allclose(losses(tmp_path), one_device[:8], rtol=0, atol=1e-5)
 
 
 def test_a_signal_to_one_process_saves_the_run_of_both(start, tmp_path, one_device):
-    flags = ["--epochs", "20", "--checkpoint-every", "5"]
+    flags = ["--epochs", "8", "--checkpoint-every", "5"]
     processes = start_two(start, tmp_path, *flags)
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 4)
-    processes[1].send_signal(signal.SIGTERM)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 2)
+    os.kill(processes[1][0].pid, signal.SIGTERM)
     for process in processes:
-        output, _ = process.communicate(timeout=90)
-        assert process.returncode == 143, output
+        code, output = ended(process, seconds=90)
+        assert code == 143, output
         assert "SIGTERM after step" in output
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     for process in start_two(start, tmp_path, *flags, "--resume", str(steps[0])):
         finish(process)
-    np.testing.assert_allclose(losses(tmp_path), one_device[:20], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), one_device[:8], rtol=0, atol=1e-5)
 
 
 def wait_for(condition, seconds=300):

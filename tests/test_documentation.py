@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
 from functools import partial
 
 import jax
@@ -21,6 +23,9 @@ NAMES = {"jax": jax, "jnp": jnp, "moejax": moejax, "np": np, "optax": optax, "pa
 def test_examples(name):
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    for example in doctest.DocTestFinder().find(module, extraglobs=NAMES):
-        runner.run(example)
+    found = doctest.DocTestFinder().find(module, extraglobs=NAMES)
+    for one in found:
+        runner.run(one)
+    written = re.findall(r"^\s*>>> ", inspect.getsource(module), re.MULTILINE)
+    assert sum(len(one.examples) for one in found) == len(written)
     assert runner.failures == 0, f"{runner.failures} examples of {name} print something else"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import moejax
-from cases import ONE_DEVICE
+from cases import ONE_DEVICE, params_of
 
 
 @pytest.fixture
@@ -36,11 +36,13 @@ def layer(execute):
     )
 
 
-@pytest.mark.parametrize("schedule", ["default", *ONE_DEVICE])
-def test_a_second_call_compiles_nothing(schedule, compilations):
-    jax.clear_caches()  # equal layers share what they compiled, also between tests
-    execute = None if schedule == "default" else ONE_DEVICE[schedule]
-    x = jnp.ones((6, 4))
+SCHEDULES = {"default": None, **ONE_DEVICE}
+CASES = list(enumerate(SCHEDULES, start=61))
+
+
+@pytest.mark.parametrize(("tokens", "schedule"), CASES, ids=SCHEDULES)
+def test_a_second_call_compiles_nothing(tokens, schedule, compilations):
+    x = jnp.ones((tokens, 4))  # as many as in no other test: equal layers share what they compiled
 
     def call(model, params):
         def loss(params):
@@ -49,8 +51,8 @@ def test_a_second_call_compiles_nothing(schedule, compilations):
 
         return jax.grad(loss)(params)
 
-    model = layer(execute)
-    params = model.init(jax.random.key(0))
+    model = layer(SCHEDULES[schedule])
+    params = params_of(model)
     call(model, params)
     assert compilations
     compilations.clear()

@@ -120,10 +120,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_after_the_last_step_ends_the_run(tmp_path, capsys):
     hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e30".split()
     last = ["--epochs", "1", "--batch-size", "1437"]  # one step, whose loss is of the start
+    for name in ("summary.json", "experts.png"):
+        (tmp_path / name).write_text("of an earlier run")
     message = refusal("mnist", "--out", str(tmp_path), *hot, *last, capsys=capsys, code=1)
     assert "the loss is not finite at step 1:" in message
     assert "try a smaller --learning-rate" in message
-    assert not list(tmp_path.glob("*.png"))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 def test_a_disk_that_is_full_ends_in_one_line(tmp_path, capsys, monkeypatch):
@@ -193,6 +195,7 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
         ("efficiency", ["--docs", "/no/such"], "--docs must be a folder that has studies.md"),
         ("upcycle", ["--seeds", "0"], "must be a whole number of at least 1, got 0"),
         ("mnist", ["--data-dir", ""], "argument --data-dir: must name a folder, got nothing"),
+        ("mnist", ["--coordinator", "localhost"], "must be HOST:PORT, such as 127.0.0.1:9876, got"),
         ("mnist", ["--coordinator", "a:1"], "do nothing without --mesh and --processes"),
         ("mnist", ["--top-k", "3"], "--top-k does nothing with --model soft"),
         (

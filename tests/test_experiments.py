@@ -22,7 +22,7 @@ def is_public(module, name):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_are_public(file):
+def test_imports_and_attributes_are_public(file):
     nodes = list(ast.walk(ast.parse((EXPERIMENTS / file).read_text())))
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert not [name for name in modules if name.startswith("moejax.")]
@@ -33,11 +33,6 @@ def test_imports_are_public(file):
         for alias in node.names
     ]
     assert not [f"{module}.{name}" for module, name in taken if not is_public(module, name)]
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_no_private_attribute_of_the_library_is_used(file):
-    nodes = ast.walk(ast.parse((EXPERIMENTS / file).read_text()))
     private = [node.attr for node in nodes if isinstance(node, ast.Attribute) and is_private(node)]
     assert not private
 

@@ -1,7 +1,7 @@
 """The mixture on a mesh of eight devices is the mixture on one, in every kind of mesh."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 import moejax
-from cases import EXPERTS
+from cases import EXPERTS, normal, params_of
 from moejax.interop.transformers.fields import ACTIVATIONS
 from moejax.schedules._mesh.exchange import ragged_exchange
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
@@ -22,15 +22,15 @@ TOP_2 = partial(moejax.top_k, k=2)
 KINDS = [AxisType.Auto, AxisType.Explicit]
 
 
-def make_mesh(kind=AxisType.Auto, shape=(2, 4)):
-    return jax.make_mesh(shape, ("data", "expert"), axis_types=(kind, kind))
+def make_mesh(kind=AxisType.Auto, shape=(2, 4), axis="expert"):
+    return jax.make_mesh(shape, ("data", axis), axis_types=(kind, kind))
 
 
 def inputs(feature_shape=(D,), dtype=jnp.float32):
-    x = jax.random.normal(jax.random.key(1), (T, *feature_shape)).astype(dtype)
-    return x, jnp.arange(T) % 5 > 0
+    return normal(1, T, *feature_shape, dtype=dtype), jax.device_put(np.arange(T) % 5 > 0)
 
 
+@cache
 def outcome(model):
     """Jitted: output, balance losses, load, and the gradient of all of them together."""
 
@@ -50,16 +50,16 @@ def outcome(model):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
 
 
-def assert_same_on_mesh(mesh, route, *, expert=EXPERTS["mlp"], params=None, x=None, mask=None,
-                        mesh_route=None, key=None, rtol=2e-6, **options):  # fmt: skip
+def assert_same_on_mesh(mesh, route, *, axis="expert", expert=EXPERTS["mlp"], params=None, x=None,
+                        mask=None, mesh_route=None, key=None, rtol=2e-6, **options):  # fmt: skip
     options.setdefault("local", moejax.dense)  # the quickest to compile
     build = partial(moejax.moe, expert, moejax.linear(D, E), num_experts=E)
     single = build(route=route, execute=moejax.dense)
-    spread = build(route=mesh_route or route, execute=expert_parallel(mesh, **options))
-    params = single.init(jax.random.key(0)) if params is None else params
+    spread = build(route=mesh_route or route, execute=expert_parallel(mesh, axis=axis, **options))
+    params = params_of(single) if params is None else params
     x = inputs()[0] if x is None else x
     expected = outcome(single)(params, x, mask, key)
-    params = jax.device_put(params, shardings(params, mesh))
+    params = jax.device_put(params, shardings(params, mesh, axis=axis))
     x, mask = jax.device_put((x, mask), token_sharding(mesh))
     got = outcome(spread)(params, x, mask, key)
     close = partial(np.testing.assert_allclose, rtol=rtol, atol=5 * rtol)
@@ -88,16 +88,25 @@ def test_rules_on_each_device_on_every_shape_of_mesh(shape, kind):
     assert_same_on_mesh(mesh, TOP_2, mesh_route=tokenwise(TOP_2, mesh), mask=inputs()[1])
 
 
+def test_the_axis_of_the_experts_may_have_another_name():
+    assert_same_on_mesh(make_mesh(axis="model"), TOP_2, axis="model")
+
+
+def test_every_device_draws_its_own_noise(key):
+    route = tokenwise(partial(moejax.noisy_top_k, noise_scale=1.0, k=2), make_mesh())
+    by_device = np.asarray(route(jnp.zeros((T, E)), key=key).scores).reshape(8, -1)
+    assert len(np.unique(by_device, axis=0)) == 8
+
+
 def test_a_bias_per_expert_is_whole_on_each_device(key):
     mesh, route = make_mesh(), partial(moejax.sigmoid_top_k, k=2)
-    x = jax.random.normal(key, (T, D))
+    x = normal(0, T, D)
 
     def model(**options):
         router = moejax.biased(moejax.linear(D, E), E)
         return moejax.moe(moejax.glu(D, 2 * D), router, num_experts=E, **options)
 
-    params = model(route=route).init(key)
-    params["router"]["balance_bias"] += jnp.arange(E) / E
+    params = params_of(model(route=route))
     expected, _ = model(route=route).apply(params, x)
     spread = model(route=tokenwise(route, mesh), execute=expert_parallel(mesh))
     got, _ = jax.jit(spread.apply)(
@@ -141,7 +150,7 @@ def test_bfloat16_stays_bfloat16():
         EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, execute=expert_parallel(mesh)
     )
     x = inputs(dtype=jnp.bfloat16)[0]
-    y, _ = jax.jit(layer.apply)(layer.init(jax.random.key(0)), x)
+    y, _ = jax.jit(layer.apply)(params_of(layer), x)
     assert y.dtype == jnp.bfloat16
     assert_same_on_mesh(mesh, moejax.softmax, x=x, rtol=2e-2)
 
@@ -162,7 +171,7 @@ def test_second_derivatives_and_forward_mode():
     def scalar(execute, x):
         layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2,
                            execute=execute)  # fmt: skip
-        return jnp.sum(jnp.sin(layer.apply(layer.init(jax.random.key(0)), x)[0]))
+        return jnp.sum(jnp.sin(layer.apply(params_of(layer), x)[0]))
 
     x = inputs()[0]
     hessian_vector = lambda execute: jax.jit(  # noqa: E731
@@ -180,12 +189,12 @@ def test_sizes_that_do_not_divide(tokens, experts, message):
     layer = moejax.moe(moejax.linear(D, 2), moejax.linear(D, experts), num_experts=experts,
                        execute=expert_parallel(make_mesh()))  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        layer.apply(layer.init(jax.random.key(0)), jnp.ones((tokens, D)))
+        layer.apply(params_of(layer), jnp.ones((tokens, D)))
 
 
 def test_no_tokens_give_no_outputs():
     expert = moejax.linear(D, 2)
-    params = moejax.stack(expert, E).init(jax.random.key(0))
+    params = params_of(moejax.stack(expert, E))
     routing = moejax.top_k(jnp.zeros((0, E)), k=2)
     y = expert_parallel(make_mesh())(expert.apply, params, jnp.zeros((0, D)), routing)
     assert y.shape == (0, 2)
@@ -210,7 +219,7 @@ def test_other_arguments_that_cannot_work():
 def test_placement_covers_the_optimizer_state():
     mesh = make_mesh()
     layer = moejax.moe(moejax.linear(D, 2), moejax.linear(D, E), num_experts=E)
-    state = init_state(layer.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
+    state = init_state(params_of(layer), optax.adam(1e-3), jax.random.key(1))
     state = jax.device_put(state, shardings(state, mesh))
     moments = state.opt_state[0].mu
     assert moments["experts"]["kernel"].sharding.shard_shape((E, D, 2)) == (E // 4, D, 2)
@@ -220,7 +229,7 @@ def test_placement_covers_the_optimizer_state():
 def test_sharded_parameters_alone_are_enough_on_auto_axes():
     mesh = make_mesh()
     layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2)
-    params, (x, mask) = layer.init(jax.random.key(0)), inputs()
+    params, (x, mask) = params_of(layer), inputs()
     expected = outcome(layer)(params, x, mask, None)
     params = jax.device_put(params, shardings(params, mesh))
     x, mask = jax.device_put((x, mask), token_sharding(mesh))
@@ -259,7 +268,7 @@ def test_ragged_exchange_lowers_where_it_is_the_default(platform):
     mesh = make_mesh()
     layer = moejax.moe(EXPERTS["mlp"], moejax.linear(D, E), num_experts=E, route=TOP_2,
                        execute=expert_parallel(mesh, exchange=ragged_exchange))  # fmt: skip
-    params = jax.device_put(layer.init(jax.random.key(0)), jax.NamedSharding(mesh, jax.P()))
+    params = jax.device_put(params_of(layer), jax.NamedSharding(mesh, jax.P()))
     x = jax.device_put(inputs()[0], token_sharding(mesh))
     lowered = outcome(layer).trace(params, x, None, None).lower(lowering_platforms=(platform,))
     assert "ragged_all_to_all" in lowered.as_text()
@@ -279,12 +288,12 @@ def test_a_hundred_training_steps_have_the_losses_of_one_device(kind):
             return jnp.mean((y - aim) ** 2) + 0.01 * moejax.load_balancing_loss(routing), {}
 
         optimizer = optax.adam(1e-2)
-        state = init_state(layer.init(jax.random.key(0)), optimizer, jax.random.key(1))
+        state = init_state(params_of(layer), optimizer, jax.random.key(1))
         if state_sharding:
             state = jax.device_put(state, shardings(state, mesh))
         step, history = jax.jit(train_step(loss, optimizer)), []
         for number in range(100):
-            x = jax.random.normal(jax.random.key(number), (T, D))
+            x = normal(number, T, D)
             with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
                 state, metrics = step(state, jax.device_put(x, batch_sharding))
             history.append(float(metrics["loss"]))
@@ -300,14 +309,14 @@ def test_a_rule_that_names_a_key_gets_one_or_none():
     def route(logits, *, key):
         return moejax.noisy_top_k(logits, 0.1, k=2, key=key)
 
-    mesh, logits = make_mesh(), jax.random.normal(jax.random.key(0), (T, E))
+    mesh, logits = make_mesh(), normal(0, T, E)
     found, expected = tokenwise(route, mesh)(logits), route(logits, key=None)
     np.testing.assert_array_equal(found.experts, expected.experts)
 
 
 def test_moments_that_are_not_factored_are_on_every_device():
     mesh, layer = make_mesh(), moejax.moe(moejax.glu(D, 8), moejax.linear(D, E), num_experts=E)
-    state = optax.adafactor(1e-3).init(layer.init(jax.random.key(0)))
+    state = optax.adafactor(1e-3).init(params_of(layer))
     placed = jax.device_put(state, shardings(state, mesh))
     specs = {leaf.sharding.spec for leaf in jax.tree.leaves(placed)}
     assert specs == {jax.P(), jax.P("expert")}

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 import moejax
-from cases import RULES, D, E, O
+from cases import RULES, D, E, O, normal, params_of
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 (T,) = export.symbolic_shape("T", constraints=["T >= 2"])
@@ -53,7 +53,7 @@ def test_rules_and_losses(rule):
     if "key" in getattr(RULES[rule], "keywords", {}):
         return  # as random for a symbolic T, but not the same numbers
     for num_tokens in (2, 7):
-        logits = jax.random.normal(jax.random.key(num_tokens), (num_tokens, E))
+        logits = normal(num_tokens, num_tokens, E)
         jax.tree.map(close, call(logits), evidence(logits))
 
 
@@ -71,12 +71,12 @@ def test_tables_masks_labels_and_targets():
 
     ids = jax.ShapeDtypeStruct((T,), jnp.int32)
     call = exported(everything, floats(T, E), ids, jax.ShapeDtypeStruct((T,), bool))
-    args = jax.random.normal(jax.random.key(0), (5, E)), jnp.arange(5) % 3, jnp.arange(5) > 0
+    args = normal(0, 5, E), jnp.arange(5) % 3, jnp.arange(5) > 0
     jax.tree.map(close, call(*args), everything(*args))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "top_2"])
-def test_the_layer_on_sequences_of_any_length(rule, key):
+def test_the_layer_on_sequences_of_any_length(rule):
     layer = moejax.with_shared(
         moejax.moe(
             moejax.mlp(D, 5, O),
@@ -87,10 +87,10 @@ def test_the_layer_on_sequences_of_any_length(rule, key):
         ),
         moejax.linear(D, O),
     )
-    params = layer.init(key)
+    params = params_of(layer)
     apply = lambda params, x: layer.apply(params, x)[0]  # noqa: E731
-    call = exported(apply, jax.eval_shape(layer.init, key), floats(B, S, D))
-    x = jax.random.normal(key, (2, 3, D))
+    call = exported(apply, params, floats(B, S, D))
+    x = normal(0, 2, 3, D)
     close(call(params, x), apply(params, x))
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import linen, nnx
 
 import moejax
-from cases import D, E, O, T
+from cases import D, E, O, T, normal
 from moejax.interop.flax import from_linen, from_nnx
 
 
@@ -42,7 +42,7 @@ EXPERTS = {
 def test_a_module_is_an_expert(expert, route, key):
     layer = moejax.moe(expert, moejax.linear(D, E), num_experts=E, route=route)
     params = layer.init(key)
-    x = jax.random.normal(key, (T, D))
+    x = normal(0, T, D)
     y, routing = jax.jit(layer.apply)(params, x)
     expected = jnp.zeros((T, O))
     for k in range(routing.experts.shape[1]):

@@ -45,7 +45,7 @@ def test_it_is_the_layer(layer, key, x):
     same(jax.jit(module.apply)(variables, x), jax.jit(layer.apply)(params, x))
     objective = lambda variables: loss(module.apply(variables, x))  # noqa: E731
     gradients = jax.jit(jax.grad(objective))(variables)
-    same(pure_params(layer, gradients), pure_gradients(layer, params, x))
+    same(pure_params(layer, gradients), pure_gradients(layer)(params, x))
 
 
 def test_paths_in_a_model(key, x):
@@ -66,6 +66,14 @@ def test_a_balance_bias_is_a_collection_of_its_own(key, x):
     assert "balance_bias" not in variables["params"]["router"]
     with pytest.raises(ValueError, match="lack \\['balance/router/balance_bias'\\]"):
         module.apply({"params": variables["params"]}, x)
+
+
+def test_param_dtype(key, x):
+    module = to_linen(LAYERS_OF_USERS["biased"], param_dtype=jnp.bfloat16)
+    variables = jax.eval_shape(module.init, key, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("bfloat16")}
+    [bias] = jax.tree.leaves(variables["balance"])
+    assert bias.dtype == jnp.float32
 
 
 def test_mask_and_noise(key, x):

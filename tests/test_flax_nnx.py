@@ -1,6 +1,6 @@
 """Layers as NNX modules: difference zero from the pure functions, whatever transforms them."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import moejax
+from cases import normal
 from moejax.interop.flax import BalanceBias, expert_axes, to_nnx
 
 D, E, T, LAYERS = 4, 8, 16, 3
@@ -38,8 +39,8 @@ LAYERS_OF_USERS = {
 
 
 @pytest.fixture
-def x(key):
-    return jax.random.normal(key, (2, T // 2, D))
+def x():
+    return normal(0, 2, T // 2, D)
 
 
 def same(actual, expected):
@@ -61,8 +62,10 @@ def made(layer, **options):
     return to_nnx(layer, rngs=nnx.Rngs(0), **options), params
 
 
-def pure_gradients(layer, params, x):
-    return jax.jit(jax.grad(lambda params: loss(layer.apply(params, x))))(params)
+@cache
+def pure_gradients(layer):
+    """The function of params and tokens, compiled once for the modules of both kinds."""
+    return jax.jit(jax.grad(lambda params, x: loss(layer.apply(params, x))))
 
 
 @pytest.mark.parametrize("layer", LAYERS_OF_USERS.values(), ids=LAYERS_OF_USERS)
@@ -70,7 +73,7 @@ def test_it_is_the_layer(layer, x):
     module, params = made(layer)
     same(module.as_params(), params)
     same(nnx.jit(lambda module, x: module(x))(module, x), jax.jit(layer.apply)(params, x))
-    expected = pure_gradients(layer, params, x)
+    expected = pure_gradients(layer)(params, x)
     gradients = nnx.jit(nnx.grad(lambda module: loss(module(x))))(module)
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     rest = jax.tree.map(jnp.zeros_like, rest)  # the gradients of state that is not trained
@@ -98,7 +101,7 @@ def test_modes(graph, x):
     same(forward(module, x), jax.jit(ROUTED.apply)(params, x))
     gradient = nnx.jit(nnx.grad(lambda module: loss(module(x)), graph=graph), graph=graph)
     gradients = gradient(module)
-    same(jax.tree.leaves(gradients), jax.tree.leaves(pure_gradients(ROUTED, params, x)))
+    same(jax.tree.leaves(gradients), jax.tree.leaves(pure_gradients(ROUTED)(params, x)))
 
 
 def test_split_and_merge(x):

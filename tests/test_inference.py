@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import D, E
+from cases import D, E, normal, params_of
 from pages import code_of
 
 TOP_2 = partial(moejax.top_k, k=2)
@@ -17,8 +17,8 @@ LAYER = moejax.moe(moejax.glu(D, 6), moejax.linear(D, E), num_experts=E, route=T
 
 
 @pytest.fixture
-def params(key):
-    return jax.jit(LAYER.init)(key)
+def params():
+    return params_of(LAYER)
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
@@ -35,7 +35,7 @@ def test_export_from_a_checkpoint_and_back(params, key, tmp_path):
     moejax.checkpoint.save(tmp_path / "run", params, step=1)
     like = jax.eval_shape(LAYER.init, key)
     restored = moejax.checkpoint.restore(tmp_path / "run", like).state
-    x = jax.random.normal(key, (10, D))
+    x = normal(0, 10, D)
     apply = jax.jit(lambda params, x: LAYER.apply(params, x)[0])
     program = jax.export.export(apply)(like, x)
     (tmp_path / "layer").write_bytes(program.serialize())
@@ -43,8 +43,8 @@ def test_export_from_a_checkpoint_and_back(params, key, tmp_path):
     np.testing.assert_array_equal(read.call(restored, x), apply(params, x))
 
 
-def test_export_for_other_platforms(params, key):
-    x = jax.random.normal(key, (10, D))
+def test_export_for_other_platforms(params):
+    x = normal(0, 10, D)
     apply = jax.jit(lambda params, x: LAYER.apply(params, x)[0])
     program = jax.export.export(apply, platforms=["cpu", "cuda", "tpu"])(params, x)
     read = jax.export.deserialize(program.serialize())
@@ -52,8 +52,8 @@ def test_export_for_other_platforms(params, key):
     np.testing.assert_allclose(read.call(params, x), apply(params, x), rtol=1e-6, atol=1e-6)
 
 
-def test_one_token_is_the_row_of_many(params, key):
-    x = jax.random.normal(key, (12, D))
+def test_one_token_is_the_row_of_many(params):
+    x = normal(0, 12, D)
     every, routing = jax.jit(LAYER.apply)(params, x)
     step = jax.jit(LAYER.apply)
     for row in range(3):
@@ -62,9 +62,9 @@ def test_one_token_is_the_row_of_many(params, key):
         np.testing.assert_array_equal(decision.experts[0], routing.experts[row])
 
 
-def test_one_token_reads_its_own_experts_alone(params, key):
+def test_one_token_reads_its_own_experts_alone(params):
     """A product with an expert that was not chosen would spread what is planted in it."""
-    x = jax.random.normal(key, (1, D))
+    x = normal(0, 1, D)
     y, routing = jax.jit(LAYER.apply)(params, x)
     chosen = routing.experts[0]
     unread = jnp.isin(jnp.arange(E), chosen, invert=True)
@@ -78,8 +78,8 @@ def test_one_token_reads_its_own_experts_alone(params, key):
     np.testing.assert_array_equal(jax.jit(LAYER.apply)(planted, x)[0], y)
 
 
-def test_bfloat16_from_float32(params, key):
-    x = jax.random.normal(key, (12, D))
+def test_bfloat16_from_float32(params):
+    x = normal(0, 12, D)
     expected, exact = LAYER.apply(params, x)
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     for own in (params, {**cast, "router": params["router"]}):
@@ -93,8 +93,8 @@ def test_bfloat16_from_float32(params, key):
         )
 
 
-def test_capacity_depends_on_the_batch_and_the_default_does_not(params, key):
-    x = jnp.broadcast_to(jax.random.normal(key, (1, D)), (12, D))  # all want the same experts
+def test_capacity_depends_on_the_batch_and_the_default_does_not(params):
+    x = jnp.tile(normal(0, 1, D), (12, 1))  # all want the same experts
     alone, _ = LAYER.apply(params, x[:1])
     limited = partial(moejax.moe, moejax.glu(D, 6), moejax.linear(D, E), num_experts=E, route=TOP_2)
     dropping = limited(execute=partial(moejax.capacity, factor=1.0))

@@ -14,26 +14,23 @@ from data.kinds import KINDS, kinds_of
 from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
 from language.contenders import CONTENDERS, Mixture, count
 from language.page import page
-from language.report import add_times, claim
-from language.runs import Run
+from language.report import add_times, claim, print_table
+from language.runs import Plan, Run, check_finite, note_nothing_to_resume
 from language.sampling import sample
 from language.training import batch_at, start
 from language.transformer import Sizes
 from moejax import checkpoint
+from parts.ending import EndedError
+from parts.records import versions
+from parts.resume import note_other_versions
 
 SIZES = Sizes(vocabulary=UNKNOWN + 1, width=16, layers=2, heads=2, context=12)
 MIXTURE = Mixture(num_experts=4, k=2, hidden=8)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-TINY = "--width 16 --heads 2 --context 16 --experts 4 --hidden 8 --batch-size 4 --windows 64"
-SHORT = [
-    *TINY.split(),
-    "--layers=1",
-    "--steps=6",
-    "--evaluate-every=3",
-    "--sample-length=20",
-    "--seeds=2",
-]
+TINY = "--width 16 --heads 2 --context 16 --experts 4 --hidden 8 --batch-size 4 --layers 1"
+TRAINED = [*TINY.split(), "--steps=6", "--evaluate-every=3", "--sample-length=20"]
+SHORT = [*TRAINED, "--windows=64", "--seeds=2"]
 
 
 def source(number):
@@ -157,11 +154,22 @@ def test_a_sample_begins_with_its_prompt(key):
     assert "http" not in html
 
 
+def leave_out_samples(monkeypatch):
+    """Runs write and draw no samples, where a test looks at losses only."""
+    monkeypatch.setattr("language.sampling.sample", lambda *_: None)
+    monkeypatch.setattr("language.drawing.draw", lambda *_: None)
+
+
+@pytest.fixture
+def without_samples(monkeypatch):
+    leave_out_samples(monkeypatch)
+
+
 def summary(out):
     return json.loads((out / "summary.json").read_text())["models"]
 
 
-def test_it_reports_and_resumes(files, tmp_path, capsys):
+def test_it_reports_and_resumes(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "whole"
     text = ["--text", *map(str, files)]
     run("language_model", *SHORT, *text, "--out", str(out))
@@ -186,18 +194,20 @@ def test_it_reports_and_resumes(files, tmp_path, capsys):
     assert "go on with it by --resume" in again
     other = [*SHORT, *text, "--out", str(out), "--resume", "--learning-rate=1"]
     assert "--learning-rate must be" in refusal("language_model", *other, capsys=capsys)
-    run("language_model", *SHORT, *text, "--out", str(out), "--resume")
+    with monkeypatch.context() as patch:
+        leave_out_samples(patch)
+        run("language_model", *SHORT, *text, "--out", str(out), "--resume")
     assert "sparse, seed 0: resumed after step 3" in capsys.readouterr().out
     for name, one in summary(out).items():
         assert one["validation_loss"] == models[name]["validation_loss"], name
 
-    run("language_model", *SHORT, "--out", str(out), "--model=sparse", "--sample=import ")
+    run("language_model", *TRAINED, "--out", str(out), "--model=sparse", "--sample=import ")
     written = capsys.readouterr().out
     assert "characters per second" in written
     assert "import " in written
 
 
-def test_killed_it_goes_on_to_the_same_end(files, tmp_path):
+def test_killed_it_goes_on_to_the_same_end(files, tmp_path, without_samples):
     steps = ["--steps=40", "--evaluate-every=2", "--model=sparse", "--seeds=1"]
     arguments = [*SHORT, *steps, "--text", *map(str, files), "--out"]
     run("language_model", *arguments, str(tmp_path / "whole"))
@@ -217,7 +227,7 @@ def test_killed_it_goes_on_to_the_same_end(files, tmp_path):
     assert ends[0] == ends[1]
 
 
-def test_one_rule_on_a_mesh(files, tmp_path):
+def test_one_rule_on_a_mesh(files, tmp_path, without_samples):
     arguments = [*SHORT, "--text", *map(str, files), "--model=switch", "--seeds=1"]
     losses = []
     for mesh in ([], ["--mesh=data=2,expert=4"]):
@@ -249,6 +259,12 @@ def test_one_rule_on_a_mesh(files, tmp_path):
         (["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket/run"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--sample=x"], "Train dense first"),
+        (["--sample=x", "--text", __file__], "--text does nothing with --sample"),
+        (["--sample=x", "--resume"], "--resume does nothing with --sample"),
+        (["--sample=x", "--mesh=expert=8"], "--mesh does nothing with --sample"),
+        (["--sample=x", "--seeds=3"], "--seeds does nothing with --sample"),
+        (["--sample=x", "--windows=64"], "--windows does nothing with --sample"),
+        (["--sample=def", "--sample-length=3"], "must be more than the 3 characters of --sample"),
         (["--mesh=data=2,expert=4", "--batch-size=3", "--context=3"], "multiple of the 8 devices"),
     ],
 )
@@ -281,12 +297,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(files, tmp_path, capsys):
     rates = ["--learning-rate", "1e30", "--model", "sparse", "--no-cache"]
     options = [*SHORT, *rates, "--text", *map(str, files), "--out", str(tmp_path / "out")]
     message = refusal("language_model", *options, capsys=capsys, code=1)
-    assert "the loss of sparse, seed 0, is not finite before step" in message
+    assert "the loss of sparse, seed 0, is not finite by step" in message
 
 
-def test_a_sample_is_of_the_network_that_was_trained(files, tmp_path, capsys):
-    options = [*SHORT, "--model", "sparse", "--no-cache", "--out", str(tmp_path / "out")]
-    run("language_model", *options, "--seeds=1", "--text", *map(str, files))
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path):
+    plan = Plan("sparse", 0, tmp_path, 6, 3, {})
+    check_finite(plan, 3, np.float32(1), np.float32(2))
+    with pytest.raises(EndedError, match="the loss of sparse, seed 0, is not finite by step 3"):
+        check_finite(plan, 3, np.float32(1), np.float32("nan"))
+
+
+def test_it_says_if_there_is_nothing_to_resume(tmp_path, capsys):
+    note_nothing_to_resume([Plan("sparse", 0, tmp_path / "none", 6, 3, {})], tmp_path)
+    assert capsys.readouterr().out.startswith(f"nothing to resume in {tmp_path}: starting from")
+
+
+def test_it_says_if_other_versions_wrote_the_checkpoint(capsys):
+    note_other_versions({"versions": versions()})
+    assert capsys.readouterr().out == ""
+    note_other_versions({"versions": versions() | {"jax": "0.0"}})
+    assert capsys.readouterr().out.startswith("other versions or another machine wrote")
+
+
+def test_a_sample_is_of_the_network_that_was_trained(files, tmp_path, capsys, without_samples):
+    options = [*TRAINED, "--model", "sparse", "--no-cache", "--out", str(tmp_path / "out")]
+    run("language_model", *options, "--seeds=1", "--windows=64", "--text", *map(str, files))
     capsys.readouterr()
     message = refusal("language_model", *options, "--heads=4", "--sample", "def", capsys=capsys)
     assert "--heads must be what the run began with, 2; got 4" in message
@@ -317,3 +352,14 @@ def test_the_claim_needs_three_standard_deviations():
     assert claim(models(1.50, 0.03)).startswith("sparse beats dense")
     assert "NOT" in claim(models(1.50, 0.04))
     assert "NOT" in claim(models(1.61, 0.0))
+
+
+def test_one_seed_has_no_standard_deviation(capsys):
+    parameters = dict.fromkeys(("active_parameters", "total_parameters"), 1000)
+    rates = dict.fromkeys(("seconds_per_step", "tokens_per_second"), 1.0)
+    times = {"steps_to_equal_loss": 3, "seconds_to_equal_loss": 1.0}
+    loss = {"validation_loss": [1.5], "validation_loss_mean": 1.5, "validation_loss_std": None}
+    one = parameters | rates | times | loss
+    print_table({"dense": one, "sparse": one})
+    assert capsys.readouterr().out.count("1.5000 +- -     ") == 2
+    assert claim({"dense": one, "sparse": one}).endswith("; one seed shows no difference")

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import moejax
-from cases import unit
+from cases import normal, params_of, unit
 
 
 def test_linear_is_an_affine_map(key):
@@ -29,6 +29,27 @@ def test_start_is_uniform_within_one_over_root_fan_in(key):
         np.testing.assert_allclose(leaf.std(), 1 / 20 / np.sqrt(3), rtol=0.1)
 
 
+SQUARE = moejax.linear(4, 4)
+BANKS = [moejax.networks(SQUARE, 4)] * 2
+SEVERAL_PARTS = {
+    "glu": moejax.glu(4, 4),
+    "mlp": moejax.mlp(4, 4, 4),
+    "gated": moejax.gated(SQUARE, SQUARE),
+    "between": moejax.between(SQUARE, SQUARE, SQUARE),
+    "with_shared": moejax.with_shared(SQUARE, SQUARE),
+    "noisy": moejax.noisy(SQUARE, SQUARE),
+    "moe": moejax.moe(SQUARE, moejax.stack(SQUARE, 4), num_experts=4),
+    "moe_of": moejax.moe_of(*BANKS, router=moejax.linear(4, 8), route=moejax.softmax),
+}
+
+
+@pytest.mark.parametrize("layer", SEVERAL_PARTS.values(), ids=SEVERAL_PARTS)
+def test_no_two_parameters_start_alike(layer, key):
+    leaves = jax.tree.leaves(layer.init(key))
+    rows = np.concatenate([np.asarray(leaf).reshape(-1, 4) for leaf in leaves])
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
 def test_another_initializer_is_one_argument(key):
     zeros = jax.nn.initializers.zeros
     layer = partial(moejax.linear, kernel_init=zeros, bias_init=zeros)
@@ -37,10 +58,9 @@ def test_another_initializer_is_one_argument(key):
     assert not any(leaf.any() for leaf in jax.tree.leaves(params))
 
 
-def test_mlp_has_no_activation_after_the_last_layer(key):
+def test_mlp_has_no_activation_after_the_last_layer():
     layer = moejax.mlp(3, 5, 2)
-    params = layer.init(key)
-    x = jax.random.normal(key, (64, 3))
+    params, x = params_of(layer), np.asarray(normal(0, 64, 3))
     first, second = params["layers"]
     hidden = np.maximum(x @ first["kernel"] + first["bias"][None], 0)
     expected = hidden @ second["kernel"] + second["bias"][None]
@@ -56,15 +76,15 @@ def test_glu(key):
         "up": {"kernel": (3, 5)},
         "down": {"kernel": (5, 3)},
     }
-    x = jax.random.normal(key, (4, 3))
-    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
-    expected = (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    x = np.asarray(normal(0, 4, 3))
+    gate, up, down = (np.asarray(params[name]["kernel"]) for name in ("gate", "up", "down"))
+    expected = (np.asarray(jax.nn.silu(x @ gate)) * (x @ up)) @ down
     np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", [moejax.linear(3, 2), moejax.mlp(3, 4, 2), moejax.glu(3, 4)])
-def test_computes_in_the_dtype_of_x(layer, key):
-    params = layer.init(key)
+def test_computes_in_the_dtype_of_x(layer):
+    params = params_of(layer)
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         assert layer.apply(params, jnp.ones((2, 3), dtype)).dtype == dtype
 
@@ -76,8 +96,7 @@ def test_widths_may_be_integers_of_numpy(key):
 
 def test_stack_is_every_copy_by_itself(key):
     layer = moejax.mlp(3, 4, 2)
-    params = moejax.stack(layer, 5).init(key)
-    x = jax.random.normal(key, (7, 3))
+    params, x = moejax.stack(layer, 5).init(key), normal(0, 7, 3)
     outputs = moejax.stack(layer, 5).apply(params, x)
     assert outputs.shape == (5, 7, 2)
     for e, output in enumerate(outputs):
@@ -111,36 +130,36 @@ def test_bad_widths(make, message):
     ],
 )
 @pytest.mark.parametrize("layer", [moejax.linear(3, 2), moejax.glu(3, 4), moejax.mlp(3, 4, 2)])
-def test_bad_inputs(layer, x, message, key):
+def test_bad_inputs(layer, x, message):
     with pytest.raises(ValueError, match=message):
-        layer.apply(layer.init(key), x)
+        layer.apply(params_of(layer), x)
 
 
-def test_glu_combines_its_halves_as_it_is_told(key):
+def test_glu_combines_its_halves_as_it_is_told():
     clamped = lambda gate, up: (jnp.clip(up, -1, 1) + 1) * jnp.minimum(gate, 1)  # noqa: E731
     layer = moejax.glu(3, 5, combine=clamped)
-    params, x = layer.init(key), 3 * jax.random.normal(key, (4, 3))
-    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    params, x = params_of(layer), np.asarray(normal(0, 4, 3, scale=3))
+    gate, up, down = (np.asarray(params[name]["kernel"]) for name in ("gate", "up", "down"))
     expected = ((np.clip(x @ up, -1, 1) + 1) * np.minimum(x @ gate, 1)) @ down
     np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gated(key):
+def test_gated():
     layer, gate = moejax.glu(3, 5), moejax.linear(3, 1)
     both = moejax.gated(layer, gate)
-    params, x = both.init(key), jax.random.normal(key, (4, 3))
+    params, x = params_of(both), normal(0, 4, 3)
     opened = jax.nn.sigmoid(gate.apply(params["gate"], x))
     expected = opened * layer.apply(params["layer"], x)
     np.testing.assert_allclose(both.apply(params, x), expected, rtol=1e-6)
     wide = moejax.gated(layer, moejax.linear(3, 2))
     with pytest.raises(ValueError, match="one number per token"):
-        wide.apply(wide.init(key), x)
+        wide.apply(params_of(wide), x)
 
 
-def test_between(key):
+def test_between():
     narrow = moejax.moe(moejax.glu(2, 4), moejax.linear(2, 3), num_experts=3)
     layer = moejax.between(moejax.linear(5, 2), narrow, moejax.linear(2, 5))
-    params, x = layer.init(key), jax.random.normal(key, (2, 4, 5))
+    params, x = params_of(layer), normal(0, 2, 4, 5)
     y, routing = layer.apply(params, x, mask=jnp.ones((2, 4), bool))
     inner, _ = narrow.apply(params["model"], moejax.linear(5, 2).apply(params["before"], x))
     np.testing.assert_allclose(
@@ -149,18 +168,22 @@ def test_between(key):
     assert routing.experts.shape == (8, 3)
 
 
-def test_between_reads_no_padding(key):
+def test_between_reads_no_padding():
     narrow = moejax.moe(moejax.glu(2, 4), moejax.linear(2, 3), num_experts=3)
     layer = moejax.between(moejax.linear(5, 2), narrow, moejax.linear(2, 5))
-    mask = jnp.array([[True, True, False], [False, True, False]])
-    x = jnp.where(mask[..., None], jax.random.normal(key, (2, 3, 5)), jnp.nan)
-    params = layer.init(key)
+    mask = np.array([[True, True, False], [False, True, False]])
+    x = jax.device_put(np.where(mask[..., None], normal(0, 2, 3, 5), np.float32(np.nan)))
+    params = params_of(layer)
     params["after"]["bias"] += 1
-    y, _ = layer.apply(params, x, mask=mask)
+
+    def loss(params):
+        y, _ = layer.apply(params, x, mask=mask)
+        return y.sum(), y
+
+    gradient, y = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
     np.testing.assert_array_equal(y[~mask], 0)
     np.testing.assert_allclose(y[mask], layer.apply(params, x[mask])[0], rtol=1e-5)
-    gradient = jax.grad(lambda params: layer.apply(params, x, mask=mask)[0].sum())(params)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("make", [partial(moejax.mlp, 3, 4, 2), partial(moejax.glu, 3, 4)])
@@ -170,18 +193,19 @@ def test_parameters_may_start_in_another_dtype(make, key):
     assert layer.apply(layer.init(key), jnp.ones((2, 3))).dtype == jnp.float32
 
 
-def test_between_gives_no_padding_to_the_layer_after(key):
+def test_between_gives_no_padding_to_the_layer_after():
     mixture = moejax.moe(moejax.linear(2, 2), moejax.linear(2, 3), num_experts=3)
     model = moejax.between(moejax.linear(4, 2), mixture, unit(2, 2))
-    params, x = model.init(key), jax.random.normal(key, (5, 4))
-    mask = jnp.arange(5) != 2
+    params, x = params_of(model), normal(0, 5, 4)
+    mask = jax.device_put(np.arange(5) != 2)
 
     def loss(params):
-        return jnp.sum(model.apply(params, x, mask=mask)[0] ** 2)
+        y, _ = model.apply(params, x, mask=mask)
+        return jnp.sum(y**2), y
 
-    gradients = jax.grad(loss)(params)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    assert jnp.all(model.apply(params, x, mask=mask)[0][2] == 0)
+    gradients, y = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert not y[2].any()
 
 
 def test_between_passes_a_key_to_what_takes_one(key):
@@ -191,13 +215,13 @@ def test_between_passes_a_key_to_what_takes_one(key):
         num_experts=4,
         route=partial(moejax.noisy_top_k, k=2),
     )
-    x = jax.random.normal(key, (64, 4))
+    x = normal(0, 64, 4)
     model = moejax.between(moejax.linear(4, 2), noisy, moejax.linear(2, 4))
-    params = model.init(key)
-    assert not jnp.array_equal(model.apply(params, x)[0], model.apply(params, x, key=key)[0])
+    params = params_of(model)
+    assert not np.array_equal(model.apply(params, x)[0], model.apply(params, x, key=key)[0])
     router = moejax.between(moejax.linear(4, 2), moejax.linear(2, 3), moejax.linear(3, 3))
     layer = moejax.moe(moejax.linear(4, 4), router, num_experts=3)  # gives the router its key
-    layer.apply(layer.init(key), x, key=key)
+    layer.apply(params_of(layer), x, key=key)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +231,13 @@ def test_between_passes_a_key_to_what_takes_one(key):
         lambda: moejax.gated(moejax.linear(2, 2), jnp.tanh),
         lambda: moejax.networks(jnp.tanh, 4),
         lambda: moejax.with_shared(moejax.linear(2, 2), jnp.tanh),
+        lambda: moejax.outputs_of(jnp.tanh),
+        lambda: moejax.stack(jnp.tanh, 4),
+        lambda: moejax.noisy(moejax.linear(2, 2), jnp.tanh),
+        lambda: moejax.biased(jnp.tanh, 4),
+        lambda: moejax.jittered(jnp.tanh, epsilon=0.1),
+        lambda: moejax.tempered(jnp.tanh, temperature=2.0),
+        lambda: moejax.soft_capped(jnp.tanh, cap=3.0),
     ],
 )
 def test_what_is_no_layer_is_refused_where_it_is_given(make):
@@ -226,3 +257,14 @@ def test_logits_that_are_integers_are_refused(wrap):
     router = wrap(moejax.Layer(lambda key: {}, lambda params, x: x.astype(jnp.int32)))
     with pytest.raises(ValueError, match="logits that are floats, got int32"):
         router.apply({}, jnp.ones((2, 3)))
+
+
+def test_a_stack_refuses_parameters_of_another_number_of_experts():
+    params = params_of(moejax.stack(moejax.linear(2, 2), 3))
+    with pytest.raises(ValueError, match=r"leading axis of `num_experts` \(4\)"):
+        moejax.stack(moejax.linear(2, 2), 4).apply(params, jnp.ones((5, 2)))
+
+
+def test_a_stack_may_have_no_parameters():
+    halves = moejax.stack(moejax.Layer(lambda key: {}, lambda params, x: x / 2), 3)
+    np.testing.assert_array_equal(halves.apply({}, jnp.ones((5, 2))), np.full((3, 5, 2), 0.5))

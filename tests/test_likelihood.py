@@ -10,6 +10,7 @@ import scipy.stats
 from jax.test_util import check_grads
 
 import moejax
+from cases import params_of
 
 T, O, E = 7, 3, 4  # noqa: E741
 RNG = np.random.default_rng(0)
@@ -143,8 +144,7 @@ def test_padding_that_overflows_leaves_the_parameters_alone():
     """A padded target so large that its likelihood is zero under every expert."""
     x, y = jnp.ones((2, 1)), jnp.array([[1.0], [1e30]])
     experts, router = moejax.stack(moejax.linear(1, 1), 2), moejax.linear(1, 2)
-    keys = jax.random.split(jax.random.key(0))
-    params = {"experts": experts.init(keys[0]), "router": router.init(keys[1])}
+    params = {"experts": params_of(experts), "router": params_of(router, seed=1)}
 
     def loss(params, targets):
         log_gates = jax.nn.log_softmax(router.apply(params["router"], x))

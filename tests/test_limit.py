@@ -1,6 +1,6 @@
 """Limits: published numbers, the obvious queue, and what is dropped."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 
 import moejax
+from cases import normal, params_of
 from reference import golden, loop
 
-LOGITS = 2 * jax.random.normal(jax.random.key(0), (12, 4))
-ROUTING = moejax.top_k(LOGITS, k=2)
+LOGITS = normal(0, 12, 4, scale=2)
 PRIORITIES = [moejax.by_choice, moejax.by_token, moejax.by_token_weight, moejax.by_weight]
+
+
+@cache
+def decided():
+    return moejax.top_k(LOGITS, k=2)
 
 
 def combine(routing, capacity):
     """The gates by expert and slot, [T, E, C]."""
     tensor = np.zeros((*routing.scores.shape, capacity))
-    places = np.asarray(moejax.positions(routing))
+    routing, places = jax.device_get((routing, moejax.positions(routing)))
     for t, k in np.argwhere(np.asarray(routing.chosen)):
         if places[t, k] < capacity:
             tensor[t, routing.experts[t, k], places[t, k]] = routing.weights[t, k]
@@ -42,7 +47,7 @@ def test_slots_are_those_of(name, renormalize):
 
 def served_first(name):
     """The sort keys of a choice (t, k), as plain numbers."""
-    weights = np.asarray(ROUTING.weights)
+    weights = np.asarray(decided().weights)
     return {
         "by_choice": lambda t, k: (k, t),
         "by_token": lambda t, k: (t, k),
@@ -54,19 +59,19 @@ def served_first(name):
 @pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("capacity", [1, 3, 24])
 def test_an_obvious_queue(priority, capacity):
-    left = [capacity] * 4
+    routing, left = decided(), [capacity] * 4
     expected = np.zeros((12, 2), bool)
     choices = [(t, k) for t in range(12) for k in range(2)]
     for t, k in sorted(choices, key=lambda choice: served_first(priority.__name__)(*choice)):
-        e = int(ROUTING.experts[t, k])
+        e = int(routing.experts[t, k])
         expected[t, k] = left[e] > 0
         left[e] -= 1
-    limited = moejax.limit_capacity(ROUTING, capacity=capacity, priority=priority)
+    limited = moejax.limit_capacity(routing, capacity=capacity, priority=priority)
     np.testing.assert_array_equal(limited.chosen, expected)
-    np.testing.assert_array_equal(limited.weights, np.where(expected, ROUTING.weights, 0))
-    np.testing.assert_array_equal(limited.scores, ROUTING.scores)
+    np.testing.assert_array_equal(limited.weights, np.where(expected, routing.weights, 0))
+    np.testing.assert_array_equal(limited.scores, routing.scores)
     assert int(limited.counts.max()) <= capacity
-    dropped = moejax.share_dropped(ROUTING, limited)
+    dropped = moejax.share_dropped(routing, limited)
     np.testing.assert_allclose(dropped, 1 - expected.mean(), rtol=1e-6)
 
 
@@ -77,12 +82,11 @@ def test_equal_weights_are_served_in_the_order_of_tokens():
 
 
 def test_masked_tokens_take_no_capacity():
-    mask = jnp.arange(12) >= 6
-    limited = moejax.limit_capacity(moejax.mask_tokens(ROUTING, mask), capacity=2)
+    masked = moejax.mask_tokens(decided(), jax.device_put(np.arange(12) >= 6))
+    limited = moejax.limit_capacity(masked, capacity=2)
     alone = moejax.limit_capacity(moejax.top_k(LOGITS[6:], k=2), capacity=2)
     np.testing.assert_array_equal(limited.experts[6:], alone.experts)
     np.testing.assert_array_equal(limited.experts[:6], 4)
-    masked = moejax.mask_tokens(ROUTING, mask)
     assert float(moejax.share_dropped(masked, masked)) == 0
 
 
@@ -110,16 +114,16 @@ def test_by_token_alone_does_not_look_ahead(priority):
 @pytest.mark.parametrize("num_tokens", [1, 5, 11])
 def test_by_token_decides_for_a_prefix_what_it_decides_for_the_whole(num_tokens):
     limit = partial(moejax.limit_capacity, capacity=3, priority=moejax.by_token)
-    whole = limit(ROUTING).experts[:num_tokens]
+    whole = limit(decided()).experts[:num_tokens]
     prefix = limit(moejax.top_k(LOGITS[:num_tokens], k=2)).experts
     np.testing.assert_array_equal(whole, prefix)
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_positions_are_those_of_a_walk_along_the_queue(priority):
-    experts = jnp.where(jnp.arange(24).reshape(12, 2) % 5 == 0, 4, ROUTING.experts)
-    experts = experts.at[3, 1].set(-1)  # nowhere, as is 4
-    routing = ROUTING._replace(experts=experts)
+    experts = np.where(np.arange(24).reshape(12, 2) % 5 == 0, 4, decided().experts)
+    experts[3, 1] = -1  # nowhere, as is 4
+    routing = decided()._replace(experts=jax.device_put(experts))
     places = np.asarray(moejax.positions(routing, priority=priority)).ravel()
     queues = [[] for _ in range(5)]
     for choice in np.asarray(priority(routing)):
@@ -142,7 +146,7 @@ def test_more_choices_than_int32_can_number_are_refused(priority):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
 def test_factor_is_a_multiple_of_the_mean_load(factor):
-    assert moejax.capacity_for(ROUTING, factor=factor) == np.ceil(factor * 12 * 2 / 4)
+    assert moejax.capacity_for(decided(), factor=factor) == np.ceil(factor * 12 * 2 / 4)
 
 
 def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided():
@@ -158,8 +162,7 @@ def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided
         route=partial(moejax.top_k, k=2),
         execute=execute,
     )
-    params = layer.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (12, 3))
+    params, x = params_of(layer), normal(1, 12, 3)
     y, routing = jax.jit(layer.apply)(params, x)
     assert bool(routing.chosen.all())
     limited = moejax.limit_capacity(routing, capacity=2)
@@ -177,14 +180,14 @@ def test_useless_requests_are_refused():
     with pytest.raises(ValueError, match="must be an integer"):
         moejax.limit_capacity(moejax.switch(jnp.zeros((2, 2))), capacity=1.5)
     with pytest.raises(ValueError, match="at least 1 slot"):
-        moejax.limit_capacity(ROUTING, capacity=0)
+        moejax.limit_capacity(decided(), capacity=0)
     with pytest.raises(ValueError, match="positive"):
-        moejax.capacity_for(ROUTING, factor=0.0)
+        moejax.capacity_for(decided(), factor=0.0)
     with pytest.raises(ValueError, match="positive"):
-        moejax.capacity_for(ROUTING, factor=float("nan"))
+        moejax.capacity_for(decided(), factor=float("nan"))
 
 
-IDLE = jnp.full((8, 2), -1.0).at[7, 0].set(5.0)  # of `relu`: the last token alone is active
+IDLE = jnp.array([[-1.0, -1.0]] * 7 + [[5.0, -1.0]])  # of `relu`: the last token alone is active
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_the_state_has_the_gradients_of_the_last_step():
     )
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_donated_state_stays_in_its_memory():
     optimizer = keep_gradients(OPTIMIZER)
     state, step = start(optimizer), donating(optimizer)

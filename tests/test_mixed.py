@@ -1,6 +1,6 @@
 """Experts of several kinds, and a shared one, against the obvious loop."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import DTYPES
+from cases import DTYPES, normal, params_of
 
 D, T = 4, 9
 NETWORK = moejax.glu(D, 5)
-X = jax.random.normal(jax.random.key(0), (T, D))
-MODEL = moejax.moe_of(
+X = normal(0, T, D)
+ROUTER = moejax.linear(D, 8)
+EVERY_KIND = (
     moejax.constant_experts(2, D),  # 0, 1
     moejax.networks(NETWORK, 3),  # 2, 3, 4
     moejax.zero_experts(1),  # 5
     moejax.copy_experts(2),  # 6, 7
-    router=moejax.linear(D, 8),
-    route=partial(moejax.top_k, k=3),
 )
-PARAMS = MODEL.init(jax.random.key(1))
-PARAMS["experts"][0]["vectors"] = jax.random.normal(jax.random.key(2), (2, D))
+MODEL = moejax.moe_of(*EVERY_KIND, router=ROUTER, route=partial(moejax.top_k, k=3))
+PARAMS = params_of(MODEL)
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 
 
@@ -34,53 +33,69 @@ def one_expert(params, e, row):
     return jnp.zeros(D) if e == 5 else row
 
 
-def loop(params, x):
-    routing = moejax.top_k(moejax.linear(D, 8).apply(params["router"], x), k=3)
+def decide(params, x):
+    return moejax.top_k(ROUTER.apply(params["router"], x), k=3)
+
+
+def loop(chosen, params, x):
+    """One expert on one token at a time; chosen are the ids of the experts of each token."""
+    weights = decide(params, x).weights
     rows = [
-        sum(
-            routing.weights[t, k] * one_expert(params["experts"], int(routing.experts[t, k]), x[t])
-            for k in range(3)
-        )
-        for t in range(len(x))
+        sum(weights[t, k] * one_expert(params["experts"], e, x[t]) for k, e in enumerate(own))
+        for t, own in enumerate(chosen)
     ]
-    assert {int(e) for e in routing.experts.ravel()} == set(range(8))  # every kind is used
     return jnp.stack(rows)
+
+
+@partial(jax.jit, static_argnums=0)
+def gradients_and_output(function, params, x):
+    """The gradients of a scalar of the output, and the output."""
+    weight = np.cos(np.arange(T * D, dtype=np.float32)).reshape(T, D)
+
+    def scalar(params, x):
+        y = function(params, x)
+        return jnp.sum(weight * y.astype(jnp.float32)), y
+
+    return jax.grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+
+
+@cache
+def by_the_loop(chosen):
+    return partial(loop, chosen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_is_computed_in_value_and_gradient(dtype):
-    weight = jnp.cos(jnp.arange(T * D, dtype=jnp.float32)).reshape(T, D)
-    fast = lambda params, x: jnp.sum(  # noqa: E731
-        weight * MODEL.apply(params, x)[0].astype(jnp.float32)
-    )
-    slow = lambda params, x: jnp.sum(weight * loop(params, x))  # noqa: E731
     x = X.astype(DTYPES[dtype])
-    y, _ = jax.jit(MODEL.apply)(PARAMS, x)
+    gradients, y = gradients_and_output(moejax.outputs_of(MODEL).apply, PARAMS, x)
     assert y.dtype == DTYPES[dtype]
     close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
         a.astype(jnp.float32), b, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype]
     )
     exact = x.astype(jnp.float32)
-    close(y, loop(PARAMS, exact))
-    gradients = jax.jit(jax.grad(fast, argnums=(0, 1)))(PARAMS, x)
-    jax.tree.map(close, gradients, jax.grad(slow, argnums=(0, 1))(PARAMS, exact))
+    chosen = tuple(map(tuple, decide(PARAMS, exact).experts.tolist()))
+    assert {e for own in chosen for e in own} == set(range(8))  # every kind is used
+    expected = gradients_and_output(by_the_loop(chosen), PARAMS, exact)
+    jax.tree.map(close, (gradients, y), expected)
 
 
 def test_ids_run_through_the_banks_in_order():
     order = jnp.array([5, 6, 0, 2])  # zero, copy, constant, network
     logits = 1e3 * jax.nn.one_hot(order, 8)
     given = moejax.Layer(lambda key: {}, lambda params, x: logits)
-    model = moejax.moe_of(
-        moejax.constant_experts(2, D),
-        moejax.networks(NETWORK, 3),
-        moejax.zero_experts(1),
-        moejax.copy_experts(2),
-        router=given,
-        route=moejax.switch,
-    )
+    model = moejax.moe_of(*EVERY_KIND, router=given, route=moejax.switch)
     y, _ = model.apply({"router": {}, "experts": PARAMS["experts"]}, X[:4])
     expected = [one_expert(PARAMS["experts"], int(e), X[t]) for t, e in enumerate(order)]
     np.testing.assert_allclose(y, jnp.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("route", [moejax.softmax, partial(moejax.top_k, k=8)])
+def test_every_bank_takes_part_where_every_expert_is_chosen(route):
+    y, _ = moejax.moe_of(*EVERY_KIND, router=ROUTER, route=route).apply(PARAMS, X)
+    gates = jax.nn.softmax(ROUTER.apply(PARAMS["router"], X))
+    outputs = [jax.vmap(partial(one_expert, PARAMS["experts"], e))(X) for e in range(8)]
+    expected = jnp.einsum("te,eto->to", gates, jnp.stack(outputs))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_masked_tokens_get_zeros_from_every_kind():
@@ -94,7 +109,7 @@ def test_a_mixture_of_one_bank_is_moe():
     route = partial(moejax.top_k, k=2)
     bank = moejax.moe_of(moejax.networks(NETWORK, 3), router=moejax.linear(D, 3), route=route)
     plain = moejax.moe(NETWORK, moejax.linear(D, 3), num_experts=3, route=route)
-    params = plain.init(jax.random.key(0))
+    params = params_of(plain)
     y, _ = bank.apply({**params, "experts": [params["experts"]]}, X)
     np.testing.assert_allclose(y, plain.apply(params, X)[0], rtol=1e-6)
 
@@ -105,7 +120,7 @@ def test_the_shared_expert_always_runs():
     )
     shared = moejax.mlp(D, 7, D)  # with biases: not zero at a zeroed token
     model = moejax.with_shared(plain, shared)
-    params = model.init(jax.random.key(0))
+    params = params_of(model)
     x, mask = X.reshape(3, 3, D), (jnp.arange(T) % 4 != 1).reshape(3, 3)
     y, routing = model.apply(params, x)
     mixture, _ = plain.apply(params["routed"], x)
@@ -143,24 +158,24 @@ def test_constants_have_a_positive_width(width):
 
 
 @pytest.mark.parametrize("constant_width", [1, 3])
-def test_banks_must_agree_on_the_output(constant_width, key):
+def test_banks_must_agree_on_the_output(constant_width):
     banks = moejax.networks(moejax.glu(4, 8), 3), moejax.constant_experts(1, constant_width)
     model = moejax.moe_of(*banks, router=moejax.linear(4, 4), route=moejax.softmax)
     with pytest.raises(ValueError, match="outputs of one shape"):
-        model.apply(model.init(key), jnp.ones((2, 4)))
+        model.apply(params_of(model), jnp.ones((2, 4)))
 
 
-def test_zero_experts_alone_have_no_shape(key):
+def test_zero_experts_alone_have_no_shape():
     model = moejax.moe_of(moejax.zero_experts(4), router=moejax.linear(4, 4), route=moejax.softmax)
     with pytest.raises(ValueError, match="outputs of one shape"):
-        model.apply(model.init(key), jnp.ones((2, 4)))
+        model.apply(params_of(model), jnp.ones((2, 4)))
 
 
-def test_the_shared_expert_must_be_as_wide_as_the_mixture(key):
+def test_the_shared_expert_must_be_as_wide_as_the_mixture():
     routed = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
     model = moejax.with_shared(routed, moejax.linear(4, 1))
     with pytest.raises(ValueError, match="the mixture's output"):
-        model.apply(model.init(key), jnp.ones((2, 4)))
+        model.apply(params_of(model), jnp.ones((2, 4)))
 
 
 def test_integer_tokens_are_summed_in_the_dtype_of_the_networks(x64):
@@ -173,7 +188,7 @@ def test_integer_tokens_are_summed_in_the_dtype_of_the_networks(x64):
         router=router,
         route=partial(moejax.top_k, k=2),
     )
-    y, _ = model.apply(model.init(jax.random.key(0)), jnp.arange(3)[:, None])
+    y, _ = model.apply(params_of(model), jnp.arange(3)[:, None])
     assert y.dtype == jnp.float32
 
 
@@ -183,3 +198,26 @@ def test_copies_keep_double_precision(x64):
     y = moejax.copy_experts(2).apply({}, x, routing)
     assert y.dtype == jnp.float64
     np.testing.assert_array_equal(y, x / 2)
+
+
+def test_a_constant_that_nobody_chose_is_not_read():
+    model = moejax.moe_of(
+        moejax.constant_experts(3, D), router=moejax.linear(D, 3), route=partial(moejax.top_k, k=3)
+    )
+    params = params_of(model)
+    params["experts"][0]["vectors"] = jnp.ones((3, D)).at[1].set(jnp.inf)
+    params["router"]["bias"] = jnp.array([0.0, -jnp.inf, 0.0])
+    value, gradient = jax.value_and_grad(lambda p: model.apply(p, X)[0].sum())(params)
+    np.testing.assert_allclose(value, X.shape[0] * D, rtol=1e-6)
+    assert np.isfinite(gradient["experts"][0]["vectors"]).all()
+
+
+def test_the_parameters_are_of_every_bank():
+    kinds = moejax.copy_experts(1), moejax.constant_experts(1, D)
+    build = partial(moejax.moe_of, router=moejax.linear(D, 2), route=moejax.softmax)
+    params = params_of(build(*kinds))
+    with pytest.raises(ValueError, match="must be those of 2 banks, got 1"):
+        build(*kinds).apply(params | {"experts": params["experts"][:1]}, X)
+    other = params_of(moejax.constant_experts(2, D))
+    with pytest.raises(ValueError, match="leading axis of `num_experts`"):
+        build(*kinds).apply(params | {"experts": [{}, other]}, X)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import ONE_DEVICE, D, E
+from cases import ONE_DEVICE, D, E, normal
 from reference import close
 
 T, PADDING = 6, 2
@@ -35,13 +35,12 @@ RULES = {
 
 
 def tokens():
-    return jnp.abs(jax.random.normal(jax.random.key(1), (T, D)))
+    return jnp.abs(normal(1, T, D))
 
 
 def params(last):
     """Kernels of E experts, the last one times a number."""
-    kernels = jax.random.normal(jax.random.key(0), (E, D, D))
-    return {"kernel": kernels.at[-1].mul(last)}
+    return {"kernel": normal(0, E, D, D).at[-1].mul(last)}
 
 
 def avoiding_the_last(key):
@@ -82,8 +81,8 @@ def value_and_gradients_of_units(rule, execute, x, mask):
     expert = moejax.Layer(lambda key: {"kernel": jnp.eye(D)}, unit)
     mixture = moejax.moe(expert, ROUTER, num_experts=E, route=RULES[rule], execute=execute)
     model = moejax.with_shared(mixture, expert)
-    given = model.init(jax.random.key(0))
-    given["routed"]["experts"] = params(1.0)
+    routed = {"router": ROUTER.init(None), "experts": params(1.0)}
+    given = {"routed": routed, "shared": expert.init(None)}
 
     def loss(params):
         y, routing = model.apply(params, x, mask=mask)
@@ -125,16 +124,16 @@ def divided(params, x, *, matmul=jnp.matmul):
 @pytest.mark.parametrize("expert", [unit, divided])
 @pytest.mark.parametrize("schedule", ONE_DEVICE)
 def test_a_schedule_by_itself_leaves_out_what_goes_nowhere(schedule, expert):
-    x, here = tokens(), jnp.arange(T) < T - PADDING
-    routing = moejax.top_k(jax.random.normal(jax.random.key(3), (T, E)), k=2)
+    x, here = tokens(), jax.device_put(np.arange(T) < T - PADDING)
+    routing = moejax.top_k(normal(3, T, E), k=2)
 
     def scalar(params, x, routing):
         y = ONE_DEVICE[schedule](expert, params, x, routing)
         return jnp.sum(jnp.sin(y)), y
 
-    run = jax.value_and_grad(scalar, (0, 1), has_aux=True)
+    run = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
     present = jax.tree.map(lambda leaf: leaf[: T - PADDING], routing)
     (_, expected), (to_params, to_x) = run(params(1.0), x[: T - PADDING], present)
     (_, y), gradients = run(params(1.0), x, moejax.mask_tokens(routing, here))
-    padded = [jnp.pad(a, ((0, PADDING), (0, 0))) for a in (expected, to_x)]
+    padded = [np.pad(a, ((0, PADDING), (0, 0))) for a in (expected, to_x)]
     close((y, *gradients), (padded[0], to_params, padded[1]), rtol=1e-5)

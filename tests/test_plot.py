@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from moejax.plot import (
     Plane,
@@ -12,6 +12,7 @@ from moejax.plot import (
     curves,
     diagnostics,
     grid,
+    images_by_expert,
     loss,
     new_figure,
     save_animation,
@@ -72,6 +73,38 @@ def test_pictures_call_a_class_what_it_is(draw):
         assert word in axes.get_title()
 
 
+def numbers_in(axes):
+    """What is written in each cell, by row and column."""
+    places = [tuple(map(int, text.get_position()[::-1])) for text in axes.texts]
+    return dict(zip(places, [text.get_text() for text in axes.texts], strict=True))
+
+
+def test_specialisation_names_shares_and_idle_experts():
+    (axes,) = specialisation(np.array([[3, 1], [1, 1], [0, 0]])).axes
+    rows = [["75%", "50%"], ["25%", "50%"], ["0%", "0%"]]
+    assert numbers_in(axes) == {(r, c): rows[r][c] for r in range(3) for c in range(2)}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2 (idle)"]
+
+
+def test_confusion_has_the_true_class_in_the_row():
+    (axes,) = confusion(np.array([[5, 3], [0, 4]])).axes
+    assert numbers_in(axes) == {(0, 0): "5", (0, 1): "3", (1, 1): "4"}
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
+    shades = np.sqrt([[5 / 8, 3 / 8], [0, 1]])
+    np.testing.assert_allclose(axes.images[0].get_array(), shades)
+
+
+def test_an_animation_repeats_and_holds_its_last_frame(tmp_path):
+    figures = [new_figure(width=1, height=1)[0] for _ in range(3)]
+    for figure, shade in zip(figures, ["red", "green", "blue"], strict=True):
+        figure.set_facecolor(shade)
+    save_animation(figures, tmp_path / "three.gif", milliseconds=100)
+    with Image.open(tmp_path / "three.gif") as animation:
+        assert animation.info["loop"] == 0  # for ever
+        shown = [frame.info["duration"] for frame in ImageSequence.Iterator(animation)]
+    assert shown == [100, 100, 2000]
+
+
 def shows(axes, values):
     low, high = axes.get_ylim()
     return low <= np.min(values) and np.max(values) <= high
@@ -108,3 +141,35 @@ def test_diagnostics_of_any_sign_are_shown(values):
 
 def test_a_table_of_negative_numbers_is_drawn():
     pixels(table(-np.ones((2, 2)), rows="r", columns="c", title="t", form=str))
+
+
+def test_small_shares_have_labels_that_differ():
+    records = [{"epoch": epoch, "share_dropped": 0.01 * epoch} for epoch in (1, 2)]
+    (axes,) = (axes for axes in diagnostics(records).axes if axes.get_visible())
+    axes.figure.canvas.draw()
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_quantity_may_begin_later():
+    records = [{"epoch": 1, "a": 1.0}, {"epoch": 2, "a": 2.0, "b": np.array([3.0, 4.0])}]
+    first, second = (axes for axes in diagnostics(records).axes if axes.get_visible())
+    assert [line.get_xydata().tolist() for line in second.lines] == [[[2, 3]], [[2, 4]]]
+    assert first.get_xlim() == second.get_xlim()
+
+
+def test_a_seed_that_diverged_leaves_the_band_of_the_others():
+    seeds = np.ones((3, 4))
+    seeds[1, 2:] = np.nan
+    (axes,) = loss({}, seeds).axes
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), np.ones(4))
+
+
+def test_the_darkest_cells_have_light_digits():
+    figure = table(np.array([[-10.0, -1.0]]), rows="r", columns="c", title="t", form=str)
+    assert [text.get_color() for text in figure.axes[0].texts] == ["#222222", "white"]
+
+
+def test_images_of_no_expert_are_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        images_by_expert(np.zeros((0, 28, 28)), np.zeros(0), 2)

@@ -29,9 +29,9 @@ def plain(params, x):
 
 
 def decision(experts, num_experts=E):
-    experts = jnp.asarray(experts, jnp.int32)
-    scores = jnp.zeros((len(experts), num_experts))
-    return moejax.Routing(experts, jnp.ones(experts.shape), scores, scores)
+    weights = np.ones(experts.shape, np.float32)
+    scores = np.zeros((len(experts), num_experts), np.float32)
+    return jax.device_put(moejax.Routing(np.int32(experts), weights, scores, scores))
 
 
 BALANCED = np.arange(2 * T).reshape(T, 2) % E

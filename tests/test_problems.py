@@ -1,6 +1,6 @@
 """What a schedule is given: arrays of NumPy too, and parameters and tokens of the decision."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +8,31 @@ import numpy as np
 import pytest
 
 import moejax
+from cases import normal, params_of
 
 D, E, T = 3, 8, 5
 EXPERT, ROUTER = moejax.linear(D, 2), moejax.linear(D, E)
-PARAMS = moejax.stack(EXPERT, E).init(jax.random.key(0))
-X = np.asarray(jax.random.normal(jax.random.key(1), (T, D)))
-LOGITS = jax.random.normal(jax.random.key(2), (T, E))
-SLOT_LOGITS = jnp.stack([LOGITS, -LOGITS], axis=-1)
+PARAMS, X = params_of(moejax.stack(EXPERT, E)), np.asarray(normal(1, T, D))
+TOP_2 = partial(moejax.top_k, k=2)
 PROBLEMS = {
-    "dense": (moejax.dense, moejax.top_k(LOGITS, k=2)),
-    "dropless": (moejax.dropless, moejax.top_k(LOGITS, k=2)),
-    "capacity": (partial(moejax.capacity, factor=8.0), moejax.top_k(LOGITS, k=2)),
-    "gather_slots": (moejax.gather_slots, moejax.expert_choice(LOGITS, capacity=2)),
-    "mix_slots": (moejax.mix_slots, moejax.soft_slots(SLOT_LOGITS)),
+    "dense": (moejax.dense, TOP_2),
+    "dropless": (moejax.dropless, TOP_2),
+    "capacity": (partial(moejax.capacity, factor=8.0), TOP_2),
+    "gather_slots": (moejax.gather_slots, partial(moejax.expert_choice, capacity=2)),
+    "mix_slots": (moejax.mix_slots, moejax.soft_slots),
 }
+
+
+@cache
+def problem(name):
+    """A schedule, and a decision of its kind."""
+    schedule, rule = PROBLEMS[name]
+    return schedule, rule(normal(2, T, E, 2) if name == "mix_slots" else normal(2, T, E))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_arrays_may_be_numpys(name):
-    schedule, decision = PROBLEMS[name]
+    schedule, decision = problem(name)
     plain = jax.tree.map(np.asarray, (PARAMS, X, decision))
     y = schedule(EXPERT.apply, *plain)
     traced = jax.jit(partial(schedule, EXPERT.apply))(PARAMS, X, decision)
@@ -36,7 +42,7 @@ def test_arrays_may_be_numpys(name):
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("tokens", [T - 1, T + 1])
 def test_tokens_that_were_not_routed_are_refused(name, tokens):
-    schedule, decision = PROBLEMS[name]
+    schedule, decision = problem(name)
     with pytest.raises(ValueError, match=f"`x` must hold the {T} tokens.* got {tokens}"):
         schedule(EXPERT.apply, PARAMS, jnp.ones((tokens, D)), decision)
 
@@ -44,15 +50,15 @@ def test_tokens_that_were_not_routed_are_refused(name, tokens):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_parameters_of_fewer_experts_are_refused(name):
     """Without the check an index beyond them reads the last one."""
-    schedule, decision = PROBLEMS[name]
+    schedule, decision = problem(name)
     fewer = jax.tree.map(lambda leaf: leaf[: E // 2], PARAMS)
     with pytest.raises(ValueError, match=r"leading axis of `num_experts` \(8\), got bias \[4, 2\]"):
         schedule(EXPERT.apply, fewer, X, decision)
 
 
 def test_the_layer_takes_numpy_without_jit():
-    model = moejax.moe(EXPERT, ROUTER, num_experts=E, route=partial(moejax.top_k, k=2))
-    params = model.init(jax.random.key(3))
+    model = moejax.moe(EXPERT, ROUTER, num_experts=E, route=TOP_2)
+    params = params_of(model)
     mask = np.arange(T) > 0
     y, _ = model.apply(jax.tree.map(np.asarray, params), X, mask=mask)
     np.testing.assert_allclose(y, jax.jit(model.apply)(params, X, mask=mask)[0], rtol=1e-6)
@@ -68,13 +74,13 @@ def test_the_grouped_product_takes_numpy():
 
 @pytest.mark.parametrize("name", ["dense", "dropless", "capacity"])
 def test_an_expert_that_returns_more_than_its_output_is_refused(name):
-    schedule, decision = PROBLEMS[name]
+    schedule, decision = problem(name)
     with pytest.raises(ValueError, match="must return one array, got a tuple"):
         schedule(lambda params, x: (EXPERT.apply(params, x), None), PARAMS, X, decision)
 
 
 def test_a_mixture_of_means_needs_floats():
-    schedule, decision = PROBLEMS["mix_slots"]
+    schedule, decision = problem("mix_slots")
     with pytest.raises(ValueError, match="takes floats, of which it makes means, got int32"):
         schedule(EXPERT.apply, PARAMS, jnp.ones((T, D), jnp.int32), decision)
 
@@ -89,7 +95,7 @@ def test_integer_tokens_keep_the_outputs_of_several_kinds_of_experts():
     of_kinds = moejax.moe_of(
         moejax.networks(embed, 4), router=router, route=moejax.softmax, feature_ndim=0
     )
-    params = of_kinds.init(jax.random.key(0))
+    params = params_of(of_kinds)
     y, _ = of_kinds.apply(params, jnp.arange(T))
     plain = moejax.moe(embed, router, num_experts=4, feature_ndim=0)
     expected, _ = plain.apply({**params, "experts": params["experts"][0]}, jnp.arange(T))
@@ -100,10 +106,10 @@ def test_integer_tokens_keep_the_outputs_of_several_kinds_of_experts():
 @pytest.mark.parametrize("decision", ["gather_slots", "mix_slots"])
 def test_several_kinds_of_experts_take_choices_of_tokens(decision):
     model = moejax.moe_of(
-        moejax.networks(EXPERT, E), router=ROUTER, route=lambda logits: PROBLEMS[decision][1]
+        moejax.networks(EXPERT, E), router=ROUTER, route=lambda logits: problem(decision)[1]
     )
     with pytest.raises(ValueError, match="takes a decision of type Routing, got"):
-        model.apply(model.init(jax.random.key(0)), X)
+        model.apply(params_of(model), X)
 
 
 def test_what_a_rule_has_bound_is_kept():
@@ -111,7 +117,7 @@ def test_what_a_rule_has_bound_is_kept():
     key, mask = jax.random.key(5), jnp.zeros(T, bool)
     route = partial(moejax.noisy_top_k, noise_scale=3.0, k=2, key=key)
     model = moejax.moe(EXPERT, ROUTER, num_experts=E, route=route)
-    params = model.init(jax.random.key(0))
+    params = params_of(model)
     _, routing = model.apply(params, X)
     np.testing.assert_array_equal(routing.experts, route(routing.logits).experts)
     assert (routing.experts != model.apply(params, X, key=jax.random.key(6))[1].experts).any()
@@ -126,17 +132,17 @@ def test_a_rule_that_requires_a_key_is_given_none():
         return moejax.softmax(logits)
 
     model = moejax.moe(EXPERT, ROUTER, num_experts=E, route=route)
-    assert model.apply(model.init(jax.random.key(0)), X)[0].shape == (T, 2)
+    assert model.apply(params_of(model), X)[0].shape == (T, 2)
 
 
 @pytest.mark.parametrize(
     ("router", "route"),
     [
-        (moejax.noisy(ROUTER, ROUTER), partial(moejax.top_k, k=2)),
+        (moejax.noisy(ROUTER, ROUTER), TOP_2),
         (ROUTER, partial(moejax.noisy_top_k, k=2)),
     ],
 )
 def test_a_router_and_a_rule_that_do_not_go_together_are_refused(router, route):
     model = moejax.moe(EXPERT, router, num_experts=E, route=route)
     with pytest.raises(ValueError, match=r"The rule must take what the router returns, \d arrays"):
-        model.apply(model.init(jax.random.key(0)), X)
+        model.apply(params_of(model), X)

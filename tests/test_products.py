@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from cases import normal
 from moejax.schedules._sorted.products import transposing_matmul
 
 EXPERTS, ROWS, D_IN, D_OUT = 2, 5, 3, 4
 
 
 def operands(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (EXPERTS, ROWS, D_IN))
-    kernel = jax.random.normal(keys[1], (EXPERTS, D_IN, D_OUT))
-    return x.astype(dtype), kernel.astype(dtype)
+    x = normal(0, EXPERTS, ROWS, D_IN, dtype=dtype)
+    return x, normal(1, EXPERTS, D_IN, D_OUT, dtype=dtype)
 
 
 def gradients(product, x, kernel):
@@ -44,6 +43,7 @@ def test_derivatives_against_finite_differences(x64):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of it on CPU")
+@pytest.mark.usefixtures("optimized")
 def test_no_product_on_cpu_reads_its_left_operand_by_columns():
     """Two products in a chunk, as in the batched pass: the plain one shows what to look for."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from parts import progress as module
+from parts.command_line import say
 from parts.compiling import timed
 from parts.progress import progress
 
@@ -40,6 +41,21 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert list(progress("abc", "letters")) == ["a", "b", "c"]
     assert "letters: 100%" in terminal.getvalue()
+
+
+def test_a_line_takes_the_place_of_the_bar(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    say("a line")
+    assert terminal.getvalue() == "\r\x1b[K"
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_standard_error_may_be_closed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    with module.waiting("nothing"):
+        assert list(progress("abc", "letters")) == ["a", "b", "c"]
+    say("a line")
+    assert capsys.readouterr().out == "a line\n"
 
 
 def test_plain_lines_on_a_terminal_without_tqdm(monkeypatch):

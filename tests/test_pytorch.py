@@ -166,19 +166,11 @@ def test_an_expert_sees_only_its_own_rows(torch):
     assert sum(seen) == 8
 
 
-def imported(code):
-    """Runs code in a process that can import the experiments."""
+def test_the_script_in_torch_needs_no_jax(torch):
     experiments = Path(__file__).parent.parent / "experiments"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiments), *sys.path])}
-    subprocess.run([sys.executable, "-c", f"import sys, {code}"], check=True, env=environment)
-
-
-def test_the_twins_and_their_script_need_no_torch():
-    imported("pytorch.script_in_moejax; assert 'torch' not in sys.modules")
-
-
-def test_the_script_in_torch_needs_no_jax(torch):
-    imported("pytorch.script_in_torch; assert 'jax' not in sys.modules")
+    code = "import sys, pytorch.script_in_torch; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_waits_are_of_whole_processes(torch, monkeypatch):

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import moejax
+from moejax.training import init_state
+from pages import blocks_of
+from reference import close
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +52,42 @@ def test_code_of_the_pytorch_page_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(code, names)
     assert set(names["params"]) == {"router", "experts"}
+
+
+def table(page, header):
+    """The cells of the first table whose header begins so."""
+    rows = page[page.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_times_are_those_of_the_comparison_with_pytorch():
+    times = []
+    for _, eager, by_compiler, ours, *_ in table(PYTORCH, "| ms of a training step |"):
+        peers = re.findall(r"\d[\d.]*", f"{eager} {by_compiler}")
+        times.append([min(peers, key=float), ours])
+    shown = table(README, "| a training step on two CPU cores, ms |")
+    assert [row[1:] for row in shown] == times
+
+
+def test_code_of_the_first_page_is_one_mixture_twice():
+    definition, usage = blocks_of("index.md", "python")
+    names: dict = {}
+    exec(usage, names)
+    y, expert = names["y"], moejax.linear(2, 1).apply
+    names.update(expert=expert, params=names["params"]["experts"], gates=names["routing"].gates)
+    exec(definition, names | {"x": jnp.ones((1000, 2))}, outcome := {})
+    close(outcome["y"], y)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_code_of_the_page_about_speed_runs(key):
+    [code] = blocks_of("speed.md", "python")
+    names: dict = {}
+    exec(code, names)
+    state = init_state(jnp.zeros(3), names["optimizer"], key)
+    state, metrics = names["step"](state, jnp.ones(3))
+    assert metrics["loss"] == 9
+    assert state.opt_state.gradients.tolist() == [-6, -6, -6]
 
 
 def test_the_rules_page_names_what_exists_and_every_rule():

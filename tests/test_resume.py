@@ -1,13 +1,13 @@
 """A run that is killed again and again ends with the bits of one that never was."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import moejax
-from commands import refusal, run
+from commands import draw_nothing, refusal, run, start_fork
 from mnist_files import write_small_mnist
 from moejax import checkpoint
 from moejax.training import (
@@ -29,13 +29,14 @@ from moejax.training import (
     train_step,
     train_until,
 )
+from parts import ending, resume
 from reference import close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SIZES = "--hidden 4 --experts 2 --batch-size 2".split()
 EPOCHS = 3
-STEPS_PER_EPOCH = 61  # of 121 images, so that the last batch is smaller
+STEPS_PER_EPOCH = 31  # of 61 images, so that the last batch is smaller
 
 
 def leaves(out):
@@ -91,39 +92,22 @@ def test_an_epoch_in_pieces_is_the_epoch_bit_by_bit(size):
     assert beyond.step == steps
 
 
-def train(out, data, *arguments, file_size=resource.RLIM_INFINITY):
-    """In a process of its own."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
-    with open(out.with_suffix(".log"), "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    run("mnist", "--out", str(out), "--data-dir", str(data), *SIZES, *arguments)
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts runs as processes, forked from one that has imported everything."""
+    """Starts runs without pictures as processes of their own."""
     folder = tmp_path_factory.mktemp("resume")
-    write_small_mnist(folder / "data", train_size=121, test_size=20)
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload(["preload"])
+    write_small_mnist(folder / "data", train_size=61, test_size=20)
 
-        def begin(out, *arguments, **limits):
-            process = forks.Process(
-                target=train, args=(out, folder / "data", *arguments), kwargs=limits
-            )
-            process.start()
-            return process
+    def begin(out, *arguments):
+        return start_fork(
+            "mnist",
+            *("--out", str(out), "--data-dir", str(folder / "data"), *SIZES, *arguments),
+            log=out.with_suffix(".log"),
+            programs=folder / "programs",
+            replaced={"parts.reports.draw": draw_nothing},
+        )
 
-        yield begin
+    return begin
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +148,21 @@ def wait_for(condition, process, seconds=60.0):
     return False
 
 
-def kill_at_random(out, process, draw):
-    process.join(timeout=draw.uniform(0.1, 2.5))
+def started(out, step):
+    return lambda: (checkpoint.latest(out / "checkpoints") or 0) >= step
 
 
-def kill_while_saving(out, process, draw):
+def while_it_starts(out, process, draw):
+    process.join(timeout=draw.uniform(0.1, 1))
+
+
+def while_it_trains(out, process, draw):
+    newest = checkpoint.latest(out / "checkpoints") or 0
+    wait_for(started(out, newest + draw.randint(1, 4)), process)
+    time.sleep(draw.uniform(0, 0.1))  # a step and its save take about as long
+
+
+def while_it_saves(out, process, draw):
     before = unfinished(out)
     wait_for(lambda: unfinished(out) - before, process)
     time.sleep(draw.uniform(0, 0.02))
@@ -180,13 +174,14 @@ TO_THE_END = ["--epochs", str(EPOCHS), "--checkpoint-every", "1000", "--resume"]
 
 def test_killed_at_any_moment(start, reference, tmp_path):
     out, draw = tmp_path / "killed", random.Random(0)
-    kills = saving = 0
-    while kills < 22:
+    moments = [while_it_starts] * 2 + [while_it_trains] * 3 + [while_it_saves] * 11
+    draw.shuffle(moments)
+    saving = 0
+    for comes in moments:
         process = start(out, *OFTEN, "--resume")
-        (kill_while_saving if kills % 2 else kill_at_random)(out, process, draw)
+        comes(out, process, draw)
         process.kill()
         finish(process, out, -signal.SIGKILL)
-        kills += 1
         saving += bool(unfinished(out))
     assert 0 < checkpoint.latest(out / "checkpoints") < EPOCHS * STEPS_PER_EPOCH
     assert saving >= 5
@@ -201,15 +196,11 @@ def assert_same_run(out, reference):
     assert leaves(out) == leaves(reference)
 
 
-def started(out, step):
-    return lambda: (checkpoint.latest(out / "checkpoints") or 0) >= step
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(start, reference, tmp_path, signum):
     out = tmp_path / "stopped"
     process = start(out, *OFTEN)
-    assert wait_for(started(out, 70), process), log(out)
+    assert wait_for(started(out, STEPS_PER_EPOCH + 4), process), log(out)
     os.kill(process.pid, signum)
     finish(process, out, 128 + signum)
     step = checkpoint.latest(out / "checkpoints")
@@ -222,11 +213,15 @@ def test_a_signal_saves_and_says_how_to_go_on(start, reference, tmp_path, signum
     assert_same_run(out, reference)
 
 
+def limit_files(process, size):
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 def test_a_disk_that_fills_up_costs_nothing_saved(start, reference, tmp_path):
     out = tmp_path / "full"
     process = start(out, *OFTEN)
     assert wait_for(started(out, 5), process), log(out)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    limit_files(process, 10_000)
     finish(process, out, 1)
     step = checkpoint.latest(out / "checkpoints")
     said = f"could not be written to {out}/checkpoints; the newest complete one is {step}"
@@ -237,7 +232,9 @@ def test_a_disk_that_fills_up_costs_nothing_saved(start, reference, tmp_path):
 
 def test_a_full_disk_is_reported_before_training(start, tmp_path):
     out = tmp_path / "full"
-    finish(start(out, *OFTEN, "--hidden", "200", file_size=2**20), out, 1)
+    process = start(out, *OFTEN, "--hidden", "200")
+    limit_files(process, 2**20)
+    finish(process, out, 1)
     assert complaint(out).startswith("mnist.py: A checkpoint could not be written to")
     assert "epoch" not in log(out)
 
@@ -247,6 +244,20 @@ def test_more_epochs_go_on_from_a_finished_run(start, reference, tmp_path):
     finish(start(out, "--epochs", "1", "--checkpoint-every", "1000"), out)
     finish(start(out, *TO_THE_END), out)
     assert_same_run(out, reference)
+
+
+def test_a_signal_during_the_last_save_ends_the_run(monkeypatch, tmp_path):
+    @contextmanager
+    def writer(folder, keep):
+        yield None
+        ending._Watch.act(signal.SIGTERM)  # as the thread does that listens for signals
+
+    ended = []
+    monkeypatch.setattr(checkpoint, "writer", writer)
+    monkeypatch.setattr(resume, "end_at_once", ended.append)
+    with resume.pauses(resume.Plan(tmp_path, 1, 1, {})):
+        pass
+    assert ended == [signal.SIGTERM]
 
 
 DIGITS = "--dataset digits --model dense --hidden 4 --epochs 2".split()

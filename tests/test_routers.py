@@ -9,8 +9,9 @@ import pytest
 from jax.test_util import check_grads
 
 import moejax
+from cases import normal, params_of
 
-X = jax.random.normal(jax.random.key(0), (5, 4))
+X = normal(0, 5, 4)
 IDENTITY = moejax.Layer(lambda key: {}, lambda params, x: x)
 
 
@@ -26,7 +27,7 @@ def test_cosine_is_the_cosine():
 
 def test_cosine_scale_is_held_at_100():
     router = moejax.cosine(4, 6, 3)
-    params = router.init(jax.random.key(0))
+    params = params_of(router)
     largest = router.apply({**params, "log_scale": jnp.float32(50.0)}, X)
     at_limit = router.apply({**params, "log_scale": jnp.log(jnp.float32(100.0))}, X)
     np.testing.assert_allclose(largest, at_limit, rtol=1e-6)
@@ -34,18 +35,16 @@ def test_cosine_scale_is_held_at_100():
 
 @pytest.mark.parametrize("router", [moejax.cosine(4, 6, 3), moejax.slots(4, 3, 2)])
 def test_gradients_in_float64(router, x64):
-    params = jax.tree.map(lambda leaf: leaf.astype(float), router.init(jax.random.key(0)))
-    x = jnp.asarray(X, float)
+    params, x = jax.tree.map(lambda leaf: leaf.astype(float), (params_of(router), X))
     check_grads(jax.jit(router.apply), (params, x), 1, ["rev"], 1e-6, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("router", [moejax.cosine(4, 6, 3), moejax.slots(4, 3, 2)])
 def test_gradient_is_finite_at_a_zero_token(router):
-    params = jax.tree.map(jnp.zeros_like, router.init(jax.random.key(0)))
-    gradients = jax.grad(lambda params, x: router.apply(params, x).sum(), argnums=(0, 1))(
-        params, jnp.zeros((1, 4))
-    )
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+    params = jax.tree.map(jnp.zeros_like, params_of(router))
+    total = lambda params, x: router.apply(params, x).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(params, jnp.zeros((1, 4)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("make", [partial(moejax.cosine, 4, 6, 3), partial(moejax.slots, 4, 3, 2)])
@@ -73,11 +72,17 @@ def test_wrappers_compose_with_each_other_and_with_a_noisy_router():
     wrapped = moejax.jittered(
         moejax.soft_capped(moejax.tempered(noisy, temperature=0.5), cap=1.5), epsilon=0.1
     )
-    params = wrapped.init(jax.random.key(0))
+    params = params_of(wrapped)
     logits, scale = wrapped.apply(params, X)
     clean, clean_scale = noisy.apply(params, X)
     np.testing.assert_allclose(logits, 1.5 * np.tanh(np.asarray(clean) / 0.5 / 1.5), rtol=1e-5)
     np.testing.assert_array_equal(scale, clean_scale)
+
+
+def test_the_scale_of_noise_is_a_softplus_above_a_hundredth():
+    x = jnp.array([[-30.0, -1.0, 0.0, 2.0]])
+    _, scale = moejax.noisy(IDENTITY, IDENTITY).apply({"router": {}, "noise": {}}, x)
+    np.testing.assert_allclose(scale, np.log1p(np.exp(np.asarray(x))) + 1e-2, rtol=1e-6)
 
 
 def test_every_wrapper_passes_the_key_on():
@@ -105,7 +110,7 @@ def test_a_wrapped_router_serves_any_rule():
     router = moejax.tempered(moejax.jittered(moejax.linear(4, 3), epsilon=0.1), temperature=2.0)
     for route in (moejax.softmax, partial(moejax.top_k, k=2), moejax.relu, moejax.sinkhorn):
         layer = moejax.moe(moejax.linear(4, 2), router, num_experts=3, route=route)
-        y, _ = layer.apply(layer.init(jax.random.key(0)), X, key=jax.random.key(1))
+        y, _ = layer.apply(params_of(layer), X, key=jax.random.key(1))
         assert y.shape == (5, 2)
 
 

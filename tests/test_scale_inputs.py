@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import EXPERTS, SCHEDULES, D, E, T
+from cases import EXPERTS, SCHEDULES, D, E, T, normal, params_of
 from moejax.schedules.expert_parallel import expert_parallel
 
 RULES = {
@@ -41,9 +41,7 @@ EXPERT = EXPERTS["mlp"]  # with biases: zero in is not zero out
 
 @cache
 def tokens_and_logits():
-    key = jax.random.key(0)
-    x, logits = jax.random.normal(key, (T, D)), 2 * jax.random.normal(key, (T, E))
-    return moejax.stack(EXPERT, E).init(key), x, logits
+    return params_of(moejax.stack(EXPERT, E)), normal(0, T, D), normal(1, T, E, scale=2)
 
 
 @cache
@@ -62,18 +60,17 @@ def test_the_gate_is_inside_the_expert(schedule, rule):
     jax.tree.map(close, got, expected(rule))
 
 
-def test_it_runs_on_a_mesh(key):
+def test_it_runs_on_a_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "expert"))
-    expert, logits = moejax.glu(D, 5), jax.random.normal(key, (16, 8))
-    params, x = moejax.stack(expert, 8).init(key), jax.random.normal(key, (16, D))
-    routing = moejax.top_k(logits, k=2)
+    expert, routing = moejax.glu(D, 5), moejax.top_k(normal(0, 16, 8), k=2)
+    params, x = params_of(moejax.stack(expert, 8)), normal(1, 16, D)
     expected = moejax.scale_inputs(moejax.dense)(expert.apply, params, x, routing)
     execute = moejax.scale_inputs(expert_parallel(mesh))
     y = jax.jit(partial(execute, expert.apply))(params, x, routing)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_a_schedule_of_moe(key):
+def test_it_is_a_schedule_of_moe():
     model = moejax.moe(
         moejax.glu(D, 5),
         moejax.linear(D, E),
@@ -82,7 +79,7 @@ def test_it_is_a_schedule_of_moe(key):
         execute=moejax.scale_inputs(moejax.dropless),
     )
     x = jnp.ones((2, 3, D), jnp.bfloat16)
-    y, routing = model.apply(model.init(key), x)
+    y, routing = model.apply(params_of(model), x)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert routing.experts.shape == (6, 1)

@@ -1,7 +1,8 @@
 """One table: every schedule x rule x expert x dtype against the obvious loop, value and gradient.
 
-A schedule is compiled once per expert, dtype and shape of a decision, which is an argument; of the
-shapes there are two for one expert, and one, with room for E choices, for the others.
+A schedule is compiled once per expert, dtype, and kind and shape of a decision, which is an
+argument. One expert meets both kinds of `Routing` and two shapes; for the others every decision has
+room for E choices, and all schedules but `dense`, which alone looks at the kind, meet one kind.
 """
 
 import inspect
@@ -30,22 +31,33 @@ from cases import (
     logits_for,
     problem,
 )
-from reference import close, obvious
+from reference import close, obvious, obvious_gradients
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # bfloat16 has 8 bits: 2^-8 per operation
 ALL_RULES, ALL_SCHEDULES = RULES | SLOT_RULES, SCHEDULES | SLOT_SCHEDULES
 
 
-def value_and_gradients(schedule, expert):
-    """Of a scalar of the output: gradients by parameters, tokens and whatever a decision holds."""
+def cosines(y):
+    """By what an output is multiplied, so that the sum of it is a scalar to differentiate."""
+    return np.cos(np.arange(y.size)).reshape(y.shape).astype(y.dtype)
+
+
+def gradients_and_output(schedule, expert):
+    """The gradients by parameters, tokens and whatever a decision holds, and the output."""
 
     def scalar(params, x, decision):
         y = schedule(expert, params, x, decision)
-        weight = np.cos(np.arange(y.size)).reshape(y.shape)
-        dtype = np.promote_types(y.dtype, jnp.float32)
-        return jnp.sum(weight.astype(y.dtype) * y, dtype=dtype), y
+        return jnp.sum(cosines(y) * y, dtype=np.promote_types(y.dtype, jnp.float32)), y
 
-    return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+    return jax.grad(scalar, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+
+
+def by_the_loop(expert):
+    def run(params, x, decision):
+        y = obvious(expert, params, x, decision)
+        return obvious_gradients(expert, params, x, decision, cosines(y)), y
+
+    return run
 
 
 @cache
@@ -71,33 +83,44 @@ def with_choices(decision, least):
     return decision._replace(experts=experts, weights=np.pad(decision.weights, missing))
 
 
+def alike(schedule, expert, decision):
+    """The decision in one of the few kinds and shapes that the schedule is compiled for."""
+    if expert == "mlp":
+        return with_choices(decision, least=2)
+    decision = with_choices(decision, least=E)
+    plain = isinstance(decision, moejax.Routing) and schedule != "dense"
+    return moejax.Routing(*decision) if plain else decision
+
+
 def cotangent_of(decision, cotangent):
-    """A cotangent without the choices that were added."""
+    """A cotangent of the decision's kind, without the choices that were added."""
     if not isinstance(decision, moejax.Routing):
         return cotangent
     k = decision.experts.shape[1]
     experts, weights = cotangent.experts[:, :k], cotangent.weights[:, :k]
-    return cotangent._replace(experts=experts, weights=weights)
+    return type(decision)(*cotangent)._replace(experts=experts, weights=weights)
 
 
-def evaluate(run, rule, params, x, least=E):
+WIDE = partial(with_choices, least=E)
+
+
+def evaluate(run, rule, params, x, prepare=WIDE):
     """The output, and the gradients by parameters, tokens and logits."""
     decision, to_logits = decide(rule, x.dtype if x.dtype == jnp.float64 else jnp.float32)
-    (_, y), gradients = jax.device_get(run(params, x, with_choices(decision, least)))
-    params, x, cotangent = gradients
+    (params, x, cotangent), y = jax.device_get(run(params, x, prepare(decision)))
     return y, params, x, to_logits(cotangent_of(decision, cotangent))
 
 
 @cache
 def compiled(schedule, expert):
-    return jax.jit(value_and_gradients(ALL_SCHEDULES[schedule], EXPERTS[expert].apply))
+    return jax.jit(gradients_and_output(ALL_SCHEDULES[schedule], EXPERTS[expert].apply))
 
 
 @cache
 def expected(rule, expert, dtype):
     """By the loop, in float32 at the least, on tokens rounded to the dtype."""
     params, x = problem(expert, dtype)
-    run = value_and_gradients(obvious, EXPERTS[expert].apply)
+    run = by_the_loop(EXPERTS[expert].apply)
     return evaluate(run, rule, params, x.astype(np.promote_types(dtype, jnp.float32)))
 
 
@@ -106,8 +129,8 @@ def expected(rule, expert, dtype):
 @pytest.mark.parametrize("expert", ["mlp", "glu", "pixelwise"])
 def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
     params, x = problem(expert, DTYPES[dtype])
-    least = 2 if expert == "mlp" else E
-    got = evaluate(compiled(schedule, expert), rule, params, x, least)
+    run, prepare = compiled(schedule, expert), partial(alike, schedule, expert)
+    got = evaluate(run, rule, params, x, prepare)
     assert got[0].dtype == DTYPES[dtype]
     tolerance = TOLERANCE[dtype]
     close(got, expected(rule, expert, DTYPES[dtype]), rtol=tolerance, atol=5 * tolerance)
@@ -118,7 +141,7 @@ def test_a_schedule_computes_the_sum_in_double_precision(schedule, rule, x64):
     params, x = problem("mlp", jnp.float64)
     got = evaluate(compiled(schedule, "mlp"), rule, params, x)
     assert got[0].dtype == jnp.float64
-    run = value_and_gradients(obvious, EXPERTS["mlp"].apply)
+    run = by_the_loop(EXPERTS["mlp"].apply)
     close(got, evaluate(run, rule, params, x), rtol=1e-12)
 
 

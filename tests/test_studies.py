@@ -1,5 +1,7 @@
 """What all studies share: intervals, blocks of seeds, the page of docs."""
 
+import argparse
+import importlib
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from commands import refusal
+from data import Dataset
 from pages import DOCS
 from parts.ending import EndedError, RefusedError
 from studies import (
@@ -21,10 +24,12 @@ from studies import (
     efficiency_report,
     heads_report,
     hierarchy_report,
+    images,
     many_tasks_report,
     sharpness_report,
 )
 from studies.blocks import Cell, collect
+from studies.command import Study, work
 from studies.intervals import interval, shown
 from studies.page import check_page, pattern, publish, table
 
@@ -95,9 +100,21 @@ def test_damaged_files_are_named(name, text, tmp_path):
     cells = [Cell("a", 1, 1, uniform([]))]
     collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
     (tmp_path / "blocks" / name).write_text(text)
-    expected = "--x must be" if (name, text) == ("identity.json", "{}") else f"{name} is damaged"
+    advice = "choose another --out" if name == "identity.json" else "delete it to go on without it"
+    expected = f"{name} is damaged: {advice}"
+    if (name, text) == ("identity.json", "{}"):
+        expected = "--x must be"
     with pytest.raises(RefusedError, match=expected):
         collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_results_of_an_unknown_run_are_not_used(resume, tmp_path):
+    cells = [Cell("a", 1, 1, uniform([]))]
+    collect(tmp_path / "blocks", cells, 0, {"--x": "1"}, resume=False)
+    (tmp_path / "blocks" / "identity.json").unlink()
+    with pytest.raises(RefusedError, match="results of an unknown run: choose another --out"):
+        collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=resume)
 
 
 def test_what_is_not_finite_is_not_written(tmp_path):
@@ -107,31 +124,25 @@ def test_what_is_not_finite_is_not_written(tmp_path):
     assert not list((tmp_path / "blocks").glob("a-*"))
 
 
-STUDY = """
+SLOW_STUDY = """
 import sys, time, jax
 from pathlib import Path
 from studies.blocks import Cell, collect
 
 def measure(keys):
-    time.sleep(float(sys.argv[2]))
+    time.sleep(0.5)
     return {"value": jax.vmap(jax.random.uniform)(keys)}
 
-out = collect(Path(sys.argv[1]), [Cell("a", 6, 1, measure)], 3, {}, resume=sys.argv[3] == "resume")
-print(out["a"]["value"].tolist())
+collect(Path(sys.argv[1]), [Cell("a", 6, 1, measure)], 3, {}, resume=False)
 """
-
-
-def command(folder, seconds, resume):
-    return [sys.executable, "-c", STUDY, str(folder), seconds, resume]
 
 
 def test_a_killed_run_goes_on(tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "experiments")])
     environment = os.environ | {"PYTHONPATH": path}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(
-        command(killed, "0.5", ""), env=environment, stdout=subprocess.DEVNULL, stderr=-3
-    )
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", SLOW_STUDY, str(killed)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=-3)
     until = time.monotonic() + 100
     while len(list(killed.glob("a-*.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.05)
@@ -139,13 +150,13 @@ def test_a_killed_run_goes_on(tmp_path):
     assert process.wait() == -signal.SIGKILL
     kept = {one.name: one.stat().st_mtime_ns for one in killed.glob("a-*.json")}
     assert 2 <= len(kept) < 6
-    results = [
-        subprocess.run(one, env=environment, capture_output=True, text=True, check=True).stdout
-        for one in (command(killed, "0", "resume"), command(whole, "0", ""))
-    ]
-    values = [json.loads(result.splitlines()[-1]) for result in results]
-    assert len(values[0]) == 6
-    assert values[0] == values[1]
+    calls = []
+    cells = [Cell("a", 6, 1, uniform(calls))]
+    resumed = collect(killed, cells, 3, {}, resume=True)
+    assert len(calls) == 6 - len(kept)
+    whole = collect(tmp_path / "whole", cells, 3, {}, resume=False)
+    assert len(whole["a"]["value"]) == 6
+    np.testing.assert_array_equal(resumed["a"]["value"], whole["a"]["value"])
     assert all((killed / name).stat().st_mtime_ns == when for name, when in kept.items())
 
 
@@ -182,6 +193,41 @@ def test_a_study_writes_its_section(tmp_path):
     check_page(tmp_path, "x")
     with pytest.raises(RefusedError, match="must have the lines <!-- y -->"):
         check_page(tmp_path, "y")
+
+
+def test_results_of_a_sample_bear_its_notice_and_are_not_published(tmp_path, capsys, monkeypatch):
+    from moejax.plot import new_figure
+
+    sample = Dataset("mnist-sample", None, None, "a package", notice="A SAMPLE OF MNIST")
+    monkeypatch.setattr(images, "loaded", lambda folder: sample)
+    study = Study(
+        "x",
+        add_options=lambda parser: None,
+        cells=lambda args: [Cell("a", 1, 1, uniform([]))],
+        summarize=lambda measured: {},
+        render=lambda summary: "a table",
+        draw=lambda summary, measured: new_figure(width=1, height=1)[0],
+    )
+    args = argparse.Namespace(out=tmp_path, seed=0, resume=False, docs=None, data_dir=None)
+    work(study, args)
+    assert capsys.readouterr().out.endswith("\nA SAMPLE OF MNIST\n")
+    published = argparse.Namespace(out=tmp_path / "new", docs=tmp_path, data_dir=None)
+    with pytest.raises(RefusedError, match="--docs needs all images of MNIST, got a sample"):
+        work(study, published)
+    assert not (tmp_path / "new").exists()
+    assert images.notice_of(argparse.Namespace(out=tmp_path)) == ""
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_help_tells_every_default(name):
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(name).STUDY.add_options(parser)
+    untold = [
+        action.option_strings
+        for action in parser._actions
+        if action.default not in (None, False) and "(default: " not in action.help
+    ]
+    assert not untold
 
 
 def test_a_table():

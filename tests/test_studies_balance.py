@@ -59,7 +59,8 @@ def test_a_penalty_is_what_the_library_says():
 
 def test_collapse_is_measured(images):
     method = METHODS["nothing"]
-    params = layer(method, ()).init(jax.random.key(0))
+    shapes = jax.eval_shape(layer(method, ()).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     router = {"kernel": jnp.zeros((PIXELS, EXPERTS)), "bias": -jnp.arange(EXPERTS, dtype=float)}
     params["routed"]["router"] = router
     result = jax.jit(lambda params: measure(method, Run(params, (), ()), images))(params)
@@ -91,3 +92,5 @@ def test_the_verdict_goes_by_the_interval():
     assert verdict({"differences": differences}) == (
         "Errors below that of nothing: z-loss. Errors above it: none."
     )
+    one_seed = {cell_name(name): {"low": None, "high": None} for name in METHODS}
+    assert verdict({"differences": one_seed}) == "One seed shows no difference."

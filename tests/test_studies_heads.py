@@ -1,7 +1,7 @@
 """The study of heads on a convolutional trunk: distortion, what a run measures, the command."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ import pytest
 import moejax
 from commands import refusal, run
 from data import Split
+from heads import of_all, of_undistorted
 from mnist_files import write_small_mnist
-from parts.routes import nothing
 from studies import distortion, heads_report, trunk_testing
 from studies.distortion import bends, distorted
 from studies.heads import EXPERTS, heads
@@ -25,6 +25,7 @@ from studies.trunk_training import (
     faithful_images,
     start,
     step,
+    unbalanced,
 )
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -90,16 +91,16 @@ def test_bent_images_differ_from_straight_ones(monkeypatch, key):
 
 def test_features_are_normalised_in_training_alone(key):
     images = jax.random.randint(key, (6, 28, 28), 0, 256).astype(jnp.uint8)
-    variables = Trunk().init(key, images, training=False)
-    features, moved = Trunk().apply(variables, images, training=True, mutable=["batch_stats"])
+    variables = jax.jit(partial(Trunk().init, training=False))(key, images)
+    train = jax.jit(partial(Trunk().apply, training=True, mutable=["batch_stats"]))
+    features, moved = train(variables, images)
     assert features.shape == (6, FEATURES)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
     before, after = variables["batch_stats"], moved["batch_stats"]
     assert not np.allclose(*(each["BatchNorm_0"]["mean"] for each in (before, after)))
-    alone = Trunk().apply(variables, images[:1], training=False)
-    np.testing.assert_allclose(
-        alone, Trunk().apply(variables, images, training=False)[:1], atol=1e-5
-    )
+    test = jax.jit(partial(Trunk().apply, training=False))
+    alone, together = test(variables, images[:1]), test(variables, images)
+    np.testing.assert_allclose(alone, together[:1], atol=1e-5)
 
 
 MACHINE = {"cores": "2", "processor": "a processor"}
@@ -179,9 +180,24 @@ def test_all_heads_are_of_equal_size(key):
     assert sizes["soft"] == sizes["dense"] + router + biases
 
 
-def training(name="top-1", balance=nothing, epochs=1, steps=20):
-    head = heads(FEATURES, balance)[name]
-    return Training(head, adamw(4e-3, steps), epochs, batch_size=8)
+def training(balance=unbalanced, epochs=1, steps=20):
+    return Training(heads(FEATURES)["top-1"], adamw(4e-3, steps), epochs, 8, balance)
+
+
+# Each of these is compiled once for all tests.
+@cache
+def begun():
+    return jax.jit(partial(start, training=training()))(jax.random.key(0))
+
+
+@cache
+def stepping():
+    return jax.jit(partial(step, training()))
+
+
+@cache
+def looking():
+    return jax.jit(partial(evaluate, training()))
 
 
 @pytest.fixture
@@ -193,11 +209,10 @@ def eight(key):
 
 def test_steps_learn(eight, key):
     data, rows = eight
-    go_on = jax.jit(partial(step, training()))
-    run = first = start(key, training())
+    run = first = begun()
     losses = []
     for _ in range(20):
-        run, loss = go_on(run, data, rows, key, 0)
+        run, loss = stepping()(run, data, rows, key, 0)
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, run)
@@ -206,11 +221,9 @@ def test_steps_learn(eight, key):
 
 def test_faithful_images_are_not_distorted(eight, key):
     data, rows = eight
-    way = training("dense")
-    go_on = jax.jit(partial(step, way))
     for faithful, alike in ((0, False), (7, False), (8, True)):
         losses = [
-            float(go_on(start(key, way), data, rows, each, faithful)[1])
+            float(stepping()(begun(), data, rows, each, faithful)[1])
             for each in jax.random.split(key, 2)
         ]
         assert (losses[0] == losses[1]) is alike
@@ -224,25 +237,33 @@ def test_half_of_the_images_are_faithful_in_the_last_epochs(epochs, distorting):
 
 def test_the_balance_loss_reaches_the_router(eight, key):
     data, rows = eight
+    balanced = jax.jit(partial(step, training(lambda *found: 1e3 * of_all(*found))))
     routers = []
-    for balance in (nothing, lambda routing: 1e3 * moejax.load_balancing_loss(routing)):
-        way = training(balance=balance)
-        run, _ = jax.jit(partial(step, way))(start(key, way), data, rows, key, 0)
+    for go_on in (stepping(), balanced):
+        run, _ = go_on(begun(), data, rows, key, 0)
         routers.append(run.params["head"]["router"]["kernel"])
     assert not np.allclose(*routers, atol=1e-6)
 
 
-def test_tests_use_what_training_has_gathered(eight, key):
+def test_balance_is_of_undistorted_images_once_there_are_any():
+    routing = moejax.switch(jnp.array([[2.0, 0.0], [3.0, 0.0], [0.0, 2.0]]))
+    some = jnp.array([True, False, True])
+    expected = moejax.load_balancing_loss(moejax.switch(routing.logits[some]))
+    np.testing.assert_allclose(of_undistorted(routing, some), expected, rtol=1e-6)
+    everything = moejax.load_balancing_loss(routing)
+    assert abs(everything - expected) > 0.1
+    np.testing.assert_allclose(of_undistorted(routing, jnp.zeros(3, bool)), everything)
+    np.testing.assert_allclose(of_all(routing, some), 0.3 * everything, rtol=1e-6)
+
+
+def test_tests_use_what_training_has_gathered(eight):
     data, _ = eight
-    run = start(key, training("dense"))
-    head, params = training("dense").head, run.params
+    run = begun()
+    show = jax.jit(partial(classify, training().head, training=False))
     other = jax.tree.map(lambda leaf: leaf + 1, run.statistics)
-    found = [
-        classify(head, params, statistics, data.images, training=False)[0]
-        for statistics in (run.statistics, other)
-    ]
+    found = [show(run.params, statistics, data.images)[0] for statistics in (run.statistics, other)]
     assert not np.allclose(*found)
-    tested = evaluate(training("dense"), run, data.images)["log_probabilities"]
+    tested = looking()(run, data.images)["log_probabilities"]
     np.testing.assert_allclose(tested, jax.nn.log_softmax(found[0]), atol=1e-5)
 
 
@@ -253,10 +274,9 @@ def test_images_move_by_a_pixel():
     np.testing.assert_array_equal(shifted(image, -1, 1)[0], digit(slice(0, 2), slice(26, 28)))
 
 
-def test_all_images_are_tested_in_batches(eight, key, monkeypatch):
+def test_all_images_are_tested_in_batches(eight, monkeypatch):
     data, _ = eight
-    way = training()
-    look, run = jax.jit(partial(evaluate, way)), start(key, way)
+    look, run = looking(), begun()
     expected = look(run, data.images)
     monkeypatch.setattr(trunk_testing, "AT_ONCE", 3)
     found = evaluate_all(look, run, np.asarray(data.images))
@@ -264,10 +284,9 @@ def test_all_images_are_tested_in_batches(eight, key, monkeypatch):
         np.testing.assert_allclose(found[name], values, atol=1e-5)
 
 
-def test_the_blend_is_of_nine_shifts(eight, key):
+def test_the_blend_is_of_nine_shifts(eight):
     data, _ = eight
-    way = training("dense")
-    look, run = jax.jit(partial(evaluate, way)), start(key, way)
+    look, run = looking(), begun()
     images = np.pad(np.asarray(data.images)[:, 2:-2, 2:-2], ((0, 0), (2, 2), (2, 2)))
     views = [
         np.roll(images, shift, (1, 2)) for shift in [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]

@@ -1,7 +1,7 @@
 """Sharpness: products with the Hessian through every schedule, Lanczos, Hutchinson, the command."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from studies.hessian import (
     ritz,
 )
 from studies.images import loaded
-from studies.sharpness_report import ratio, sentence
+from studies.sharpness_report import percent, ratio, sentence
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -45,6 +45,14 @@ def by_product(loss, flat):
     return jax.jit(partial(hessian_vector, loss, flat))
 
 
+@cache
+def product_of_top_2(schedule):
+    """The product with the Hessian through a schedule, and the row; in double precision."""
+    with jax.enable_x64(True):
+        loss, flat = top_2(ONE_DEVICE[schedule])
+        return by_product(loss, flat), flat
+
+
 @pytest.fixture(scope="module")
 def full():
     """The whole Hessian of `top_2` through `dense`, in double precision."""
@@ -55,9 +63,9 @@ def full():
 
 @pytest.mark.parametrize("schedule", ONE_DEVICE)
 def test_products_are_those_of_the_whole_hessian(schedule, full, x64):
-    loss, flat = top_2(ONE_DEVICE[schedule])
+    product, flat = product_of_top_2(schedule)
     vector = jnp.cos(jnp.arange(flat.size, dtype=float))
-    np.testing.assert_allclose(by_product(loss, flat)(vector), full @ vector, atol=1e-10)
+    np.testing.assert_allclose(product(vector), full @ vector, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +102,15 @@ def test_products_take_pytrees(key):
     np.testing.assert_allclose(product["b"], 2 * (params["a"] ** 2).sum())
 
 
-@pytest.fixture
-def space(full, x64):
+@pytest.fixture(scope="module")
+def space():
     """A Krylov space of the whole Hessian."""
-    product, flat = by_product(*top_2(moejax.dense)), jnp.zeros(len(full))
-    return lanczos(product, rademacher(jax.random.key(3), flat), 14)
+    product, flat = product_of_top_2("dense")
+    with jax.enable_x64(True):
+        return lanczos(product, rademacher(jax.random.key(3), flat), 14)
 
 
-def test_lanczos_finds_the_largest_eigenvalue(full, space):
+def test_lanczos_finds_the_largest_eigenvalue(full, space, x64):
     values, vectors = np.linalg.eigh(full)
     found = ritz(space)
     assert found.values[-1] == pytest.approx(values[-1], rel=0.01)
@@ -111,7 +120,7 @@ def test_lanczos_finds_the_largest_eigenvalue(full, space):
     assert abs(values[-1] - found.values[-1]) <= residual
 
 
-def test_its_basis_is_orthonormal_and_makes_the_hessian_tridiagonal(full, space):
+def test_its_basis_is_orthonormal_and_makes_the_hessian_tridiagonal(full, space, x64):
     alpha, beta, basis = space
     np.testing.assert_allclose(basis @ basis.T, np.eye(14), atol=1e-12)
     expected = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
@@ -129,9 +138,9 @@ def test_a_space_that_ends_early_adds_nothing(shift):
 
 
 def test_hutchinson_estimates_the_trace(full, x64):
-    loss, flat = top_2(moejax.dense)
+    product, flat = product_of_top_2("dense")
     keys = jax.random.split(jax.random.key(4), 4000)
-    estimate = jax.jit(lambda keys: hutchinson(by_product(loss, flat), flat, keys))(keys)
+    estimate = jax.jit(lambda keys: hutchinson(product, flat, keys))(keys)
     assert estimate.mean == pytest.approx(full.trace(), rel=0.03)
     assert abs(estimate.mean - full.trace()) < 3 * estimate.error
     off_diagonal = full - np.diag(np.diag(full))
@@ -209,9 +218,16 @@ def test_a_sentence_says_which_way():
         "test_trace": {"low": None, "high": None},
     }
     assert sentence("soft", each) == (
-        "Soft is sharper than dense by largest eigenvalue (test) and flatter by largest eigenvalue "
-        "(train)."
+        "Soft is shown to be sharper than dense by largest eigenvalue (test) and flatter by "
+        "largest eigenvalue (train)."
     )
+    one_seed = {place: {"low": None, "high": None} for place in each}
+    assert sentence("soft", one_seed) == "One seed shows no difference between soft and dense."
+
+
+def test_shares_have_no_exponent():
+    shares = [2.2071e-7, 0.0776, 0.0, 1.234]
+    assert [percent(share) for share in shares] == ["0.000022%", "7.8%", "0%", "120%"]
 
 
 def test_ratios_are_averaged_as_logarithms():

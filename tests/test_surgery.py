@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import moejax
+from cases import normal, params_of
 from moejax.interop.flax import from_nnx, to_nnx
 
 D, E = 3, 4
@@ -20,8 +21,8 @@ close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def double(params):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+def doubles_of(layer):
+    return jax.device_put(jax.tree.map(np.float64, params_of(layer)))
 
 
 def mixture(num_experts=E, layer=LAYERS["mlp"], bias=True, **options):
@@ -44,17 +45,17 @@ RULES = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_upcycled_mixture_is_the_layer(rule, layer, key):
+def test_upcycled_mixture_is_the_layer(rule, layer):
     route, total = RULES[rule]
-    dense = double(LAYERS[layer].init(key))
-    router = double(moejax.linear(D, E).init(key))
+    dense = doubles_of(LAYERS[layer])
+    router = doubles_of(moejax.linear(D, E))
     params = moejax.upcycle(dense, router, num_experts=E, total=total)
     model = mixture(layer=LAYERS[layer], route=route)
     close(output(model, params), LAYERS[layer].apply(dense, jnp.asarray(X)))
 
 
 def test_upcycled_router_starts_even_and_copies_may_differ(key):
-    dense, router = double(LAYERS["mlp"].init(key)), double(moejax.linear(D, E).init(key))
+    dense, router = doubles_of(LAYERS["mlp"]), doubles_of(moejax.linear(D, E))
     params = moejax.upcycle(dense, router, num_experts=E, noise=0.1, key=key)
     assert not any(leaf.any() for leaf in jax.tree.leaves(params["router"]))
     kernels = params["experts"]["layers"][0]["kernel"]
@@ -64,8 +65,8 @@ def test_upcycled_router_starts_even_and_copies_may_differ(key):
 
 
 @pytest.mark.parametrize("num_experts", [4, 5, 7, 8, 12])
-def test_grown_mixture_of_all_experts_is_the_same(num_experts, key):
-    params = double(mixture().init(key))
+def test_grown_mixture_of_all_experts_is_the_same(num_experts):
+    params = doubles_of(mixture())
     grown = moejax.grow(params, num_experts=num_experts)
     close(output(mixture(num_experts), grown), output(mixture(), params))
 
@@ -74,13 +75,13 @@ def test_grown_mixture_of_all_experts_is_the_same(num_experts, key):
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "softmax"])
 def test_grown_mixture_of_the_best_is_the_same_with_an_offset(rule, num_experts, key):
     route, _ = RULES[rule]
-    params = double(mixture().init(key))
+    params = doubles_of(mixture())
     grown = moejax.grow(params, num_experts=num_experts, offset=50.0, noise=0.1, key=key)
     close(output(mixture(num_experts, route=route), grown), output(mixture(route=route), params))
 
 
-def test_grown_mixture_of_twice_the_best_is_the_same(key):
-    params = double(mixture(bias=False).init(key))
+def test_grown_mixture_of_twice_the_best_is_the_same():
+    params = doubles_of(mixture(bias=False))
     grown = moejax.grow(params, num_experts=2 * E)
     twice = mixture(2 * E, bias=False, route=partial(moejax.top_k, k=4))
     close(
@@ -89,8 +90,19 @@ def test_grown_mixture_of_twice_the_best_is_the_same(key):
     )
 
 
-def test_pruning_experts_that_nobody_chooses_changes_nothing(key):
-    params = double(mixture().init(key))
+def test_noise_of_growth_is_on_the_copies_alone(key):
+    one = normal(0, E, 30, 30, dtype=float)
+    params = {"router": params_of(mixture())["router"], "experts": {"one": one, "three": 3 * one}}
+    grown = moejax.grow(params, num_experts=2 * E, noise=0.1, key=key)["experts"]
+    added = jax.tree.map(lambda new, old: new - jnp.tile(old, (2, 1, 1)), grown, params["experts"])
+    assert not any(leaf[:E].any() for leaf in added.values())
+    noise = np.concatenate([added["one"][E:], added["three"][E:] / 3]).reshape(2 * E, -1)
+    np.testing.assert_allclose(noise.std(axis=1), 0.1 * one.std(), rtol=0.1)
+    np.testing.assert_allclose(np.corrcoef(noise), np.eye(2 * E), atol=0.15)
+
+
+def test_pruning_experts_that_nobody_chooses_changes_nothing():
+    params = doubles_of(mixture())
     params["router"]["bias"] = params["router"]["bias"].at[1].set(-50.0)
     route = partial(moejax.top_k, k=2)
     _, routing = mixture(route=route).apply(params, jnp.asarray(X))
@@ -101,27 +113,27 @@ def test_pruning_experts_that_nobody_chooses_changes_nothing(key):
     close(output(mixture(3, route=route), pruned), output(mixture(route=route), params))
 
 
-def test_merged_experts_are_their_weighted_mean(key):
-    params = double(mixture(layer=LAYERS["linear"]).init(key))
+def test_merged_experts_are_their_weighted_mean():
+    params = doubles_of(mixture(layer=LAYERS["linear"]))
     load = jnp.array([1, 0, 2, 5])
     merged = moejax.merge(params, load)
     kernels = np.asarray(params["experts"]["kernel"])
     close(merged["kernel"], np.tensordot(np.array([1, 0, 2, 5]) / 8, kernels, axes=1))
     within = jax.jit(lambda params: moejax.merge(params, load))(params)
     close(within["kernel"], merged["kernel"])
-    equal = moejax.upcycle(double(LAYERS["mlp"].init(key)), params["router"], num_experts=E)
+    equal = moejax.upcycle(doubles_of(LAYERS["mlp"]), params["router"], num_experts=E)
     close(
         LAYERS["mlp"].apply(moejax.merge(equal, load), jnp.asarray(X)),
         output(mixture(), equal),
     )
 
 
-def test_the_moments_of_an_optimizer_follow(key):
+def test_the_moments_of_an_optimizer_follow():
     model = moejax.with_shared(mixture(), LAYERS["mlp"])
-    params = double(model.init(key))
+    params = doubles_of(model)
     optimizer = optax.adam(1e-3)
     with jax.numpy_dtype_promotion("standard"):
-        _, state = optimizer.update(params, optimizer.init(params))
+        _, state = jax.jit(optimizer.update)(params, optimizer.init(params))
     ids = [2, 0]
     operate = partial(moejax.take_experts, ids=ids)
     smaller, moments = (moejax.map_mixtures(operate, tree) for tree in (params, state))
@@ -135,9 +147,9 @@ def test_the_moments_of_an_optimizer_follow(key):
         )
 
 
-def test_routers_of_several_parts(key):
+def test_routers_of_several_parts():
     router = moejax.noisy(moejax.mlp(D, 5, E), moejax.linear(D, E))
-    params = {"router": router.init(key), "experts": {"kernel": jnp.ones((E, D, 2))}}
+    params = {"router": params_of(router), "experts": {"kernel": jnp.ones((E, D, 2))}}
     smaller = moejax.prune(params, [3, 1])["router"]
     assert smaller["router"]["layers"][1]["kernel"].shape == (5, 2)
     assert smaller["router"]["layers"][0]["kernel"].shape == (D, 5)
@@ -164,13 +176,13 @@ def test_routers_of_several_parts(key):
         (partial(moejax.merge, load=jnp.zeros(4)), "positive for one expert"),
     ],
 )
-def test_what_cannot_be_done_is_refused(operate, message, key):
+def test_what_cannot_be_done_is_refused(operate, message):
     with pytest.raises(ValueError, match=message):
-        operate(mixture().init(key))
+        operate(params_of(mixture()))
 
 
-def test_structures_that_are_not_known_are_refused(key):
-    params = mixture(bias=False).init(key)
+def test_structures_that_are_not_known_are_refused():
+    params = params_of(mixture(bias=False))
     with pytest.raises(ValueError, match="The router must have a bias"):
         moejax.grow(params, num_experts=6)
     with pytest.raises(ValueError, match="The layer must end in a `linear`"):
@@ -181,8 +193,8 @@ def test_structures_that_are_not_known_are_refused(key):
 
 @pytest.mark.parametrize("part", ["router", "experts"])
 @pytest.mark.parametrize("id_", [-1, E])
-def test_experts_that_are_not_there_are_not_taken(id_, part, key):
-    params = mixture().init(key)
+def test_experts_that_are_not_there_are_not_taken(id_, part):
+    params = params_of(mixture())
     params = {"router": {"kernel": jnp.ones((D, E))}, "experts": {}, part: params[part]}
     message = rf"of the 4 experts, integers in \[0, 4\), got \[0, {id_}\]"
     with pytest.raises(ValueError, match=message):
@@ -197,22 +209,23 @@ def test_experts_that_are_not_there_are_not_taken(id_, part, key):
 )
 @pytest.mark.parametrize("num_experts", [6, 8])
 def test_moments_follow_growth_by_taking_experts(num_experts, grow, key):
-    params = double(mixture().init(key))
+    params = doubles_of(mixture())
     optimizer = optax.adam(1e-3)
+    update = jax.jit(optimizer.update)
     with jax.numpy_dtype_promotion("standard"):
-        _, state = optimizer.update(params, optimizer.init(params))
+        _, state = update(params, optimizer.init(params))
         grown = grow(params, num_experts=num_experts, key=key)
         take = partial(moejax.take_experts, ids=np.arange(num_experts) % E)
-        updates, _ = optimizer.update(grown, moejax.map_mixtures(take, state), grown)
+        updates, _ = update(grown, moejax.map_mixtures(take, state), grown)
     assert jax.tree.structure(updates) == jax.tree.structure(grown)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize("router", [moejax.linear(D, E), moejax.mlp(D, 5, E)])
 def test_an_upcycled_router_learns(router, key):
-    dense = double(LAYERS["mlp"].init(key))
+    dense = doubles_of(LAYERS["mlp"])
     model = moejax.moe(LAYERS["mlp"], router, num_experts=E, execute=moejax.dense)
-    params = moejax.upcycle(dense, double(router.init(key)), num_experts=E, noise=0.1, key=key)
+    params = moejax.upcycle(dense, doubles_of(router), num_experts=E, noise=0.1, key=key)
     np.testing.assert_array_equal(router.apply(params["router"], jnp.asarray(X)), 0)
 
     def step(params, _):
@@ -226,26 +239,26 @@ def test_an_upcycled_router_learns(router, key):
     assert not any(np.array_equal(*pair) for pair in zip(kernels, old, strict=True))
 
 
-def test_a_router_without_a_last_linear_layer_is_refused(key):
-    router = moejax.cosine(D, 2, E).init(key)
+def test_a_router_without_a_last_linear_layer_is_refused():
+    router = params_of(moejax.cosine(D, 2, E))
     with pytest.raises(ValueError, match="The router must end in a `linear`"):
-        moejax.upcycle(LAYERS["mlp"].init(key), router, num_experts=E)
+        moejax.upcycle(params_of(LAYERS["mlp"]), router, num_experts=E)
 
 
-def test_an_offset_keeps_copies_from_a_choice_by_bias(key):
+def test_an_offset_keeps_copies_from_a_choice_by_bias():
     def biased(num_experts):
         router = moejax.biased(moejax.linear(D, num_experts), num_experts)
         route = partial(moejax.sigmoid_top_k, k=2)
         return moejax.moe(LAYERS["mlp"], router, num_experts=num_experts, route=route)
 
-    params = double(biased(E).init(key))
+    params = doubles_of(biased(E))
     params["router"]["balance_bias"] = jnp.array([0.5, -0.2, -0.2, -0.1])
     grown = moejax.grow(params, num_experts=2 * E, offset=2.0)
     close(output(biased(2 * E), grown), output(biased(E), params))
 
 
-def test_parameters_that_an_optimizer_leaves_alone_are_left_alone(key):
-    params = mixture().init(key)
+def test_parameters_that_an_optimizer_leaves_alone_are_left_alone():
+    params = params_of(mixture())
     mask = {"router": {"kernel": True, "bias": False}, "experts": True}
     optimizers = {
         "masked": optax.masked(optax.adam(1e-3), mask),
@@ -274,41 +287,40 @@ EVERY = {
 @pytest.mark.parametrize("operate", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_layers", [2, E])
-def test_stacked_layers_are_mapped_over(num_layers, bias, operate, key):
-    model = mixture(bias=bias)
-    stacked = jax.vmap(model.init)(jax.random.split(key, num_layers))
+def test_stacked_layers_are_mapped_over(num_layers, bias, operate):
+    stacked = params_of(moejax.stack(mixture(bias=bias), num_layers))
     with pytest.raises(ValueError, match=r"those of one `moe`.* over stacked layers with `jax.vm"):
         operate(stacked)
 
 
 @pytest.mark.parametrize("operate", [EVERY["prune"], EVERY["take_experts"]])
-def test_surgery_maps_over_stacked_layers(operate, key):
-    keys = jax.random.split(key, E)
-    pruned = jax.vmap(operate)(jax.vmap(mixture().init)(keys))
-    first = operate(mixture().init(keys[0]))
+def test_surgery_maps_over_stacked_layers(operate):
+    stacked = params_of(moejax.stack(mixture(), E))
+    pruned = jax.vmap(operate)(stacked)
+    first = operate(jax.tree.map(lambda leaf: leaf[0], stacked))
     jax.tree.map(lambda all_layers, one: close(all_layers[0], one), pruned, first)
 
 
 @pytest.mark.parametrize("operate", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("num_zero", [0, 1])
-def test_banks_of_experts_are_refused(num_zero, operate, key):
+def test_banks_of_experts_are_refused(num_zero, operate):
     banks = [moejax.networks(LAYERS["mlp"], E)] * 2
     banks += [moejax.zero_experts(1)] * num_zero
     router = moejax.linear(D, 2 * E + num_zero)
-    params = moejax.moe_of(*banks, router=router, route=moejax.softmax).init(key)
+    params = params_of(moejax.moe_of(*banks, router=router, route=moejax.softmax))
     with pytest.raises(ValueError, match=r"those of one `moe`.* the banks of `moe_of` by hand"):
         operate(params)
 
 
-def test_a_router_for_other_experts_is_refused(key):
-    params = {**mixture().init(key), "router": moejax.linear(D, E + 1).init(key)}
+def test_a_router_for_other_experts_is_refused():
+    params = {**params_of(mixture()), "router": params_of(moejax.linear(D, E + 1))}
     for operate in EVERY.values():
         with pytest.raises(ValueError, match=r"experts \[[34], .* and a router \[5\] and \[3, 5\]"):
             operate(params)
 
 
-def test_only_known_routers_tell_how_many_experts_there_are(key):
-    params = {**mixture().init(key), "router": moejax.cosine(D, 2, E).init(key)}
+def test_only_known_routers_tell_how_many_experts_there_are():
+    params = {**params_of(mixture()), "router": params_of(moejax.cosine(D, 2, E))}
     assert moejax.merge(params, jnp.ones(E))["layers"][1]["kernel"].shape == (5, 2)
     with pytest.raises(ValueError, match="The router must end in a `linear`"):
         moejax.prune(params, [0, 1])
@@ -317,8 +329,8 @@ def test_only_known_routers_tell_how_many_experts_there_are(key):
 @pytest.mark.parametrize(
     "to_type", [flax.core.freeze, nnx.State, lambda tree: {"block": flax.core.freeze(tree)}]
 )
-def test_mixtures_in_other_mappings_are_found(to_type, key):
-    params, take = mixture().init(key), partial(moejax.take_experts, ids=[2, 0])
+def test_mixtures_in_other_mappings_are_found(to_type):
+    params, take = params_of(mixture()), partial(moejax.take_experts, ids=[2, 0])
     tree = to_type({"moe": params})
     changed = moejax.map_mixtures(take, tree)
     assert jax.tree.structure(changed) == jax.tree.structure(tree)
@@ -346,8 +358,8 @@ def test_a_module_and_its_optimizer_change_alike(operate, standard_promotion):
 
 
 @pytest.mark.parametrize("digits", [str, int])
-def test_the_last_of_numbered_layers_is_the_last_by_number(digits, key):
-    made = moejax.mlp(*[D] * 11, E).init(key)["layers"]
+def test_the_last_of_numbered_layers_is_the_last_by_number(digits):
+    made = params_of(moejax.mlp(*[D] * 11, E))["layers"]
     router = {"layers": {digits(number): layer for number, layer in enumerate(made)}}
     params = {"router": router, "experts": {"kernel": jnp.ones((E, D, 2))}}
     layers = moejax.prune(params, [3, 1])["router"]["layers"]
@@ -355,12 +367,12 @@ def test_the_last_of_numbered_layers_is_the_last_by_number(digits, key):
     close(layers[digits(9)]["kernel"], made[9]["kernel"])
 
 
-def test_a_router_of_flax_ends_in_its_last_layer(key):
+def test_a_router_of_flax_ends_in_its_last_layer():
     def make(rngs):
         return nnx.Sequential(nnx.Linear(D, 5, rngs=rngs), jnp.tanh, nnx.Linear(5, E, rngs=rngs))
 
     model = moejax.moe(LAYERS["linear"], from_nnx(make), num_experts=E)
-    params = moejax.prune(model.init(key), [3, 1])
+    params = moejax.prune(params_of(model), [3, 1])
     assert params["router"]["layers"][2]["kernel"].shape == (5, 2)
 
 
@@ -373,8 +385,8 @@ def test_a_router_of_flax_ends_in_its_last_layer(key):
     ],
 )
 @pytest.mark.parametrize("factored", [False, True])
-def test_what_adafactor_keeps_in_place_of_a_moment_is_left_alone(factored, operate, key):
-    params = moejax.moe(moejax.mlp(16, 17, 2), moejax.linear(16, E), num_experts=E).init(key)
+def test_what_adafactor_keeps_in_place_of_a_moment_is_left_alone(factored, operate):
+    params = params_of(moejax.moe(moejax.mlp(16, 17, 2), moejax.linear(16, E), num_experts=E))
     optimizer = optax.adafactor(factored=factored, min_dim_size_to_factor=16)
     followed = moejax.map_mixtures(operate, optimizer.init(params))
     expected = optimizer.init(operate(params))
@@ -382,20 +394,20 @@ def test_what_adafactor_keeps_in_place_of_a_moment_is_left_alone(factored, opera
 
 
 @pytest.mark.parametrize("d_model", [E, E + 3])
-def test_factored_moments_of_a_router_are_refused(d_model, key):
-    params = moejax.moe(moejax.linear(d_model, 2), moejax.linear(d_model, E), num_experts=E)
-    state = optax.adafactor(min_dim_size_to_factor=E).init(params.init(key))
+def test_factored_moments_of_a_router_are_refused(d_model):
+    model = moejax.moe(moejax.linear(d_model, 2), moejax.linear(d_model, E), num_experts=E)
+    state = optax.adafactor(min_dim_size_to_factor=E).init(params_of(model))
     with pytest.raises(ValueError, match="a factored moment cannot follow its parameter"):
         moejax.map_mixtures(partial(moejax.take_experts, ids=[0, 2]), state)
 
 
-def test_one_expert_has_a_bias_of_one_number(key):
-    grown = moejax.grow(mixture(1, LAYERS["linear"]).init(key), num_experts=E)
+def test_one_expert_has_a_bias_of_one_number():
+    grown = moejax.grow(params_of(mixture(1, LAYERS["linear"])), num_experts=E)
     assert grown["router"]["bias"].shape == (E,)
 
 
-def test_moments_that_an_optimizer_does_not_keep_are_pruned_too(key):
-    params = mixture().init(key)
+def test_moments_that_an_optimizer_does_not_keep_are_pruned_too():
+    params = params_of(mixture())
     prune = partial(moejax.prune, keep=[0, 2])
     for mask in ({"router": True, "experts": False}, {"router": False, "experts": False}):
         optimizer = optax.masked(optax.adam(1e-3), mask)
@@ -405,8 +417,8 @@ def test_moments_that_an_optimizer_does_not_keep_are_pruned_too(key):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
-def test_equal_experts_merge_into_themselves(dtype, key):
-    one = jax.random.normal(key, (50, 3), dtype)
+def test_equal_experts_merge_into_themselves(dtype):
+    one = normal(0, 50, 3, dtype=dtype)
     experts = {"kernel": jnp.stack([one] * 60)}
     merged = moejax.merge({"router": {}, "experts": experts}, jnp.ones(60))["kernel"]
     assert merged.dtype == dtype

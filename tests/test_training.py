@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from cases import normal
 from moejax.training import (
     Masked,
     batch_sizes,
@@ -24,7 +25,7 @@ from moejax.training import (
 # Optax's Adam raises a float to the power of an integer count, which strict promotion refuses.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)), jnp.float32)
+X = normal(0, 10, 3)
 OPTIMIZER = optax.adam(0.1)
 
 
@@ -137,6 +138,18 @@ def test_inspecting_a_step_tells_what_the_step_does():
     expected = jax.grad(lambda w: loss({"w": w}, X, jax.random.key(0))[0])(jnp.ones(3))
     np.testing.assert_allclose(record.gradient, expected, rtol=1e-6)
     np.testing.assert_allclose(record.value + record.update, state.params["w"], rtol=1e-6)
+
+
+def test_inspecting_a_step_draws_the_noise_of_the_step():
+    def noisy(params, batch, key):
+        return jnp.sum(params["w"] * jax.random.normal(key, (3,))), {}
+
+    optimizer = optax.sgd(0.1)
+    state = init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    state = state._replace(step=state.step + 3)
+    [record] = inspect_step(noisy, optimizer, state, X)
+    after, _ = train_step(noisy, optimizer)(state, X)
+    np.testing.assert_allclose(record.value + record.update, after.params["w"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [0, 11])
@@ -297,3 +310,30 @@ def test_a_metric_of_every_example_is_refused_where_a_batch_is_smaller(batch_siz
     step = train_step(each, OPTIMIZER)
     with pytest.raises(ValueError, match="same shape for every batch"):
         train_epoch(step, start(), X, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("made", [4, 2])
+def test_metrics_must_have_room_for_every_step_of_the_epoch(made):
+    state = start()
+    metrics = empty_metrics(STEP, state, X, batch_size=made)
+    used = 6 - made
+    message = f"must have room for the {-(-10 // used)} steps of an epoch"
+    with pytest.raises(ValueError, match=message):
+        train_until(STEP, state, metrics, X, epoch_order(state, 0, 10), 2, batch_size=used)
+
+
+@pytest.mark.parametrize("indices", [jnp.arange(8), jnp.zeros((2, 2)), jnp.array(3)])
+def test_indices_are_integers_with_a_row_for_each_step(indices):
+    with pytest.raises(ValueError, match=r"must be integers \[S, B\], a row for each step"):
+        scan_batches(STEP, start(), X, indices)
+
+
+def test_indices_may_be_lists():
+    listed, _ = scan_batches(STEP, start(), X, [[0, 1], [8, 9]])
+    known, _ = scan_batches(STEP, start(), X, jnp.array([[0, 1], [8, 9]]))
+    np.testing.assert_array_equal(listed.params["w"], known.params["w"])
+
+
+def test_a_batch_size_is_an_integer():
+    with pytest.raises(ValueError, match="must be an integer between 1"):
+        train_epoch(STEP, start(), X, batch_size=2.0)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import moejax
+from cases import params_of
 from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
+from moejax.interop.transformers.fields import ACTIVATIONS
 from pages import blocks_of
 from transformers_cases import CASES, D, config_of, module_of
 
@@ -79,9 +81,8 @@ def error_within(actual, expected, tolerance):
     return error
 
 
-def compare(name, dtype, execute=moejax.dense):
+def compare(case, dtype, execute=moejax.dense):
     """The largest error, of outputs and of all gradients, relative to the scale of each."""
-    case = CASES[name]
     config = config_of(case)
     module = module_of(case, config, getattr(torch, dtype))
     layer, layout = published.block(config, execute=execute)
@@ -109,17 +110,44 @@ def compare(name, dtype, execute=moejax.dense):
 
 @pytest.mark.parametrize("name", CASES)
 def test_block_in_float64(name, x64, in_double, record_property):
-    record_property("error", compare(name, "float64"))
+    record_property("error", compare(CASES[name], "float64"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_block_in_float32(name):
-    compare(name, "float32")
+    compare(CASES[name], "float32")
+
+
+VARIANTS = {
+    "cohere2_moe": {"expert_selection_fn": "softmax"},
+    "deepseek_v2": {"mlp_bias": True},
+    "deepseek_v3": {"norm_topk_prob": False},
+    "ernie4_5_moe": {"use_bias": True},
+    "laguna": {"moe_router_logit_softcapping": 0.0},
+    "lfm2_moe": {"norm_topk_prob": False},
+    "olmoe": {"norm_topk_prob": True},
+    "switch_transformers": {"router_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_block_with_another_field(name):
+    case = CASES[name]
+    compare(case._replace(fields={**case.fields, **VARIANTS[name]}), "float32")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    expected = ACT2FN[name](torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "switch_transformers"])
 def test_block_by_its_default_schedule(name):
-    compare(name, "float32", execute=None)
+    compare(CASES[name], "float32", execute=None)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -144,8 +172,8 @@ def test_block_in_bfloat16(name):
 
 def test_switch_limits_each_sequence(key):
     layer, _ = published.block(config_of(CASES["switch_transformers"]))
-    params, (x, _) = layer.init(key), inputs(jnp.float32)
-    mask = jnp.arange(x.shape[1])[None] < jnp.array([3, 16])[:, None]
+    params, (x, _) = params_of(layer), inputs(jnp.float32)
+    mask = jnp.asarray(np.arange(x.shape[1]) < np.array([[3], [16]]))
     y, routing = layer.apply(params, x, key=key, mask=mask)
     for one, expected, masked in zip(x, y, mask, strict=True):
         alone = layer.apply(params, one[None], mask=masked[None])[0][0]
@@ -160,13 +188,13 @@ def test_switch_limits_each_sequence(key):
             layer.apply(params, wrong)
 
 
-def test_a_layer_composed_by_hand_takes_the_params_of_the_block(key):
+def test_a_layer_composed_by_hand_takes_the_params_of_the_block():
     """So that it can have what the block leaves out, as docs/transformers.md says of `jittered`."""
     [code] = [one for one in blocks_of("transformers.md", "python") if "jittery" in one]
     config, (x, _) = config_of(CASES["mixtral"]), inputs(jnp.float32)
     config.num_experts_per_tok = 2
     layer, _ = published.block(config)
-    params = layer.init(key)
+    params = params_of(layer)
     names = {"moejax": moejax, "jax": jax, "functools": functools, "params": params, "x": x}
     exec(code, names | {"D": D, "E": 8, "F": 5}, outcome := {})
     expected = layer.apply(params, x)[0]
@@ -249,10 +277,7 @@ def test_the_text_model_is_meant():
 def test_both_layouts_hold_every_parameter(name):
     config = config_of(CASES[name])
     layer, layout = published.block(config)
-    params = jax.tree.map(
-        lambda leaf: np.random.default_rng(0).normal(size=leaf.shape),
-        jax.eval_shape(layer.init, jax.random.key(0)),
-    )
+    params = jax.tree.map(np.asarray, params_of(layer))
     for one in (layout, published.published(config)):
         back = conversion.from_torch(one, conversion.to_torch(one, params))
         jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -265,11 +290,10 @@ CHOSEN_BY_BIAS = ["minimax_m2", "deepseek_v3", "deepseek_v4", "afmoe", "lfm2_moe
 def test_a_bias_that_chooses_is_found_by_the_name_of_every_balance_bias(name, key):
     config = config_of(CASES[name])
     layer, layout = published.block(config)
-    params = layer.init(key)
-    for tree in (params, layout, published.published(config)):
-        router = tree.get("routed", tree)["router"]
-        assert set(router) == {"router", "balance_bias"}
-    bias = params.get("routed", params)["router"]["balance_bias"]
+    router_of = lambda tree: tree.get("routed", tree)["router"]  # noqa: E731
+    for tree in (jax.eval_shape(layer.init, key), layout, published.published(config)):
+        assert set(router_of(tree)) == {"router", "balance_bias"}
+    bias = jax.jit(lambda key: router_of(layer.init(key))["balance_bias"])(key)
     assert bias.dtype == jnp.float32
     assert not bias.any()
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,6 +32,9 @@ SMALL = {
 # What a script needs that the tests do not.
 NEEDS = {"published_weights": {"torch", "transformers"}}
 
+# Scripts for an interpreter of their own: one imports those, the other sets the number of devices.
+ALONE = ["published_weights", "your_own"]
+
 tutorials = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -46,14 +50,16 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def small(name):
-    """The script with other values in its first cell of code."""
+def small(name, folder):
+    """The script with other values in its first cell of code, written into a folder."""
     text = SCRIPTS[name].read_text()
     for parameter, value in SMALL[name].items():
         line = rf"^{parameter} = .*$"
         text, count = re.subn(line, f"{parameter} = {value!r}", text, flags=re.MULTILINE)
         assert count == 1, f"{name}.py must assign {parameter} once"
-    return text
+    script = folder / f"{name}.py"
+    script.write_text(text)
+    return str(script)
 
 
 @tutorials
@@ -92,16 +98,21 @@ def test_the_site_shows_it(name):
     assert f"tutorials/{name}" in (ROOT / "docs" / "index.md").read_text().split()
 
 
-@tutorials
-def test_the_script_runs(name, tmp_path):
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ALONE])
+def test_the_script_runs(name, tmp_path, monkeypatch, standard_promotion):
+    write_small_mnist(tmp_path / "mnist", train_size=200, test_size=100)
+    monkeypatch.setenv("MOEJAX_DATA_DIR", str(tmp_path / "mnist"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which a script adds to
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(small(name, tmp_path), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_script_runs_alone(name, tmp_path):
     missing = sorted(library for library in NEEDS.get(name, ()) if find_spec(library) is None)
     if missing and os.environ.get("MOEJAX_REQUIRE_TORCH") != "1":
         pytest.skip(f"{' and '.join(missing)} not installed")
-    script = tmp_path / f"{name}.py"
-    script.write_text(small(name))
-    write_small_mnist(tmp_path / "mnist", train_size=200, test_size=100)
-    own = {"MOEJAX_DATA_DIR": str(tmp_path / "mnist"), "MPLBACKEND": "agg"}
-    environment = os.environ | ONE_DEVICE | own
-    command = [sys.executable, "-W", "error", script]
+    environment = os.environ | ONE_DEVICE | {"MPLBACKEND": "agg"}
+    command = [sys.executable, "-W", "error", small(name, tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

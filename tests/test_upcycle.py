@@ -8,12 +8,13 @@ import numpy as np
 
 import data
 import upcycle
+from parts.records import versions
 
 
 def few_digits(_=None):
     digits = data.digits()
     few = lambda split: jax.tree.map(lambda leaf: leaf[:64], split)  # noqa: E731
-    return digits._replace(train=few(digits.train), test=few(digits.test))
+    return digits._replace(train=few(digits.train), test=few(digits.test), notice="FEW DIGITS")
 
 
 def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, standard_promotion):
@@ -24,8 +25,20 @@ def test_it_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, capsys, stand
     upcycle.main()
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in ("dense", "upcycled", "from scratch"))
-    assert printed.splitlines()[-1].startswith("Upcycling ")
+    assert printed.splitlines()[-3:] == [
+        "One seed does not show whether upcycling pays.",
+        "",
+        "FEW DIGITS",
+    ]
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["options"] == {
+        "--seed": "0",
+        "--epochs": "2",
+        "--more-epochs": "1",
+        "--batch-size": "32",
+        "seeds": 1,
+    }
+    assert summary["versions"] == versions()
     curves = {name: np.array(curve) for name, curve in summary["curves"].items()}
     shapes = {name: curve.shape for name, curve in curves.items()}
     ups = dict.fromkeys(("upcycled", "upcycled with noise"), (1, 2))

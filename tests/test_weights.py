@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import moejax
+from cases import params_of
+from disk import file_size_limit
 from moejax.interop import safetensors as weights
 from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
@@ -33,10 +35,10 @@ def test_round_trip_is_exact(path, dtype):
         np.testing.assert_array_equal(loaded[name], expected)
 
 
-def test_a_mixture_goes_through_a_file(path, key):
+def test_a_mixture_goes_through_a_file(path):
     layer = moejax.moe(moejax.glu(4, 8), moejax.linear(4, 3), num_experts=3)
     layout = conversion.moe(conversion.glu(4, 8), conversion.linear(4, 3), num_experts=3)
-    params = layer.init(key)
+    params = params_of(layer)
     weights.save(path, conversion.to_torch(layout, params))
     loaded = conversion.from_torch(layout, weights.load(path))
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -86,6 +88,13 @@ def test_a_failed_save_leaves_the_old_file(path):
     weights.save(path, {"weight": np.ones(3)})
     with pytest.raises(ValueError, match="dtypes"):
         weights.save(path, {"weight": np.ones(3, dtype=object)})
+    np.testing.assert_array_equal(weights.load(path)["weight"], np.ones(3))
+
+
+def test_a_full_disk_leaves_the_old_file(path):
+    weights.save(path, {"weight": np.ones(3)})
+    with file_size_limit(1000), pytest.raises(OSError, match="too large"):
+        weights.save(path, {"weight": np.zeros(1000)})
     np.testing.assert_array_equal(weights.load(path)["weight"], np.ones(3))
 
 

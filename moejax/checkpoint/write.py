@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from moejax._checks import is_integer
 from moejax._paths import local
 from moejax.checkpoint.folder import apart, clear, delete, latest, on_first_process, orbax, steps_in
 from moejax.checkpoint.manifest import describe, named_leaves, step_number, stored
@@ -80,7 +80,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         ...     for step in (10, 20, 30):
         ...         save_one({"w": jnp.full(3, step)}, step=step)
     """
-    if keep is not None and not (is_integer(keep) and keep >= 1):
+    if keep is not None and not (isinstance(keep, Integral) and keep >= 1):
         raise ValueError(
             f"`keep` must be an integer of at least 1, or None to keep all, got {keep}."
         )

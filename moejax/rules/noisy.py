@@ -82,7 +82,9 @@ def choose_noisy(clean: Array, noisy: Array, noise_scale: Array, *, k: int) -> R
         return decision._replace(chances=jnp.ones_like(clean))
     best = jax.lax.top_k(noisy, k + 1)[0]  # [T, k + 1]
     last_in, first_out = best[:, k - 1 : k], best[:, k:]  # [T, 1] each
-    threshold = jnp.where(noisy > first_out, first_out, last_in)
+    # By id: a program that computes `noisy` twice may round it in two ways, and `first_out` would
+    # be above itself.
+    threshold = jnp.where(decision.chooses, first_out, last_in)
     return decision._replace(chances=_chance_above(threshold, clean, noise_scale))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moejax._checks import is_integer
 from moejax.base import Array
 from moejax.training.step import TrainState
 
@@ -27,8 +27,8 @@ class Masked(NamedTuple):
     Example:
         >>> from moejax.training import init_state, train_epoch, train_step
         >>> def loss(p, batch, key):
-        ...     total = jnp.sum((p[None] - batch.data) ** 2, where=batch.mask[:, None])
-        ...     return total / jnp.maximum(batch.mask.sum(), 1), {}
+        ...     squares = jnp.where(batch.mask[:, None], (p[None] - batch.data) ** 2, 0.0)
+        ...     return jnp.sum(squares) / jnp.maximum(jnp.sum(batch.mask, dtype=float), 1), {}
         >>> step = train_step(loss, optax.sgd(0.1))
         >>> state = init_state(jnp.zeros(1), optax.sgd(0.1), jax.random.key(0))
         >>> data = Masked(jnp.ones((5, 1)), jnp.ones(5, bool))
@@ -79,7 +79,7 @@ def batch_sizes(num_examples: int, batch_size: int) -> tuple[int, ...]:
         >>> batch_sizes(5, 2)
         (2, 2, 1)
     """
-    if not (is_integer(batch_size) and 1 <= batch_size <= num_examples):
+    if not (isinstance(batch_size, Integral) and 1 <= batch_size <= num_examples):
         raise ValueError(
             "`batch_size` must be an integer between 1 and the number of examples "
             f"({num_examples}), got {batch_size}."
