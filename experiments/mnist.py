@@ -212,7 +212,7 @@ def train(
         print_step(inspect_step(partial(objective, model), optimizer, state, batch))
     with waiting("compiling the training step"):
         (take_steps, shuffle), compile_seconds = programs()
-    # What the end of the first epoch needs gets ready while the device takes its steps.
+    # While the device takes its steps, the test gets ready, and then what draws.
     test_program = cache(partial(compile_test, model, coming.params, data.test, mesh))
     advance = timed(take_steps, test_program, try_drawing)
     test = None

@@ -2,6 +2,7 @@
 
 import io
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -77,6 +78,14 @@ def test_what_is_done_while_a_program_first_runs_does_not_count():
     assert (first.tolist(), second.tolist()) == ([1, 1, 1], [2, 2, 2])
     assert done == ["once"]
     assert seconds < 0.2
+
+
+def test_each_call_does_one_thing_while_a_program_runs():
+    done = []
+    program = timed(lambda x: x + 1, *(partial(done.append, name) for name in "ab"))
+    for expected in ("a", "ab", "ab"):
+        program(np.zeros(3))
+        assert "".join(done) == expected
 
 
 def test_what_fails_while_a_program_runs_is_raised():

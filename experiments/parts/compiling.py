@@ -68,7 +68,8 @@ def timed(program: Callable[..., T], *work: Callable[[], object]) -> Callable[..
 
     Args:
         program: the program.
-        work: what the first call does in Python while the device computes; its time does not count.
+        work: what Python does while the device computes, one thing in each of the first calls; its
+            time does not count.
 
     Returns:
         A function of the program's arguments: its results, and seconds.
@@ -85,7 +86,7 @@ def timed(program: Callable[..., T], *work: Callable[[], object]) -> Callable[..
 
         with ThreadPoolExecutor(1) as pool:
             seconds = pool.submit(wait)
-            while left:
+            if left:
                 left.pop(0)()
             return results, seconds.result()
 
