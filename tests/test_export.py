@@ -54,7 +54,7 @@ def test_rules_and_losses(rule):
         return  # as random for a symbolic T, but not the same numbers
     for num_tokens in (2, 7):
         logits = normal(num_tokens, num_tokens, E)
-        jax.tree.map(close, call(logits), evidence(logits))
+        jax.tree.map(close, call(logits), jax.jit(evidence)(logits))
 
 
 def test_tables_masks_labels_and_targets():
@@ -72,7 +72,7 @@ def test_tables_masks_labels_and_targets():
     ids = jax.ShapeDtypeStruct((T,), jnp.int32)
     call = exported(everything, floats(T, E), ids, jax.ShapeDtypeStruct((T,), bool))
     args = normal(0, 5, E), jnp.arange(5) % 3, jnp.arange(5) > 0
-    jax.tree.map(close, call(*args), everything(*args))
+    jax.tree.map(close, call(*args), jax.jit(everything)(*args))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "top_2"])

@@ -18,16 +18,20 @@ RULES = {
 }
 
 
+@partial(jax.jit, static_argnums=0)  # compiled once, for every token and expert
+def term(expert, params, x, weights, t, k, e):
+    """One expert's output for one token, its input scaled."""
+    own = jax.tree.map(lambda leaf: leaf[e], params)
+    return expert(own, weights[t, k] * x[t][None])[0]
+
+
 def loop(expert, params, x, routing):
-    """One expert on one token at a time, its input scaled."""
-    rows = []
-    for t in range(len(x)):
-        row = 0.0
-        for e, weight in zip(routing.experts[t], routing.weights[t], strict=True):
-            if e < E:
-                own = jax.tree.map(lambda leaf, e=int(e): leaf[e], params)
-                row = row + expert(own, weight * x[t : t + 1])[0]
-        rows.append(row)
+    """One expert on one token at a time."""
+    rows = [0.0] * len(x)
+    for t, k in np.ndindex(routing.experts.shape):
+        e = int(routing.experts[t, k])
+        if e < E:
+            rows[t] = rows[t] + term(expert, params, x, routing.weights, t, k, e)
     return jnp.stack(rows)
 
 
