@@ -169,6 +169,12 @@ def test_the_summary_says_what_was_measured():
     assert "Better" not in text
 
 
+def test_one_seed_shows_no_difference():
+    one = {"accuracy": np.array([[99.0]]), "loss": np.ones((1, 1)), "blended": np.array([99.0])}
+    summary = heads_report.summarize({"dense": one, "soft": one})
+    assert heads_report.verdict(summary) == "One seed shows no difference.\n"
+
+
 def test_all_heads_are_of_equal_size(key):
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(head.layer.init, key)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from studies.blocks import Measured
 from studies.heads import EXPERTS
-from studies.intervals import shown, shown_with_deviation, with_interval
+from studies.intervals import ONE_SEED, shown, shown_with_deviation, with_interval
 from studies.page import Summary, duration, table
 
 # One run of each head on a ResNet-18, in percent of the validation images at the best epoch; and
@@ -94,6 +94,8 @@ def verdict(summary: Summary) -> str:
     if not summary["differences"]:
         return ""
     known = {name: one for name, one in summary["differences"].items() if one["low"] is not None}
+    if not known:
+        return f"{ONE_SEED}\n"
     better = [name for name, one in known.items() if one["low"] > 0]
     worse = [name for name, one in known.items() if one["high"] < 0]
     return (
