@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 import moejax
 from parts.command_line import add_data_dir, at_least, positive_float
+from parts.routes import nothing
 from studies import heads_figure, heads_report
 from studies.blocks import Cell
 from studies.command import Study, heads_option, main, seeds_option
@@ -31,7 +32,7 @@ from studies.heads import heads
 from studies.images import check_batch_size, identity, loaded
 from studies.trunk import FEATURES
 from studies.trunk_curves import curves
-from studies.trunk_training import Training, adamw, unbalanced
+from studies.trunk_training import Training, adamw
 
 
 def of_all(routing: moejax.Routing, undistorted: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ def of_undistorted(routing: moejax.Routing, undistorted: jax.Array) -> jax.Array
 
 
 HEADS = heads(FEATURES)
-BALANCE = {"dense": unbalanced, "soft": unbalanced, "top-2": of_all, "top-1": of_undistorted}
+BALANCE = {"dense": nothing, "soft": nothing, "top-2": of_all, "top-1": of_undistorted}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +89,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         Cell(name, args.seeds, 1, curves(training, train, data.test, name))
         for name, head in HEADS.items()
         if name in args.heads
-        for training in [
-            Training(head, optimizer, args.epochs, args.batch_size, BALANCE[name]),
-        ]
+        for training in [Training(head, optimizer, args.epochs, args.batch_size, BALANCE[name])]
     ]
 
 

@@ -291,8 +291,8 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
     def apply(
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        given = {"key": key, "mask": mask}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = {"key": key, "mask": mask}
+        given = {name: value for name, value in options.items() if value is not None}
         output = model.apply(params["routed"], x, **given)
         if not isinstance(output, tuple):
             raise ValueError(

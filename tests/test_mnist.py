@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import moejax
-from commands import EXPERIMENTS, refusal, run
+from commands import EXPERIMENTS, draw_nothing, refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -46,7 +46,7 @@ def read(folder):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Runs draw no pictures, for tests that look at numbers only."""
-    monkeypatch.setattr("parts.reports.draw", lambda *_: None)
+    monkeypatch.setattr("parts.reports.draw", draw_nothing)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from commands import refusal, run
 from data import Split
 from heads import of_all, of_undistorted
 from mnist_files import write_small_mnist
+from parts.routes import nothing
 from studies import distortion, heads_report, trunk_testing
 from studies.distortion import bends, distorted
 from studies.heads import EXPERTS, heads
@@ -25,7 +26,6 @@ from studies.trunk_training import (
     faithful_images,
     start,
     step,
-    unbalanced,
 )
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -186,7 +186,7 @@ def test_all_heads_are_of_equal_size(key):
     assert sizes["soft"] == sizes["dense"] + router + biases
 
 
-def training(balance=unbalanced, epochs=1, steps=20):
+def training(balance=nothing, epochs=1, steps=20):
     return Training(heads(FEATURES)["top-1"], adamw(4e-3, steps), epochs, 8, balance)
 
 

@@ -39,7 +39,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         help="your own text (default: Python's library)",
     )
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
-    add("--seeds", type=at_least(1), help="runs of each model (default: 3)")
+    add("--seeds", type=at_least(1), help=f"runs of each model {late('seeds')}")
     add("--steps", type=at_least(1, LARGEST_STEP), default=1500, help=f"of training {shown}")
     add(
         "--evaluate-every",
@@ -51,7 +51,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     add(
         "--windows",
         type=at_least(EVALUATED_AT_ONCE),
-        help=f"of the validation text, a multiple of {EVALUATED_AT_ONCE} (default: 512)",
+        help=f"of the validation text, a multiple of {EVALUATED_AT_ONCE} {late('windows')}",
     )
     add("--width", type=at_least(8), default=64, help=f"features of a character {shown}")
     add("--layers", type=at_least(1), default=2, help=f"transformer blocks {shown}")
@@ -62,8 +62,12 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         default=64,
         help=f"characters that a prediction can see {shown}",
     )
-    add("--experts", type=at_least(1), help="how many experts (default: 8)")
-    add("--top-k", type=at_least(1), help="experts per character, for rules that ask (default: 2)")
+    add("--experts", type=at_least(1), help=f"how many experts {late('experts')}")
+    add(
+        "--top-k",
+        type=at_least(1),
+        help=f"experts per character, for rules that ask {late('top_k')}",
+    )
     add("--hidden", type=at_least(1), default=64, help=f"hidden width of one expert {shown}")
     add("--batch-size", type=at_least(1), default=16, help=f"windows per step {shown}")
     add(
@@ -94,6 +98,11 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         if getattr(args, name) is None:
             setattr(args, name, default)
     return parser, args
+
+
+def late(name: str) -> str:
+    """What --help says of a default that is filled in late."""
+    return f"(default: {DEFAULTS[name]})"
 
 
 def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

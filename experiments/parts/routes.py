@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,8 @@ def with_noise(router: moejax.Layer) -> moejax.Layer:
     return moejax.noisy(router, router)
 
 
-def nothing(routing: moejax.Routing | None) -> jax.Array:
-    """No balance loss."""
+def nothing(*decision: Any) -> jax.Array:
+    """No balance loss, whatever has been decided."""
     return jnp.zeros(())
 
 

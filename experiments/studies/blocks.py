@@ -153,16 +153,17 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
     path = folder / IDENTITY
     here = versions()
     now = identity | {"the version of jax": here["jax"]}
-    if path.exists() and not resume:
+    known = path.exists()
+    if known and not resume:
         raise RefusedError(
             f"{folder} holds results of an earlier run: go on with it by --resume, or choose "
             "another --out"
         )
-    if not path.exists() and any(folder.glob("[!.]*-*-*.json")):
+    if not known and any(folder.glob("[!.]*-*-*.json")):
         raise RefusedError(f"{folder} holds results of an unknown run: choose another --out")
-    if resume and not path.exists():
+    if resume and not known:
         say(f"nothing to resume in {folder}: starting from the beginning")
-    if path.exists():
+    if known:
         check_same_run(now, record(path))
         note_other_versions(folder / "versions.json", here)
     folder.mkdir(exist_ok=True)

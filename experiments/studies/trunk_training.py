@@ -77,11 +77,6 @@ class Training(NamedTuple):
     balance: Callable[[Any, jax.Array], jax.Array]
 
 
-def unbalanced(decision: Any, undistorted: jax.Array) -> jax.Array:
-    """Zero, for a head that needs no balance."""
-    return jnp.zeros(())
-
-
 def adamw(rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW, whose rate rises to ``rate`` over a fifth of the steps, and falls to nothing."""
     rise = max(0.2, 1 / steps)  # a step at least, as optax divides by its length
