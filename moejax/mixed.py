@@ -17,7 +17,7 @@ import numpy as np
 from moejax._arrays import at_least_float32, gradient_where, output_dtype, where_kept
 from moejax._checks import check_count, check_layer, check_stacked, check_widths, takes
 from moejax._comparing import comparable
-from moejax.base import Array, DenseRouting, Layer, Params, Routing, Rule, Schedule
+from moejax.base import Array, Layer, Params, Routing, Rule, Schedule
 from moejax.layers import stack
 from moejax.moe_layer import default_schedule, routed
 
@@ -239,16 +239,12 @@ def _check_one_shape(outputs: list[Array]) -> None:
 
 
 def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:
-    if isinstance(routing, DenseRouting):
-        own_gates = routing.gates[:, start : start + num_experts]
-        ids = jnp.arange(num_experts, dtype=jnp.int32)
-        every = jnp.where(routing.present[:, None], ids, num_experts)
-        return DenseRouting(every, own_gates, own_gates, own_gates)
     own = (routing.experts >= start) & (routing.experts < start + num_experts)
     columns = slice(start, start + num_experts)
-    return Routing(
+    return routing._replace(
         experts=jnp.where(own, routing.experts - start, num_experts),
         weights=jnp.where(own, routing.weights, 0),
         scores=routing.scores[:, columns],
         logits=routing.logits[:, columns],
+        chances=None,
     )

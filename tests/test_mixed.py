@@ -105,13 +105,20 @@ def test_masked_tokens_get_zeros_from_every_kind():
     np.testing.assert_allclose(y[mask], MODEL.apply(PARAMS, X)[0][mask], rtol=1e-5, atol=1e-6)
 
 
-def test_a_mixture_of_one_bank_is_moe():
-    route = partial(moejax.top_k, k=2)
-    bank = moejax.moe_of(moejax.networks(NETWORK, 3), router=moejax.linear(D, 3), route=route)
-    plain = moejax.moe(NETWORK, moejax.linear(D, 3), num_experts=3, route=route)
+def dropping(expert, params, x, routing):
+    """Room for half the choices: first choices come before second ones."""
+    return moejax.capacity(expert, params, x, routing, factor=0.5)
+
+
+@pytest.mark.parametrize(("k", "execute"), [(2, None), (2, dropping), (3, dropping)])
+def test_a_mixture_of_one_bank_is_moe(k, execute):
+    route = partial(moejax.top_k, k=k)
+    banks = moejax.networks(NETWORK, 3, execute=execute)
+    bank = moejax.moe_of(banks, router=moejax.linear(D, 3), route=route)
+    plain = moejax.moe(NETWORK, moejax.linear(D, 3), num_experts=3, route=route, execute=execute)
     params = params_of(plain)
     y, _ = bank.apply({**params, "experts": [params["experts"]]}, X)
-    np.testing.assert_allclose(y, plain.apply(params, X)[0], rtol=1e-6)
+    np.testing.assert_allclose(y, plain.apply(params, X)[0], rtol=1e-6, atol=1e-7)
 
 
 def test_the_shared_expert_always_runs():
