@@ -194,7 +194,8 @@ def train(
     step = train_step(partial(masked_objective, model), optimizer)
     initial = partial(start, model, optimizer, args.seed)
     coming = shapes(jax.eval_shape(initial), mesh)
-    split = place(Masked(data.train, jnp.ones(len(data.train.labels), bool)), mesh)
+    mask = jax.device_put(np.ones(len(data.train.labels), bool))  # `jnp.ones` would be compiled
+    split = place(Masked(data.train, mask), mesh)
     programs = begin_compiling(step, coming, split, args.batch_size, mesh)
     state = place(jax.jit(initial, compiler_options=QUICK_TO_COMPILE)(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
@@ -407,10 +408,10 @@ def build(args: argparse.Namespace, mesh: Mesh | None) -> dict[str, Model]:
         name: spread(make(kind, args.experts, args.top_k, execute), mesh)
         for name, make in makers.items()
     }
-    image = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
+    key, image = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
     for model in models.values():
         with ending.refusals():
-            params = jax.eval_shape(model.init, jax.random.key(0))
+            params = jax.eval_shape(model.init, key)
             jax.eval_shape(model.apply, params, image, None)
             if mesh is not None:
                 shardings(params, mesh)
@@ -468,7 +469,7 @@ def check_length(args: argparse.Namespace, num_examples: int) -> None:
 
 def to_device(split: Split) -> Split:
     """The split as arrays on the device, images still uint8."""
-    return jax.tree.map(jnp.asarray, split)
+    return jax.device_put(split)  # `jnp.asarray` would be compiled
 
 
 def describe(args: argparse.Namespace, name: str) -> str:

@@ -190,7 +190,9 @@ def empty_metrics(step: Step, state: TrainState, data: Any, *, batch_size: int) 
         lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), data
     )
     _, one = jax.eval_shape(step, state, batch)
-    return jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), one)
+    # From NumPy, because `jnp.zeros` compiles a program for each shape.
+    zeros = jax.tree.map(lambda leaf: np.zeros((steps, *leaf.shape), leaf.dtype), one)
+    return jax.device_put(zeros)
 
 
 def scan_batches(
