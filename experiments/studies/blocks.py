@@ -165,13 +165,13 @@ def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
         say(f"nothing to resume in {folder}: starting from the beginning")
     if known:
         check_same_run(now, record(path))
-        note_other_versions(folder / "versions.json", here)
+        note_other_measurements(folder / "versions.json", here)
     folder.mkdir(exist_ok=True)
     write_json(path, now)
     write_json(folder / "versions.json", here)
 
 
-def note_other_versions(path: Path, now: dict[str, str]) -> None:
+def note_other_measurements(path: Path, now: dict[str, str]) -> None:
     """Says so where another machine, or other versions, measured what is there."""
     was = record(path) if path.exists() else {}
     others = [f"{name} {was[name]}" for name in was if was[name] != now.get(name)]
