@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
@@ -82,6 +83,26 @@ def test_a_folder_of_transformers_is_read_and_written_back(name, tmp_path):
 def _unchanged(model, folder):
     _, layout = published.block(folder)
     return conversion.from_torch(layout, model.model.layers[0].mlp.state_dict())
+
+
+def test_a_disk_that_fills_up_leaves_every_file_as_it_was(tmp_path, monkeypatch):
+    model_of("mixtral").save_pretrained(tmp_path, max_shard_size="1KB")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    changed = jax.tree.map(lambda leaf: 2 * leaf, published.load(tmp_path, 1))
+    written = []
+
+    def room_for_one(arrays, path, **options):
+        if written:
+            raise OSError("no space left")
+        save_file(arrays, path, **options)
+        written.append(path)
+
+    save_file = safetensors.numpy.save_file
+    monkeypatch.setattr(safetensors.numpy, "save_file", room_for_one)
+    with pytest.raises(OSError, match="no space left"):
+        published.save(tmp_path, 1, changed)
+    assert written
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_several_shards_and_bfloat16(tmp_path):

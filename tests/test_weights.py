@@ -96,6 +96,7 @@ def test_a_full_disk_leaves_the_old_file(path):
     with file_size_limit(1000), pytest.raises(OSError, match="too large"):
         weights.save(path, {"weight": np.zeros(1000)})
     np.testing.assert_array_equal(weights.load(path)["weight"], np.ones(3))
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">i8", ">f2"])

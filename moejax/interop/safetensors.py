@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax._paths import local
+from moejax._paths import local, written_whole
 
 CHECKSUM = "sha256"
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -48,9 +48,8 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     _check(contiguous)
     metadata = {CHECKSUM: _digest(contiguous)}
     path = local(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(library().numpy.save(contiguous, metadata=metadata))
-    os.replace(partial, path)
+    with written_whole([path]) as partial:
+        partial[path].write_bytes(library().numpy.save(contiguous, metadata=metadata))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

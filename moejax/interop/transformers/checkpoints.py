@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax._paths import local
+from moejax._paths import local, written_whole
 from moejax.base import Params
 from moejax.interop.safetensors import library
 from moejax.interop.torch import Layout, to_torch
@@ -88,9 +88,9 @@ def save(
     with _opened(folder) as (files, get):
         start, layout = _place(block, files, get, layer, prefix)
     state = {start + key: array for key, array in to_torch(layout, params).items()}
-    partial = {file: _written(file, state) for file in sorted({files[name] for name in state})}
-    for file, complete in partial.items():
-        os.replace(complete, file)
+    with written_whole(sorted({files[name] for name in state})) as partial:
+        for file, copy in partial.items():
+            _write_copy(file, copy, state)
 
 
 def _block(config: Any) -> Block:
@@ -218,14 +218,12 @@ def _array(piece: Any) -> np.ndarray:
     return piece[:] if piece.get_shape() else np.asarray(piece[...])
 
 
-def _written(file: Path, state: Mapping[str, np.ndarray]) -> Path:
-    """A complete copy of a file beside it, with new values for the tensors in ``state``."""
+def _write_copy(file: Path, copy: Path, state: Mapping[str, np.ndarray]) -> None:
+    """Copies a file with new values for the tensors in ``state``."""
     with _open(file) as handle:
         arrays = {
             name: state[name] if name in state else handle.get_tensor(name)
             for name in handle.keys()  # noqa: SIM118
         }
         metadata = handle.metadata()
-    partial = file.with_name(file.name + ".partial")
-    library().numpy.save_file(arrays, partial, metadata=metadata)
-    return partial
+    library().numpy.save_file(arrays, copy, metadata=metadata)
