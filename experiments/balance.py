@@ -19,7 +19,6 @@ import argparse
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from parts.command_line import add_data_dir, at_least
 from studies import balance_report
@@ -49,7 +48,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """Every method."""
     data = loaded(args.data_dir)
     steps = args.steps - args.steps % POINTS
-    train_split, test_split = jax.tree.map(jnp.asarray, (data.train, data.test))
+    train_split, test_split = jax.device_put((data.train, data.test))
     return [
         Cell(
             cell_name(name),

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import argparse
 
 import jax
-import jax.numpy as jnp
 
 import moejax
 from parts.command_line import add_data_dir, at_least, positive_float
@@ -81,7 +80,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         RefusedError: if a batch has more images than there are.
     """
     data = loaded(args.data_dir)
-    train = jax.tree.map(jnp.asarray, data.train)
+    train = jax.device_put(data.train)
     check_batch_size(args.batch_size, len(train.labels))
     steps = args.epochs * (len(train.labels) // args.batch_size)
     optimizer = adamw(args.learning_rate, steps)

@@ -441,7 +441,9 @@ def work(
     """The experiment."""
     data = load_images(args)
     check_length(args, len(data.train.labels))
-    on_device = data._replace(train=to_device(data.train), test=place(to_device(data.test), mesh))
+    on_device = data._replace(
+        train=jax.device_put(data.train), test=place(jax.device_put(data.test), mesh)
+    )
     runs = {}
     for name, model in models.items():
         out = args.out / name if args.model == "all" else args.out
@@ -465,11 +467,6 @@ def check_length(args: argparse.Namespace, num_examples: int) -> None:
     most = (2**31 - 1) // len(batch_sizes(num_examples, args.batch_size))
     if args.epochs > most:
         raise RefusedError(f"--epochs must be at most {most:,} here, got {args.epochs}")
-
-
-def to_device(split: Split) -> Split:
-    """The split as arrays on the device, images still uint8."""
-    return jax.device_put(split)  # `jnp.asarray` would be compiled
 
 
 def describe(args: argparse.Namespace, name: str) -> str:

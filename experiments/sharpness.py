@@ -73,8 +73,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def images_of(args: argparse.Namespace, data: Dataset) -> Images:
     """The images of a run, on the device."""
-    train = jax.tree.map(lambda each: jnp.asarray(each[: args.examples]), data.train)
-    test = jax.tree.map(jnp.asarray, data.test)
+    train = jax.device_put(jax.tree.map(lambda each: each[: args.examples], data.train))
+    test = jax.device_put(data.test)
     check_batch_size(args.batch_size, len(train.labels))
     count = min(args.images, len(train.labels), len(test.labels))
     measured = jax.tree.map(lambda *both: jnp.stack([each[:count] for each in both]), train, test)

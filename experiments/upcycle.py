@@ -88,7 +88,7 @@ def trainer(
 ) -> Train:
     """A function that trains for some epochs and returns the test accuracy after each."""
     step = train_step(partial(objective, apply), optimizer)
-    train, test = (jax.tree.map(jnp.asarray, split) for split in (data.train, data.test))
+    train, test = jax.device_put((data.train, data.test))
 
     @jax.jit
     def one_epoch(state: TrainState) -> tuple[TrainState, jax.Array]:
@@ -111,7 +111,7 @@ def measurer(args: argparse.Namespace, data: Dataset) -> Callable[[int], dict[st
     train_dense, train_mixture = (
         trainer(apply, optimizer, data, args.batch_size) for apply in (dense, mixture)
     )
-    test = jax.tree.map(jnp.asarray, data.test)
+    test = jax.device_put(data.test)
     begins = jax.jit(lambda params: accuracy(mixture, params, test))
     return partial(curves_of, args, optimizer, train_dense, train_mixture, begins)
 

@@ -239,6 +239,7 @@ def _check_one_shape(outputs: list[Array]) -> None:
 
 
 def _own_part(routing: Routing, start: int, num_experts: int) -> Routing:
+    # A choice of another bank goes nowhere. K stays that of all banks, in a `DenseRouting`, too.
     own = (routing.experts >= start) & (routing.experts < start + num_experts)
     columns = slice(start, start + num_experts)
     return routing._replace(

@@ -24,7 +24,7 @@ STEPS = 4  # per epoch
 RUN = ["--batch-size", "51", "--hidden", "8", "--model", "sparse", "--seed", "1"]
 HUNDRED_STEPS = ["--epochs", str(100 // STEPS)]
 MESH = ["--mesh", "data=2,expert=4"]
-OF_TWO = ["--mesh", "data=2,expert=2"]  # of two processes, which then compile less
+MESH_OF_TWO = ["--mesh", "data=2,expert=2"]  # processes, which then compile less
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def two(*flags):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    meet = [*flags, *OF_TWO, "--coordinator", address, "--processes", "2", "--process-id"]
+    meet = [*flags, *MESH_OF_TWO, "--coordinator", address, "--processes", "2", "--process-id"]
     return [[*meet, str(number)] for number in range(2)]
 
 

@@ -62,8 +62,8 @@ def mnist_suite(rounds: int, quick: bool) -> Iterator[Result]:
     images, hidden = (1000, 16) if quick else (60000, 128)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, 28, 28), np.uint8)
-    split = data.Split(pixels, rng.integers(0, DIGITS, images).astype(np.int32))
-    split = mnist.to_device(split)
+    labels = rng.integers(0, DIGITS, images).astype(np.int32)
+    split = jax.device_put(data.Split(pixels, labels))
     active = {"dense": 1, "soft": EXPERTS, "sparse": TOP_K}
     contenders = [epoch_contender(name, split, hidden, experts) for name, experts in active.items()]
     sizes = {"images": images, "hidden": hidden, "E": EXPERTS, "K": TOP_K, "batch": BATCH}

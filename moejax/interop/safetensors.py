@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax._paths import local, written_whole
+from moejax._files import written_whole
+from moejax._paths import local
 
 CHECKSUM = "sha256"
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

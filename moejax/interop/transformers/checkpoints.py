@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax._paths import local, written_whole
+from moejax._files import written_whole
+from moejax._paths import local
 from moejax.base import Params
 from moejax.interop.safetensors import library
 from moejax.interop.torch import Layout, to_torch
