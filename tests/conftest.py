@@ -41,6 +41,12 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_sessionfinish():
+    """Looks for cycles once; pytest and Python would do so six times, among millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
