@@ -199,7 +199,7 @@ def assert_same_run(out, reference):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(start, reference, tmp_path, signum):
     out = tmp_path / "stopped"
-    process = start(out, *OFTEN)
+    process = start(out, "--epochs", str(EPOCHS), "--checkpoint-every", "7")
     assert wait_for(started(out, STEPS_PER_EPOCH + 4), process), log(out)
     os.kill(process.pid, signum)
     finish(process, out, 128 + signum)
