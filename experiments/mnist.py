@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,28 @@ def start(model: Model, optimizer: optax.GradientTransformation, seed: int) -> T
     return init_state(model.init(init_key), optimizer, run_key)
 
 
+def compile_start(
+    args: argparse.Namespace, model: Model
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """Compiles in the background what makes the first state.
+
+    Returns:
+        The shapes of the state, and a function that makes it.
+    """
+    optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
+    initial = jax.jit(
+        partial(start, model, optimizer, args.seed), compiler_options=QUICK_TO_COMPILE
+    )
+    coming = jax.eval_shape(initial)
+    programs = compile_in_background((initial, ()))
+
+    def state() -> TrainState:
+        [make], _ = programs()
+        return make()
+
+    return coming, state
+
+
 def begin_compiling(
     step: Step, state: TrainState, train: Masked, batch_size: int, mesh: Mesh | None
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
@@ -187,17 +210,21 @@ def compile_test(model: Model, params: Any, test: Split, mesh: Mesh | None) -> j
 
 
 def train(
-    args: argparse.Namespace, model: Model, data: Dataset, mesh: Mesh | None, out: Path
+    args: argparse.Namespace,
+    model: Model,
+    first: tuple[TrainState, Callable[[], TrainState]],
+    data: Dataset,
+    mesh: Mesh | None,
+    out: Path,
 ) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
     step = train_step(partial(masked_objective, model), optimizer)
-    initial = partial(start, model, optimizer, args.seed)
-    coming = shapes(jax.eval_shape(initial), mesh)
+    coming, initial = shapes(first[0], mesh), first[1]
     mask = jax.device_put(np.ones(len(data.train.labels), bool))  # `jnp.ones` would be compiled
     split = place(Masked(data.train, mask), mesh)
     programs = begin_compiling(step, coming, split, args.batch_size, mesh)
-    state = place(jax.jit(initial, compiler_options=QUICK_TO_COMPILE)(), mesh)
+    state = place(initial(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
     plan = resumable.plan(args, out, data, len(sizes))
     unseen = place(empty_metrics(step, state, split, batch_size=args.batch_size), mesh)
@@ -439,7 +466,11 @@ def work(
     mesh: Mesh | None,
 ) -> None:
     """The experiment."""
-    data = load_images(args)
+    with ThreadPoolExecutor(1) as pool:
+        images = pool.submit(load_images, args)
+        # While they are read, what needs none is compiled.
+        first = {name: compile_start(args, model) for name, model in models.items()}
+        data = images.result()
     check_length(args, len(data.train.labels))
     on_device = data._replace(
         train=jax.device_put(data.train), test=place(jax.device_put(data.test), mesh)
@@ -449,7 +480,7 @@ def work(
         out = args.out / name if args.model == "all" else args.out
         make_writable(own(out))
         say(f"\n{describe(args, name)}")
-        runs[name] = train(args, model, on_device, mesh, out)
+        runs[name] = train(args, model, first[name], on_device, mesh, out)
         write_json(own(out) / "summary.json", summarize(runs[name], name, data.name))
         with waiting("drawing"):
             draw(runs[name], name, data.test.images, own(out))
