@@ -21,6 +21,8 @@ from cases import (
     SCHEDULES,
     SLOT_RULES,
     SLOT_SCHEDULES,
+    O,
+    T,
     logits_for,
     problem,
 )
@@ -43,14 +45,6 @@ LOSSES = {
     "expert_choice": OF_SCORES,
     "soft_slots": [moejax.router_z_loss],
 }
-
-
-def one_by_one(function):
-    def over(shared, *many):
-        each = [function(shared, *jax.tree.map(lambda a: a[i], many)) for i in range(2)]  # noqa: B023
-        return jax.tree.map(lambda *results: jnp.stack(results), *each)
-
-    return over
 
 
 def at_once(function):
@@ -87,23 +81,33 @@ TRANSFORMATIONS = {
 }
 
 
-def differentiated(mapped):
-    """Results of both examples, and gradients of a scalar of them by all that is not an integer."""
+def differentiated(function):
+    """Results, and gradients for cotangents of them by all that is not an integer."""
 
-    def scalar(shared, *many):
-        results = mapped(shared, *many)
-        totals = [jnp.sum(_weights(leaf) * leaf) for leaf in jax.tree.leaves(results)]
-        return sum(totals[1:], start=totals[0]), results
-
-    def run(shared, *many):
-        places = tuple(range(len(many) + 1))
-        return jax.value_and_grad(scalar, places, has_aux=True, allow_int=True)(shared, *many)
+    def run(cotangents, shared, *given):
+        results, pull = jax.vjp(function, shared, *given)
+        return results, pull(cotangents)
 
     return run
 
 
-def _weights(leaf):
-    return np.cos(np.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+def cotangents_for(function, shared, *many):
+    """Numbers for the results of both examples."""
+
+    def cosines(leaf):
+        return np.cos(np.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(cosines, jax.eval_shape(at_once(function), shared, *many))
+
+
+def one_by_one(run, cotangents, shared, *many):
+    """Results and gradients of both examples; those by what they share are added up."""
+    many = jax.device_get(many)
+    examples = [jax.tree.map(lambda a: a[i], (cotangents, many)) for i in range(2)]  # noqa: B023
+    each = [jax.device_get(run(cotangent, shared, *one)) for cotangent, one in examples]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    results, (by_shared, *by_many) = stacked
+    return results, (jax.tree.map(lambda a: a.sum(axis=0), by_shared), *by_many)
 
 
 def evidence(rule):
@@ -120,25 +124,30 @@ def evidence(rule):
 
 @cache
 def two_logits(rule):
-    return jax.device_put(np.stack([logits_for(rule, seed) for seed in (2, 3)]))
+    return np.stack([logits_for(rule, seed) for seed in (2, 3)])
+
+
+def given_to(rule):
+    """Cotangents, nothing that is shared, and logits."""
+    return cotangents_for(evidence(rule), {}, two_logits(rule)), {}, two_logits(rule)
 
 
 @cache
 def evidence_under_jit(rule):
-    return jax.jit(differentiated(one_by_one(evidence(rule))))({}, two_logits(rule))
+    return one_by_one(jax.jit(differentiated(evidence(rule))), *given_to(rule))
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("transform", TRANSFORMATIONS)
 def test_rules_and_losses(transform, rule):
     run = jax.jit(differentiated(TRANSFORMATIONS[transform](evidence(rule))))
-    close(run({}, two_logits(rule)), evidence_under_jit(rule), rtol=1e-5)
+    close(run(*given_to(rule)), evidence_under_jit(rule), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_rules_and_losses_without_jit(rule):
-    run = differentiated(one_by_one(evidence(rule)))
-    close(run({}, two_logits(rule)), evidence_under_jit(rule), rtol=1e-5)
+    run = differentiated(evidence(rule))
+    close(one_by_one(run, *given_to(rule)), evidence_under_jit(rule), rtol=1e-5)
 
 
 def draws(rule):
@@ -150,8 +159,9 @@ def draws(rule):
 def test_rules_and_losses_in_double_precision(rule):
     expected = evidence_under_jit(rule)
     with jax.enable_x64(True):
-        logits = two_logits(rule).astype(jnp.float64)
-        got = jax.jit(differentiated(at_once(evidence(rule))))({}, logits)
+        logits = two_logits(rule).astype(np.float64)
+        cotangents = cotangents_for(evidence(rule), {}, logits)
+        got = jax.jit(differentiated(at_once(evidence(rule))))(cotangents, {}, logits)
         assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float64")}
         close(got, expected, rtol=1e-4)
 
@@ -165,16 +175,21 @@ RULE_OF = dict(zip(SLOT_SCHEDULES, SLOT_RULES, strict=True))
 
 @cache
 def two_examples(schedule):
+    """Cotangents, parameters, tokens and decisions."""
     params, x = problem("mlp")
-    rule = ALL_RULES[RULE_OF.get(schedule, "top_2")]
-    decisions = jax.vmap(rule)(two_logits(RULE_OF.get(schedule, "top_2")))
-    return params, jnp.stack([x, jnp.sin(x)]), decisions
+    rule = RULE_OF.get(schedule, "top_2")
+    decisions = jax.vmap(ALL_RULES[rule])(two_logits(rule))
+    given = params, np.stack([x, np.sin(x)]), jax.device_get(decisions)
+    return cotangents_for(mixture(schedule), *given), *given
 
 
 @cache
-def without_transformation(schedule):
-    definition = schedule if schedule in SLOT_SCHEDULES else "dense"
-    return jax.jit(differentiated(one_by_one(mixture(definition))))(*two_examples(schedule))
+def without_transformation(definition):
+    return one_by_one(jax.jit(differentiated(mixture(definition))), *two_examples(definition))
+
+
+def expected_of(schedule):
+    return without_transformation(schedule if schedule in SLOT_SCHEDULES else "dense")
 
 
 # A schedule that is itself a `shard_map` goes into no other.
@@ -189,13 +204,13 @@ OF_SCHEDULES = [
 @pytest.mark.parametrize(("transform", "schedule"), OF_SCHEDULES)
 def test_schedules(transform, schedule):
     run = jax.jit(differentiated(TRANSFORMATIONS[transform](mixture(schedule))))
-    close(run(*two_examples(schedule)), without_transformation(schedule), rtol=1e-5)
+    close(run(*two_examples(schedule)), expected_of(schedule), rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ALL_SCHEDULES)
 def test_schedules_without_jit(schedule):
-    run = differentiated(one_by_one(mixture(schedule)))
-    close(run(*two_examples(schedule)), without_transformation(schedule), rtol=1e-5)
+    run = differentiated(mixture(schedule))
+    close(one_by_one(run, *two_examples(schedule)), expected_of(schedule), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -207,9 +222,11 @@ def test_every_rule_and_schedule_trace_in_a_shard_map(schedule, rule):
         return mixture(schedule)(params, x, RULES[rule](logits))
 
     params, x = problem("mlp")
-    many = jnp.stack([x, x]), two_logits(rule)
-    (_, y), gradients = jax.eval_shape(differentiated(on_devices(function)), params, *many)
-    assert y.shape[:2] == (2, len(x))
+    many = np.stack([x, x]), two_logits(rule)
+    cotangent = np.ones((2, T, O), np.float32)
+    run = differentiated(on_devices(function))
+    y, gradients = jax.eval_shape(run, cotangent, params, *many)
+    assert y.shape == cotangent.shape
     assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, (params, *many))
 
 
