@@ -84,7 +84,9 @@ ONE_DEVICE = {
     "dropless on accelerators": on_accelerators,
     "capacity": partial(moejax.capacity, factor=E),
 }
-SCHEDULES = {**ONE_DEVICE, "expert_parallel": expert_parallel(MESH, local=moejax.dense)}
+# In one round; test_expert_parallel has those that take several.
+ON_MESH = expert_parallel(MESH, factor=E, local=moejax.dense)
+SCHEDULES = {**ONE_DEVICE, "expert_parallel": ON_MESH}
 SLOT_SCHEDULES = {"gather_slots": moejax.gather_slots, "mix_slots": moejax.mix_slots}
 
 # Which schedule runs the decisions of which rule.

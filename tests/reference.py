@@ -88,25 +88,34 @@ def _zero(leaf):
     return np.zeros(leaf.shape, leaf.dtype if inexact else jax.dtypes.float0)
 
 
+@partial(jax.jit, static_argnums=0)
+def _share_of_slot(expert, params, x, decision, e, c):
+    """What one slot adds to every token: its expert's output for its mean of the tokens."""
+    slot = sum(decision.dispatch[t, e, c] * x[t] for t in range(len(x)))
+    output = expert(expert_by(params, e), slot[None])[0]
+    return jnp.stack([decision.combine[t, e, c] * output for t in range(len(x))])
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients_of_share(expert, cotangent, params, x, decision, e, c):
+    """By parameters, tokens and decision, where the share is multiplied by the cotangent."""
+    share = lambda *given: _share_of_slot(expert, *given, e, c)  # noqa: E731
+    return jax.vjp(share, params, x, decision)[1](cotangent)
+
+
 def loop_over_slots(expert, params, x, decision):
-    """Fills one slot at a time with its mean of the tokens, and runs the slot's expert on it."""
-    rows = [0.0] * len(x)
-    for e, c in np.ndindex(decision.dispatch.shape[1:]):
-        slot = _mean_of_tokens(decision.dispatch, x, e, c)
-        for t in range(len(x)):
-            rows[t] = rows[t] + _term(expert, params, slot, decision.combine, (t, e, c), 0, e)
-    return _stack(rows)
+    """Fills one slot at a time, and runs the slot's expert on it."""
+    slots = np.ndindex(decision.dispatch.shape[1:])
+    return sum(np.asarray(_share_of_slot(expert, params, x, decision, e, c)) for e, c in slots)
 
 
 def gradients_over_slots(expert, params, x, decision, cotangent):
-    """Those of `loop_over_slots`, by JAX."""
-    _, gradients = jax.vjp(partial(loop_over_slots, expert), params, x, decision)
-    return gradients(cotangent)
-
-
-@jax.jit
-def _mean_of_tokens(dispatch, x, e, c):
-    return sum(dispatch[t, e, c] * x[t] for t in range(len(x)))[None]
+    """Sums the gradients of one slot at a time."""
+    total = jax.tree.map(np.zeros_like, (params, x, decision))
+    for e, c in np.ndindex(decision.dispatch.shape[1:]):
+        gradients = _gradients_of_share(expert, cotangent, params, x, decision, e, c)
+        total = jax.tree.map(np.add, total, gradients)
+    return total
 
 
 def _stack(rows):

@@ -1,8 +1,8 @@
 """One table: every schedule x rule x expert x dtype against the obvious loop, value and gradient.
 
 A schedule is compiled once per expert, dtype, and kind and shape of a decision, which is an
-argument. One expert meets both kinds of `Routing` and two shapes; for the others every decision has
-room for E choices, and all schedules but `dense`, which alone looks at the kind, meet one kind.
+argument. One expert meets decisions of two shapes; for the others every decision has room for E
+choices. All schedules but `dense`, which alone looks at the kind of a `Routing`, meet one kind.
 """
 
 import inspect
@@ -70,7 +70,7 @@ def decide(rule, dtype=jnp.float32):
         return decision._replace(chances=None) if routed else decision
 
     decision, to_logits = jax.vjp(jax.jit(evidence), logits_for(rule).astype(dtype))
-    return jax.device_get(decision), to_logits
+    return jax.device_get(decision), jax.jit(to_logits)
 
 
 def with_choices(decision, least):
@@ -83,11 +83,9 @@ def with_choices(decision, least):
     return decision._replace(experts=experts, weights=np.pad(decision.weights, missing))
 
 
-def alike(schedule, expert, decision):
+def alike(schedule, least, decision):
     """The decision in one of the few kinds and shapes that the schedule is compiled for."""
-    if expert == "mlp":
-        return with_choices(decision, least=2)
-    decision = with_choices(decision, least=E)
+    decision = with_choices(decision, least)
     plain = isinstance(decision, moejax.Routing) and schedule != "dense"
     return moejax.Routing(*decision) if plain else decision
 
@@ -101,10 +99,7 @@ def cotangent_of(decision, cotangent):
     return type(decision)(*cotangent)._replace(experts=experts, weights=weights)
 
 
-WIDE = partial(with_choices, least=E)
-
-
-def evaluate(run, rule, params, x, prepare=WIDE):
+def evaluate(run, rule, params, x, prepare=partial(with_choices, least=E)):  # noqa: B008
     """The output, and the gradients by parameters, tokens and logits."""
     decision, to_logits = decide(rule, x.dtype if x.dtype == jnp.float64 else jnp.float32)
     (params, x, cotangent), y = jax.device_get(run(params, x, prepare(decision)))
@@ -129,8 +124,8 @@ def expected(rule, expert, dtype):
 @pytest.mark.parametrize("expert", ["mlp", "glu", "pixelwise"])
 def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
     params, x = problem(expert, DTYPES[dtype])
-    run, prepare = compiled(schedule, expert), partial(alike, schedule, expert)
-    got = evaluate(run, rule, params, x, prepare)
+    prepare = partial(alike, schedule, 2 if expert == "mlp" else E)
+    got = evaluate(compiled(schedule, expert), rule, params, x, prepare)
     assert got[0].dtype == DTYPES[dtype]
     tolerance = TOLERANCE[dtype]
     close(got, expected(rule, expert, DTYPES[dtype]), rtol=tolerance, atol=5 * tolerance)
@@ -139,10 +134,22 @@ def test_a_schedule_computes_the_sum(expert, dtype, schedule, rule):
 @pytest.mark.parametrize(("schedule", "rule"), PAIRS)
 def test_a_schedule_computes_the_sum_in_double_precision(schedule, rule, x64):
     params, x = problem("mlp", jnp.float64)
-    got = evaluate(compiled(schedule, "mlp"), rule, params, x)
+    got = evaluate(compiled(schedule, "mlp"), rule, params, x, partial(alike, schedule, E))
     assert got[0].dtype == jnp.float64
     run = by_the_loop(EXPERTS["mlp"].apply)
     close(got, evaluate(run, rule, params, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "dense"])
+def test_no_schedule_but_dense_looks_at_the_kind_of_a_routing(schedule):
+    function = gradients_and_output(SCHEDULES[schedule], EXPERTS["mlp"].apply)
+    decision, _ = decide("softmax")
+    assert isinstance(decision, moejax.DenseRouting)
+    of_each_kind, of_any = (
+        str(jax.make_jaxpr(function)(*problem("mlp"), given))
+        for given in (decision, moejax.Routing(*decision))
+    )
+    assert of_each_kind == of_any
 
 
 @pytest.mark.parametrize(
