@@ -263,7 +263,6 @@ def test_empty_slots_hold_no_values_that_are_not_in_the_data(schedule):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="chunks are for CPU")
-@pytest.mark.usefixtures("optimized")
 def test_backward_pass_needs_three_buffers_besides_its_results():
     num_tokens, d, f, num_experts, k = 4096, 64, 128, 64, 2
     expert = moejax.glu(d, f)

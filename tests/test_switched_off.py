@@ -49,15 +49,19 @@ def losses_of(routing):
     return LOSSES if routing.chances is not None else known
 
 
+@jax.jit  # compiled once for every shape and kind of a decision
+@jax.vmap
+@partial(jax.value_and_grad, has_aux=True, allow_int=True)
+def total_of_losses(routing):
+    values = {name: loss(routing) for name, loss in losses_of(routing).items()}
+    return sum(values.values()), values  # finite if each of them is, and so is its gradient
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_values_and_gradients_are_finite(rule):
-    def total(logits):
-        routing = RULES[rule](logits)
-        values = {name: loss(routing) for name, loss in losses_of(routing).items()}
-        return sum(values.values()), values  # finite if each of them is, and so is its gradient
-
-    run = jax.jit(jax.vmap(jax.value_and_grad(total, has_aux=True)))
-    (_, values), gradients = run(CASES)
+    routings, to_logits = jax.vjp(jax.jit(jax.vmap(RULES[rule])), CASES)
+    (_, values), of_routings = total_of_losses(routings)
+    [gradients] = to_logits(of_routings)
     for case, number in zip([*OFF, "each token its own"], range(len(CASES)), strict=True):
         for name, value in values.items():
             assert_finite(value[number], f"{name} with {case} off")
