@@ -1,7 +1,7 @@
 """The composed layer: shapes, masks, keys, transformations and errors."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -187,18 +187,24 @@ def test_few_tokens(rule, shape):
     assert np.isfinite(y).all()
 
 
+@cache
+def with_given_logits(rule):
+    """Of a mixture whose parameters of the router are its logits: the sum, and its gradients."""
+    router = moejax.Layer(lambda key: jnp.zeros((T, E)), lambda logits, x: logits)
+    layer = moejax.moe(EXPERTS["mlp"], router, num_experts=E, route=RULES[rule])
+
+    def total(params):
+        return layer.apply(params, tokens(T, D))[0].sum()
+
+    return layer, jax.jit(jax.value_and_grad(total))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
-def test_extreme_logits(rule, scale, key):
-    layer = moejax.moe(
-        EXPERTS["mlp"],
-        moejax.Layer(lambda key: (), lambda p, x: scale * jnp.eye(E)[jnp.arange(len(x)) % E]),
-        num_experts=E,
-        route=RULES[rule],
-    )
-    params = params_of(layer)
-    total = lambda params: layer.apply(params, tokens(T, D))[0].sum()  # noqa: E731
-    y, gradients = jax.jit(jax.value_and_grad(total))(params)
+def test_extreme_logits(rule, scale):
+    layer, run = with_given_logits(rule)
+    logits = np.float32(scale * np.eye(E)[np.arange(T) % E])
+    y, gradients = run(params_of(layer) | {"router": logits})
     assert np.isfinite(y)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 

@@ -84,14 +84,17 @@ def test_the_chances_of_fewer_experts_than_k():
     np.testing.assert_array_equal(chances, [[1, 0, 0]])
 
 
+@jax.jit
+@partial(jax.value_and_grad, argnums=(0, 1))
+def losses_of_noisy(logits, scale, key):
+    routing = moejax.noisy_top_k(logits, scale, k=2, key=key)
+    return moejax.load_loss(routing) + moejax.importance_loss(routing)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1.0])
 @pytest.mark.parametrize("key", [None, jax.random.key(0)])
 def test_noise_may_vanish(scale, key):
-    def loss(logits, scale):
-        routing = moejax.noisy_top_k(logits, scale, k=2, key=key)
-        return moejax.load_loss(routing) + moejax.importance_loss(routing)
-
-    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(LOGITS, jnp.full((T, E), scale))
+    value, gradients = losses_of_noisy(LOGITS, np.full((T, E), scale, np.float32), key)
     for values in (value, *gradients):
         assert_finite(values, f"noise {scale}")
 
