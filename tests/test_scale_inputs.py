@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import moejax
-from cases import EXPERTS, SCHEDULES, D, E, T, normal, params_of
+from cases import EXPERTS, SCHEDULES, D, E, O, T, normal, params_of
 from moejax.schedules.expert_parallel import expert_parallel
+from reference import chosen, close, expert_by
 
 RULES = {
     "switch": moejax.switch,
@@ -18,59 +19,73 @@ RULES = {
 }
 
 
-@partial(jax.jit, static_argnums=0)  # compiled once, for every token and expert
-def term(expert, params, x, weights, t, k, e):
-    """One expert's output for one token, its input scaled."""
-    own = jax.tree.map(lambda leaf: leaf[e], params)
-    return expert(own, weights[t, k] * x[t][None])[0]
-
-
-def loop(expert, params, x, routing):
-    """One expert on one token at a time."""
-    rows = [0.0] * len(x)
-    for t, k in np.ndindex(routing.experts.shape):
-        e = int(routing.experts[t, k])
-        if e < E:
-            rows[t] = rows[t] + term(expert, params, x, routing.weights, t, k, e)
-    return jnp.stack(rows)
-
-
-def scalar(schedule, expert, route, params, x, logits):
-    y = schedule(expert.apply, params, x, route(logits))
-    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
-
-
-EXPERT = EXPERTS["mlp"]  # with biases: zero in is not zero out
+EXPERT = EXPERTS["mlp"].apply  # with biases: zero in is not zero out
+COTANGENT = np.cos(np.arange(T * O, dtype=np.float32)).reshape(T, O)
 
 
 @cache
-def tokens_and_logits():
-    return params_of(moejax.stack(EXPERT, E)), normal(0, T, D), normal(1, T, E, scale=2)
+def problem(rule):
+    """Parameters, tokens, and a decision with room for E choices: all rules share a program."""
+    params = params_of(moejax.stack(EXPERTS["mlp"], E))
+    routing = jax.device_get(RULES[rule](normal(1, T, E, scale=2)))
+    missing = ((0, 0), (0, E - routing.experts.shape[1]))
+    experts = np.pad(routing.experts, missing, constant_values=E)
+    weights = np.pad(routing.weights, missing)
+    return params, normal(0, T, D), moejax.Routing(experts, weights, *routing[2:])
+
+
+@jax.jit  # compiled once, for every token and expert
+def term_and_gradients(cotangent, params, x, weights, where, t, e):
+    """One expert's output for one token, its input scaled."""
+
+    def term(params, x, weights):
+        return EXPERT(expert_by(params, e), weights[where] * x[t][None])[0]
+
+    output, pull = jax.vjp(term, params, x, weights)
+    return output, pull(cotangent)
 
 
 @cache
 def expected(rule):
-    """By the loop."""
-    run = partial(scalar, loop, EXPERT, RULES[rule])
-    return jax.value_and_grad(run, (0, 1, 2), has_aux=True)(*tokens_and_logits())
+    """One expert on one token at a time."""
+    params, x, routing = problem(rule)
+    y, gradients = np.zeros((T, O)), jax.tree.map(np.zeros_like, (params, x, routing.weights))
+    for where, t, e in chosen(routing, T):
+        given = params, x, routing.weights, where, t, e
+        output, of_term = term_and_gradients(COTANGENT[t], *given)
+        y[t] += output
+        gradients = jax.tree.map(np.add, gradients, of_term)
+    return y, gradients
+
+
+@cache
+def compiled(schedule):
+    execute = moejax.scale_inputs(SCHEDULES[schedule])
+
+    def run(params, x, routing):
+        def output(params, x, weights):
+            return execute(EXPERT, params, x, routing._replace(weights=weights))
+
+        y, pull = jax.vjp(output, params, x, routing.weights)
+        return y, pull(COTANGENT)
+
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_gate_is_inside_the_expert(schedule, rule):
-    run = partial(scalar, moejax.scale_inputs(SCHEDULES[schedule]), EXPERT, RULES[rule])
-    got = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*tokens_and_logits())
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, got, expected(rule))
+    close(compiled(schedule)(*problem(rule)), expected(rule), rtol=1e-4, atol=1e-5)
 
 
 def test_it_runs_on_a_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "expert"))
     expert, routing = moejax.glu(D, 5), moejax.top_k(normal(0, 16, 8), k=2)
     params, x = params_of(moejax.stack(expert, 8)), normal(1, 16, D)
-    expected = moejax.scale_inputs(moejax.dense)(expert.apply, params, x, routing)
-    execute = moejax.scale_inputs(expert_parallel(mesh))
-    y = jax.jit(partial(execute, expert.apply))(params, x, routing)
+    y, expected = (
+        jax.jit(partial(moejax.scale_inputs(schedule), expert.apply))(params, x, routing)
+        for schedule in (expert_parallel(mesh), moejax.dense)
+    )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -82,8 +97,8 @@ def test_it_is_a_schedule_of_moe():
         route=moejax.switch,
         execute=moejax.scale_inputs(moejax.dropless),
     )
-    x = jnp.ones((2, 3, D), jnp.bfloat16)
-    y, routing = model.apply(params_of(model), x)
+    x = np.ones((2, 3, D), jnp.bfloat16)
+    y, routing = jax.jit(model.apply)(params_of(model), x)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert routing.experts.shape == (6, 1)
