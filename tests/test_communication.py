@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -38,18 +39,20 @@ def test_bytes_of_one_operation(kind):
     function, expected = OPERATIONS[kind]
     mesh, spec = make_mesh(), jax.P(("data", "expert"))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    x = jax.device_put(jnp.ones(64), token_sharding(mesh))  # 8 floats, 32 bytes, on each device
+    x = jax.device_put(
+        np.ones(64, np.float32), token_sharding(mesh)
+    )  # 8 floats, 32 bytes, on each device
     assert bytes_sent(jax.jit(mapped).lower(x).compile()) == {kind: expected}
 
 
 def compiled_layer(mesh, route, execute, num_tokens, dtype=jnp.float32):
     """The gradient of one layer with respect to parameters and tokens."""
     layer = moejax.moe(
-        moejax.glu(16, 8), moejax.linear(16, 8), num_experts=8, route=route, execute=execute
+        moejax.linear(16, 16), moejax.linear(16, 8), num_experts=8, route=route, execute=execute
     )
     params = params_of(layer)
     params = jax.device_put(params, shardings(params, mesh))
-    x = jax.device_put(jnp.ones((num_tokens, 16), dtype), token_sharding(mesh))
+    x = jax.device_put(np.ones((num_tokens, 16), dtype), token_sharding(mesh))
 
     def loss(params, x):
         y, routing = layer.apply(params, x)

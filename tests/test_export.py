@@ -52,9 +52,13 @@ def test_rules_and_losses(rule):
     call = exported(evidence, floats(T, E))
     if "key" in getattr(RULES[rule], "keywords", {}):
         return  # as random for a symbolic T, but not the same numbers
-    for num_tokens in (2, 7):
-        logits = normal(num_tokens, num_tokens, E)
-        jax.tree.map(close, call(logits), jax.jit(evidence)(logits))
+
+    @jax.jit
+    def both(*batches):
+        return [(call(logits), evidence(logits)) for logits in batches]
+
+    for found, expected in both(normal(2, 2, E), normal(7, 7, E)):
+        jax.tree.map(close, found, expected)
 
 
 def test_tables_masks_labels_and_targets():
