@@ -54,7 +54,7 @@ def decide(rule):
     return jax.jit(decision)
 
 
-EVERY = jnp.ones(T, bool)
+EVERY = jax.device_put(np.ones(T, bool))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -131,33 +131,35 @@ def test_no_expert_is_over_capacity(seed, scale, capacity):
         np.testing.assert_array_equal(limited.counts, expected)
 
 
-@few
-@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 3.0]))
-def test_permuting_tokens_permutes_the_outputs_of_slots(seed, scale):
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(T)
-    x, kernels = normal(seed + 1, T, 3), normal(seed + 2, E, 3, 2)
-    logits = some_logits(seed, scale)
+@jax.jit
+def outputs_of_slots(x, kernels, logits):
+    """Of slots that take tokens, and of slots that mix them."""
 
     def linear(kernel, x):
         return x @ kernel
 
-    def taken(x, logits):
-        decision = moejax.expert_choice(logits, capacity=2)
-        return moejax.gather_slots(linear, kernels, x, decision)
+    taken, mixed = moejax.expert_choice(logits, capacity=2), moejax.soft_slots(logits[..., None])
+    outputs = moejax.gather_slots(linear, kernels, x, taken)
+    return outputs, moejax.mix_slots(linear, kernels, x, mixed)
 
-    def mixed(x, logits):
-        return moejax.mix_slots(linear, kernels, x, moejax.soft_slots(logits[..., None]))
 
-    for output in (taken, mixed):
-        expected = output(x, logits)[order]
-        np.testing.assert_allclose(output(x[order], logits[order]), expected, rtol=1e-4, atol=1e-5)
+@few
+@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 3.0]))
+def test_permuting_tokens_permutes_the_outputs_of_slots(seed, scale):
+    order = np.random.default_rng(seed).permutation(T)
+    kernels = normal(seed + 2, E, 3, 2)
+    x, logits = jax.device_get((normal(seed + 1, T, 3), some_logits(seed, scale)))
+    outputs = outputs_of_slots(x, kernels, logits)
+    permuted = outputs_of_slots(x[order], kernels, logits[order])
+    for of_permuted, output in zip(permuted, outputs, strict=True):
+        expected = np.asarray(output)[order]
+        np.testing.assert_allclose(of_permuted, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("value", [0.0, 1e4, -1e4])
 def test_equal_logits_are_decided_the_same_way_and_stay_finite(rule, value):
-    logits = jnp.full((T, E), value)
+    logits = jax.device_put(np.full((T, E), value, np.float32))
     routing, gates = decide(rule)(logits, EVERY)
     assert np.isfinite(gates).all()
     again = RULES[rule](logits)

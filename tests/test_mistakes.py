@@ -136,8 +136,9 @@ def test_weights_are_not_rounded_before_the_sum(schedule):
     """Two experts that nearly cancel: with weights rounded to bfloat16 nothing would be left."""
     execute, route = WEIGHTED[schedule]
     expert = lambda params, x: params * jnp.ones_like(x)  # noqa: E731
-    params = jnp.array([256.0, -256.0], jnp.bfloat16)
-    x = jnp.ones((T, 1), jnp.bfloat16)
-    y = execute(expert, params, x, route(jnp.log(jnp.array([[0.501, 0.499]] * T))))
+    params = jax.device_put(np.array([256, -256], jnp.bfloat16))
+    x = np.ones((T, 1), jnp.bfloat16)
+    run = jax.jit(lambda params, x, logits: execute(expert, params, x, route(logits)))
+    y = run(params, x, np.log(np.float32([[0.501, 0.499]] * T)))
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), 0.512, rtol=2**-8)
+    np.testing.assert_allclose(np.float32(y), 0.512, rtol=2**-8)
