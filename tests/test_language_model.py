@@ -3,13 +3,16 @@
 import json
 import shutil
 import signal
+import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from commands import refusal, run, start_process
+from cases import params_of
+from commands import draw_nothing, refusal, run, start_fork
 from data.kinds import KINDS, kinds_of
 from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
 from language.contenders import CONTENDERS, Mixture, count
@@ -33,15 +36,20 @@ TRAINED = [*TINY.split(), "--steps=6", "--evaluate-every=3", "--sample-length=20
 SHORT = [*TRAINED, "--windows=64", "--seeds=2"]
 
 
+@cache
+def contender(name):
+    """One for all tests, so that they share what is compiled of it."""
+    return CONTENDERS[name](SIZES, MIXTURE, None)
+
+
 def source(number):
     return "".join(f"def f{number}_{i}(x):\n    return x + {i}  # add\n" for i in range(60))
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """Thirty files, of which some are for validation."""
-    folder = tmp_path / "text"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("text")
     for number in range(30):
         (folder / f"{number}.py").write_text(source(number))
     return sorted(folder.glob("*.py"))
@@ -95,11 +103,11 @@ def test_kinds():
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_the_cache_changes_nothing(name, key):
-    network = CONTENDERS[name](SIZES, MIXTURE, None)
-    params = network.init(key)
-    tokens = jax.random.randint(key, (2, SIZES.context), 0, SIZES.vocabulary)
-    expected, decisions = jax.jit(network.apply)(params, tokens)
+def test_the_cache_changes_nothing(name):
+    network = contender(name)
+    params = params_of(network)
+    tokens = np.random.default_rng(0).integers(SIZES.vocabulary, size=(2, SIZES.context))
+    expected, decisions = jax.device_get(jax.jit(network.apply)(params, tokens))
     step = jax.jit(lambda params, token, cache: network.module(params).step(token, cache))
     cache = network.module(params).empty_cache(2)
     for place in range(SIZES.context):
@@ -110,14 +118,13 @@ def test_the_cache_changes_nothing(name, key):
             np.testing.assert_array_equal(now[1].experts, before)
 
 
-def test_no_character_sees_those_after_it(key):
-    network = CONTENDERS["sparse"](SIZES, MIXTURE, None)
-    params = network.init(key)
-    tokens = jnp.zeros((1, SIZES.context), jnp.int32)
-    apply = jax.jit(network.apply)
-    before, after = (apply(params, one)[0] for one in (tokens, tokens.at[0, 7].set(5)))
-    np.testing.assert_array_equal(before[:, :7], after[:, :7])
-    assert not jnp.array_equal(before[:, 7:], after[:, 7:])
+def test_no_character_sees_those_after_it():
+    network = contender("sparse")
+    tokens = np.zeros((2, SIZES.context), int)
+    tokens[1, 7] = 5
+    before, after = np.asarray(jax.jit(network.apply)(params_of(network), tokens)[0])
+    np.testing.assert_array_equal(before[:7], after[:7])
+    assert not np.array_equal(before[7:], after[7:])
 
 
 def test_the_contenders_are_of_equal_size():
@@ -130,22 +137,21 @@ def test_the_contenders_are_of_equal_size():
     assert active["dense"] == total["dense"]
 
 
-def test_batches_are_a_function_of_the_step(key):
+def test_batches_are_a_function_of_the_step():
     import optax
 
-    network = CONTENDERS["dense"](SIZES, MIXTURE, None)
-    state = start(network, optax.sgd(0.1), 0)
-    text = jnp.arange(200, dtype=jnp.uint8)
-    batch = batch_at(text, state, 4, SIZES.context)
+    state = start(contender("dense"), optax.sgd(0.1), 0)
+    text = jnp.asarray(np.arange(200, dtype=np.uint8))
+    batch = np.asarray(batch_at(text, state, 4, SIZES.context))
     np.testing.assert_array_equal(batch, batch_at(text, state, 4, SIZES.context))
     later = batch_at(text, state._replace(step=state.step + 1), 4, SIZES.context)
-    assert not jnp.array_equal(batch, later)
+    assert not np.array_equal(batch, later)
     np.testing.assert_array_equal(batch[:, 1:], batch[:, :-1] + 1)
 
 
-def test_a_sample_begins_with_its_prompt(key):
-    network = CONTENDERS["sparse"](SIZES, MIXTURE, None)
-    one = sample(network, network.init(key), jnp.asarray(encode("def ")), 30, 0.7)
+def test_a_sample_begins_with_its_prompt():
+    network = contender("sparse")
+    one = sample(network, params_of(network), jnp.asarray(encode("def ")), 30, 0.7)
     assert decode(one.characters).startswith("def ")
     assert one.experts.shape == (SIZES.layers, 30)
     html = page({"sparse": (one.characters, one.experts), "dense": (encode("<a>"), None)})
@@ -154,26 +160,28 @@ def test_a_sample_begins_with_its_prompt(key):
     assert "http" not in html
 
 
-def leave_out_samples(monkeypatch):
-    """Runs write and draw no samples, where a test looks at losses only."""
-    monkeypatch.setattr("language.sampling.sample", lambda *_: None)
-    monkeypatch.setattr("language.drawing.draw", lambda *_: None)
-
-
 @pytest.fixture
 def without_samples(monkeypatch):
-    leave_out_samples(monkeypatch)
+    """Runs write and draw no samples, where a test looks at losses only."""
+    for target in ("language.sampling.sample", "language.drawing.draw"):
+        monkeypatch.setattr(target, draw_nothing)
 
 
 def summary(out):
     return json.loads((out / "summary.json").read_text())["models"]
 
 
-def test_it_reports_and_resumes(files, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "whole"
-    text = ["--text", *map(str, files)]
-    run("language_model", *SHORT, *text, "--out", str(out))
-    models = summary(out)
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """The folder of a run of all contenders."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run("language_model", *SHORT, "--text", *map(str, files), "--out", str(out))
+    return out
+
+
+def test_it_reports(whole):
+    models = summary(whole)
     assert set(models) == {"dense", "sparse", "dense_total"}
     for one in models.values():
         assert len(one["validation_loss"]) == 2
@@ -183,46 +191,56 @@ def test_it_reports_and_resumes(files, tmp_path, capsys, monkeypatch):
     assert np.shape(models["sparse"]["dead_experts"]) == (2, 1)  # seeds, layers
     pictures = ["curves.png", "samples.html"]
     pictures += [f"sparse/{name}.png" for name in ("balance", "kinds", "text")]
-    assert all((out / name).stat().st_size > 1000 for name in pictures)
+    assert all((whole / name).stat().st_size > 1000 for name in pictures)
 
+
+def test_it_resumes(whole, files, tmp_path, capsys, without_samples):
     # As if it had been killed in the middle: one run half done, those after it not begun.
+    out = tmp_path / "half"
+    shutil.copytree(whole, out)
     checkpoint.discard(out / "sparse" / "seed-0" / "checkpoints", after=3)
     shutil.rmtree(out / "sparse" / "seed-1")
     shutil.rmtree(out / "dense_total")
-    capsys.readouterr()
-    again = refusal("language_model", *SHORT, *text, "--out", str(out), capsys=capsys)
+    (out / "summary.json").unlink()
+    arguments = [*SHORT, "--text", *map(str, files), "--out", str(out)]
+    again = refusal("language_model", *arguments, capsys=capsys)
     assert "go on with it by --resume" in again
-    other = [*SHORT, *text, "--out", str(out), "--resume", "--learning-rate=1"]
-    assert "--learning-rate must be" in refusal("language_model", *other, capsys=capsys)
-    with monkeypatch.context() as patch:
-        leave_out_samples(patch)
-        run("language_model", *SHORT, *text, "--out", str(out), "--resume")
+    other = [*arguments, "--resume", "--evaluate-every=2"]
+    assert "--evaluate-every must be" in refusal("language_model", *other, capsys=capsys)
+    run("language_model", *arguments, "--resume")
     assert "sparse, seed 0: resumed after step 3" in capsys.readouterr().out
-    for name, one in summary(out).items():
-        assert one["validation_loss"] == models[name]["validation_loss"], name
+    for name, one in summary(whole).items():
+        assert summary(out)[name]["validation_loss"] == one["validation_loss"], name
 
-    run("language_model", *TRAINED, "--out", str(out), "--model=sparse", "--sample=import ")
+
+def test_it_writes_on_by_a_network_that_was_trained(whole, capsys):
+    options = [*TRAINED, "--out", str(whole), "--model=sparse"]
+    run("language_model", *options, "--sample=try:")
     written = capsys.readouterr().out
     assert "characters per second" in written
-    assert "import " in written
+    assert "try:" in written
+    message = refusal("language_model", *options, "--heads=4", "--sample=def", capsys=capsys)
+    assert "--heads must be what the run began with, 2; got 4" in message
 
 
 def test_killed_it_goes_on_to_the_same_end(files, tmp_path, without_samples):
-    steps = ["--steps=40", "--evaluate-every=2", "--model=sparse", "--seeds=1"]
+    steps = ["--steps=40", "--evaluate-every=4", "--model=sparse", "--seeds=1"]
     arguments = [*SHORT, *steps, "--text", *map(str, files), "--out"]
     run("language_model", *arguments, str(tmp_path / "whole"))
-    out = tmp_path / "killed"
-    process = start_process("language_model", *arguments, str(out))
-    metrics = out / "sparse" / "seed-0" / "metrics.jsonl"
-    with process:
-        lines = (line for line in process.stdout if line.startswith("sparse"))
-        assert next(lines)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert not metrics.exists()  # it had not come to its end
+    out, log = tmp_path / "killed", tmp_path / "killed.log"
+    log.touch()
+    process = start_fork(
+        "language_model", *arguments, str(out), log=log, programs=tmp_path / "programs"
+    )
+    while process.is_alive() and "\nsparse" not in log.read_text():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    assert not (out / "sparse" / "seed-0" / "metrics.jsonl").exists()  # it had not ended
     begun = checkpoint.latest(out / "sparse" / "seed-0" / "checkpoints")
     run("language_model", *arguments, str(out), "--resume")
-    assert begun in (None, *range(2, 40, 2))
+    assert begun in (None, *range(4, 40, 4))
     ends = [summary(folder)["sparse"]["validation_loss"] for folder in (tmp_path / "whole", out)]
     assert ends[0] == ends[1]
 
@@ -294,10 +312,10 @@ def test_every_model_reaches_the_worst_of_the_final_losses():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, tmp_path, capsys):
-    rates = ["--learning-rate", "1e30", "--model", "sparse", "--no-cache"]
+    rates = ["--learning-rate", "1e30", "--model", "dense_total", "--no-cache"]
     options = [*SHORT, *rates, "--text", *map(str, files), "--out", str(tmp_path / "out")]
     message = refusal("language_model", *options, capsys=capsys, code=1)
-    assert "the loss of sparse, seed 0, is not finite by step" in message
+    assert "the loss of dense_total, seed 0, is not finite by step" in message
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -317,14 +335,6 @@ def test_it_says_if_other_versions_wrote_the_checkpoint(capsys):
     assert capsys.readouterr().out == ""
     note_other_versions({"versions": versions() | {"jax": "0.0"}})
     assert capsys.readouterr().out.startswith("other versions or another machine wrote")
-
-
-def test_a_sample_is_of_the_network_that_was_trained(files, tmp_path, capsys, without_samples):
-    options = [*TRAINED, "--model", "sparse", "--no-cache", "--out", str(tmp_path / "out")]
-    run("language_model", *options, "--seeds=1", "--windows=64", "--text", *map(str, files))
-    capsys.readouterr()
-    message = refusal("language_model", *options, "--heads=4", "--sample", "def", capsys=capsys)
-    assert "--heads must be what the run began with, 2; got 4" in message
 
 
 def test_kinds_do_not_depend_on_where_a_file_is_cut(tmp_path):
