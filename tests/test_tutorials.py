@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ import jupytext
 import nbformat
 import pytest
 
-from commands import ONE_DEVICE
+from commands import start_fork
 from mnist_files import write_small_mnist
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +25,13 @@ SMALL = {
     "published_weights": {"TOKENS": 64, "STEPS": 2, "BATCH": 4},
     "toy": {"SAMPLES": 100, "STEPS": 20, "SEEDS": 2},
     "what_routers_learn": {"POINTS": 64, "STEPS": 3, "SEEDS": 2},
-    "your_own": {"POINTS": 64, "WAVES": 3, "STEPS": 20},
+    "your_own": {"POINTS": 16, "WAVES": 3, "STEPS": 20},
 }
 
 # What a script needs that the tests do not.
 NEEDS = {"published_weights": {"torch", "transformers"}}
 
-# Scripts for an interpreter of their own: one imports those, the other sets the number of devices.
+# Scripts for a process of their own: one imports those, the other sets the number of devices.
 ALONE = ["published_weights", "your_own"]
 
 tutorials = pytest.mark.parametrize("name", SCRIPTS)
@@ -59,7 +58,7 @@ def small(name, folder):
         assert count == 1, f"{name}.py must assign {parameter} once"
     script = folder / f"{name}.py"
     script.write_text(text)
-    return str(script)
+    return script
 
 
 @tutorials
@@ -104,7 +103,7 @@ def test_the_script_runs(name, tmp_path, monkeypatch, standard_promotion):
     monkeypatch.setenv("MOEJAX_DATA_DIR", str(tmp_path / "mnist"))
     monkeypatch.setattr(sys, "path", [*sys.path])  # which a script adds to
     monkeypatch.chdir(ROOT)
-    runpy.run_path(small(name, tmp_path), run_name="__main__")
+    runpy.run_path(str(small(name, tmp_path)), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -112,7 +111,8 @@ def test_the_script_runs_alone(name, tmp_path):
     missing = sorted(library for library in NEEDS.get(name, ()) if find_spec(library) is None)
     if missing and os.environ.get("MOEJAX_REQUIRE_TORCH") != "1":
         pytest.skip(f"{' and '.join(missing)} not installed")
-    environment = os.environ | ONE_DEVICE | {"MPLBACKEND": "agg"}
-    command = [sys.executable, "-W", "error", small(name, tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    script, log = small(name, tmp_path), tmp_path / "log"
+    script.write_text(f"import warnings\n\nwarnings.simplefilter('error')\n{script.read_text()}")
+    process = start_fork(str(script.with_suffix("")), log=log, programs=tmp_path / "programs")
+    process.join()
+    assert process.exitcode == 0, log.read_text()
