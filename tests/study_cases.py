@@ -6,6 +6,14 @@ import importlib
 import jax
 import numpy as np
 
+from commands import draw_nothing
+
+
+def save_no_pictures(monkeypatch):
+    """For a second run of a study, at whose pictures nobody looks."""
+    for module in ("command", "page"):
+        monkeypatch.setattr(f"studies.{module}.save_figure", draw_nothing)
+
 
 def studied(name, options):
     """The summary of a study, its measures and the study, as the command line would ask for it."""

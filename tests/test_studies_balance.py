@@ -3,12 +3,12 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moejax
-from commands import run
+from cases import normal
+from commands import draw_nothing, run
 from data import Split
 from mnist_files import write_small_mnist
 from studies.balance_methods import EXPERTS, METHODS, K
@@ -27,7 +27,7 @@ def images():
 @pytest.mark.parametrize("name", METHODS)
 def test_what_was_chosen(name):
     method = METHODS[name]
-    logits = jax.random.normal(jax.random.key(0), (N, EXPERTS))
+    logits = normal(0, N, EXPERTS)
     decision = method.rule(method.memory)(logits)
     chosen = np.asarray(method.chosen(decision))
     assert chosen.shape == (N, EXPERTS)
@@ -42,7 +42,8 @@ def test_what_was_chosen(name):
 @pytest.mark.parametrize("name", ["balance bias", "ReLU, by 1.2", "ReLU, by 1.02"])
 def test_what_a_method_keeps_moves_against_the_load(name):
     method = METHODS[name]
-    logits = jnp.ones((N, EXPERTS)).at[:, 0].set(5.0)
+    logits = np.ones((N, EXPERTS), np.float32)
+    logits[:, 0] = 5
     after = method.update(method.memory, method.rule(method.memory)(logits))
     if name == "balance bias":
         assert after[0] < 0 < after[-1]
@@ -51,7 +52,7 @@ def test_what_a_method_keeps_moves_against_the_load(name):
 
 
 def test_a_penalty_is_what_the_library_says():
-    decision = moejax.top_k(jax.random.normal(jax.random.key(1), (N, EXPERTS)), k=K)
+    decision = moejax.top_k(normal(1, N, EXPERTS), k=K)
     expected = 0.1 * moejax.load_balancing_loss(decision)
     assert METHODS["load balancing, 0.1"].penalty(decision, ()) == expected
     assert METHODS["nothing"].penalty(decision, ()) == 0
@@ -60,8 +61,9 @@ def test_a_penalty_is_what_the_library_says():
 def test_collapse_is_measured(images):
     method = METHODS["nothing"]
     shapes = jax.eval_shape(layer(method, ()).init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    router = {"kernel": jnp.zeros((PIXELS, EXPERTS)), "bias": -jnp.arange(EXPERTS, dtype=float)}
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    bias = -np.arange(EXPERTS, dtype=np.float32)
+    router = {"kernel": np.zeros((PIXELS, EXPERTS), np.float32), "bias": bias}
     params["routed"]["router"] = router
     result = jax.jit(lambda params: measure(method, Run(params, (), ()), images))(params)
     assert result["violation"] == EXPERTS / K - 1  # all images at the first two of eight
@@ -72,6 +74,7 @@ def test_collapse_is_measured(images):
 def test_the_command_ends_with_a_table(tmp_path, capsys, monkeypatch):
     for name in set(METHODS) - {"nothing", "balance bias"}:
         monkeypatch.delitem(METHODS, name)
+    monkeypatch.setattr("studies.page.save_figure", draw_nothing)
     write_small_mnist(tmp_path / "data", train_size=100, test_size=50)
     folders = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     page = tmp_path / "studies.md"

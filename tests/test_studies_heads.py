@@ -27,6 +27,7 @@ from studies.trunk_training import (
     start,
     step,
 )
+from study_cases import save_no_pictures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -38,11 +39,20 @@ def digit(row=slice(8, 20), column=slice(12, 15)):
     return image
 
 
+def noise(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
+
+
 def exactly(monkeypatch, degrees=0, scale=0, pixels=0):
     """Distorts every image as far as it goes, in the same direction."""
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, minval: jnp.ones(shape))
     for name, value in {"DEGREES": degrees, "SCALE": scale, "PIXELS": pixels, "BEND": 0}.items():
         monkeypatch.setattr(distortion, name, value)
+
+
+def distort(key, *images):
+    """Compiled with the constants of the moment."""
+    return np.asarray(jax.jit(lambda *given: distorted(*given))(key, np.stack(images)))
 
 
 @pytest.mark.parametrize(
@@ -56,18 +66,18 @@ def exactly(monkeypatch, degrees=0, scale=0, pixels=0):
 )
 def test_distortions_move_pixels(monkeypatch, key, how, expected):
     exactly(monkeypatch, **how)
-    found = distorted(key, jnp.asarray(digit())[None])[0]
+    found = distort(key, digit())[0]
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_scale_moves_towards_the_centre(monkeypatch, key):
     exactly(monkeypatch, scale=1)  # every pixel is read from twice as far
-    found = distorted(key, jnp.asarray(digit(slice(4, 24), slice(12, 16)))[None])[0]
+    found = distort(key, digit(slice(4, 24), slice(12, 16)))[0]
     assert found.sum() == pytest.approx(255 * 20 * 4 / 4, rel=0.05)
 
 
 def test_every_image_has_chances_of_its_own(key):
-    found = distorted(key, jnp.asarray(np.stack([digit()] * 3)))
+    found = distort(key, *[digit()] * 3)
     assert not np.allclose(found[0], found[1])
     assert not np.allclose(found[1], found[2])
     assert 0 <= found.min() < found.max() < 255.1
@@ -83,14 +93,13 @@ def test_bends_are_as_large_as_drawn_and_smooth(key):
 
 
 def test_bent_images_differ_from_straight_ones(monkeypatch, key):
-    images = jnp.asarray(digit())[None]
-    bent = distorted(key, images)
+    bent = distort(key, digit())
     monkeypatch.setattr(distortion, "BEND", 0)
-    assert np.abs(bent - distorted(key, images)).max() > 20
+    assert np.abs(bent - distort(key, digit())).max() > 20
 
 
 def test_features_are_normalised_in_training_alone(key):
-    images = jax.random.randint(key, (6, 28, 28), 0, 256).astype(jnp.uint8)
+    images = noise(6)
     variables = jax.jit(partial(Trunk().init, training=False))(key, images)
     train = jax.jit(partial(Trunk().apply, training=True, mutable=["batch_stats"]))
     features, moved = train(variables, images)
@@ -99,15 +108,16 @@ def test_features_are_normalised_in_training_alone(key):
     before, after = variables["batch_stats"], moved["batch_stats"]
     assert not np.allclose(*(each["BatchNorm_0"]["mean"] for each in (before, after)))
     test = jax.jit(partial(Trunk().apply, training=False))
-    alone, together = test(variables, images[:1]), test(variables, images)
-    np.testing.assert_allclose(alone, together[:1], atol=1e-5)
+    others = np.concatenate([images[:1], 255 - images[1:]])
+    one, same = (test(variables, batch)[0] for batch in (images, others))
+    np.testing.assert_allclose(one, same, atol=1e-5)
 
 
 MACHINE = {"cores": "2", "processor": "a processor"}
 OPTIONS = "--epochs 2 --batch-size 10 --seeds 1 --no-cache --heads dense top-1".split()
 
 
-def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
+def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys, monkeypatch):
     folder = str(write_small_mnist(tmp_path / "data").folder)
     page = tmp_path / "studies.md"
     page.write_text("<!-- heads -->\n<!-- /heads -->\n")
@@ -119,13 +129,14 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
     np.testing.assert_allclose(np.sum(block["load"], axis=-1), 1, rtol=1e-6)
     accuracy = summary["cells"]["top-1"]["accuracy"]["values"]
     assert accuracy == [pytest.approx(block["accuracy"][0][-1], rel=1e-5)]
+    assert (tmp_path / "out" / "heads.png").stat().st_size > 10_000
     capsys.readouterr()
 
+    save_no_pictures(monkeypatch)
     run("heads", *options, "--resume", "--docs", str(tmp_path))
     for text in (capsys.readouterr().out, page.read_text()):
         assert "| head | seeds | published | ours, best epoch | ours, last epoch | minus" in text
         assert "| dense | 1 | 99.65 |" in text
-    assert (tmp_path / "out" / "heads.png").stat().st_size > 10_000
     message = refusal("heads", *options, "--resume", "--learning-rate", "0.2", capsys=capsys)
     assert "--learning-rate must be what the run began with, 0.004" in message
 
@@ -198,7 +209,12 @@ def begun():
 
 @cache
 def stepping():
-    return jax.jit(partial(step, training()))
+    """A step with a balance loss of a weight, which comes first."""
+
+    def weighted(weight, *given):
+        return step(training(lambda *found: weight * of_all(*found)), *given)
+
+    return jax.jit(weighted)
 
 
 @cache
@@ -207,10 +223,9 @@ def looking():
 
 
 @pytest.fixture
-def eight(key):
+def eight():
     """Images with the labels 0 to 7, and the rows of all of them."""
-    images = jax.random.randint(key, (8, 28, 28), 0, 256).astype(jnp.uint8)
-    return Split(images, jnp.arange(8)), jnp.arange(8)
+    return Split(*jax.device_put((noise(8), np.arange(8)))), np.arange(8)
 
 
 def test_steps_learn(eight, key):
@@ -218,7 +233,7 @@ def test_steps_learn(eight, key):
     run = first = begun()
     losses = []
     for _ in range(20):
-        run, loss = stepping()(run, data, rows, key, 0)
+        run, loss = stepping()(0.0, run, data, rows, key, 0)
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, run)
@@ -229,7 +244,7 @@ def test_faithful_images_are_not_distorted(eight, key):
     data, rows = eight
     for faithful, alike in ((0, False), (7, False), (8, True)):
         losses = [
-            float(stepping()(begun(), data, rows, each, faithful)[1])
+            float(stepping()(0.0, begun(), data, rows, each, faithful)[1])
             for each in jax.random.split(key, 2)
         ]
         assert (losses[0] == losses[1]) is alike
@@ -243,10 +258,9 @@ def test_half_of_the_images_are_faithful_in_the_last_epochs(epochs, distorting):
 
 def test_the_balance_loss_reaches_the_router(eight, key):
     data, rows = eight
-    balanced = jax.jit(partial(step, training(lambda *found: 1e3 * of_all(*found))))
     routers = []
-    for go_on in (stepping(), balanced):
-        run, _ = go_on(begun(), data, rows, key, 0)
+    for weight in (0.0, 1e3):
+        run, _ = stepping()(weight, begun(), data, rows, key, 0)
         routers.append(run.params["head"]["router"]["kernel"])
     assert not np.allclose(*routers, atol=1e-6)
 
@@ -305,10 +319,11 @@ def test_the_blend_is_of_nine_shifts(eight):
 @pytest.mark.parametrize("steps", [1, 3, 100])
 def test_the_rate_is_finite_and_falls_to_nothing(steps):
     updates = adamw(1.0, steps)
-    params = {"w": jnp.ones(())}
-    state, sizes = updates.init(params), []
+    params = {"w": np.float32(1)}
+    state, sizes = jax.jit(updates.init)(params), []
+    update = jax.jit(updates.update)
     for _ in range(steps):
-        found, state = updates.update(params, state, params)
+        found, state = update(params, state, params)
         sizes.append(abs(float(found["w"])))
     assert np.isfinite(sizes).all()
     assert steps < 100 or max(sizes) > 0.9 > 0.1 > sizes[-1]

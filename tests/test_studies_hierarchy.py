@@ -42,22 +42,23 @@ def test_em_never_lowers_the_likelihood(name, x64):
 
 
 def test_newton_is_weighted_least_squares(x64):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, y = jax.random.normal(keys[0], (50, 2)), jax.random.normal(keys[1], (50, 1))
-    posterior = jax.nn.softmax(jax.random.normal(keys[2], (50, 3)))
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(50, 2)), random.normal(size=(50, 1))
+    posterior = random.dirichlet(np.ones(3), size=50)
     tree = Tree(2, 1, 3)
-    found = em.fitted_leaves(tree, GAUSSIAN, init(tree, keys[3]), x, y, posterior)
+    fit = jax.jit(lambda key, *data: em.fitted_leaves(tree, GAUSSIAN, init(tree, key), *data))
+    found = jax.device_get(fit(jax.random.key(0), x, y, posterior))
     design = np.column_stack([x, np.ones(50)])
     for leaf in range(3):
-        weight = np.asarray(posterior[:, leaf])
+        weight = posterior[:, leaf]
         root = np.sqrt(weight)[:, None]
-        solution, *_ = np.linalg.lstsq(root * design, root * np.asarray(y), rcond=None)
+        solution, *_ = np.linalg.lstsq(root * design, root * y, rcond=None)
         kernel, bias = (found["experts"][each][leaf] for each in ("kernel", "bias"))
         np.testing.assert_allclose(kernel, solution[:2], atol=1e-7)
         np.testing.assert_allclose(bias, solution[2], atol=1e-7)
-        residual = np.asarray(y) - design @ solution
+        residual = y - design @ solution
         variance = (weight * residual[:, 0] ** 2).sum() / weight.sum()
-        assert float(found["log_variance"][leaf]) == pytest.approx(math.log(variance), abs=1e-7)
+        assert found["log_variance"][leaf] == pytest.approx(math.log(variance), abs=1e-7)
 
 
 @pytest.mark.parametrize("start", [-3.0, 0.0, 40.0])
@@ -73,11 +74,12 @@ def test_newton_takes_no_step_that_lowers(start, x64):
 @pytest.mark.parametrize("family", [GAUSSIAN, BERNOULLI])
 def test_a_tree_is_its_double_sum(family, x64, key):
     tree = Tree(2, 3, 2)
-    params = init(tree, key) | {"log_variance": jnp.linspace(-1, 1, 6)}
-    x = np.asarray(jax.random.normal(key, (4, 2)))
+    params = jax.device_get(jax.jit(lambda key: init(tree, key))(key))
+    params["log_variance"] = np.linspace(-1, 1, 6)
+    x = np.random.default_rng(0).normal(size=(4, 2))
     y = np.array([0.0, 1, 1, 0])
     total, blend = np.zeros(4), np.zeros(4)
-    dense = lambda layer, row: row @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])  # noqa: E731
+    dense = lambda layer, row: row @ layer["kernel"] + layer["bias"]  # noqa: E731
     softmax = lambda logits: np.exp(logits) / np.exp(logits).sum()  # noqa: E731
     for n, row in enumerate(x):
         groups = softmax(dense(params["top"], row))
@@ -97,14 +99,21 @@ def test_a_tree_is_its_double_sum(family, x64, key):
                 total[n] += groups[group] * leaves[leaf] * p
                 blend[n] += groups[group] * leaves[leaf] * mu
     targets = y[:, None] if family is GAUSSIAN else y
-    found = nll(tree, family, params, jnp.asarray(x), jnp.asarray(targets))
-    assert float(found) == pytest.approx(-np.log(total).mean(), rel=1e-12)
-    np.testing.assert_allclose(mean(tree, family, params, x), blend, rtol=1e-12)
-    np.testing.assert_allclose(jnp.exp(log_gates(tree, params, x)).sum(axis=1), 1, rtol=1e-12)
+
+    @jax.jit
+    def find(params, x, targets):
+        predicted = mean(tree, family, params, x)
+        return nll(tree, family, params, x, targets), predicted, log_gates(tree, params, x)
+
+    likelihood, predicted, gates = find(params, x, targets)
+    assert float(likelihood) == pytest.approx(-np.log(total).mean(), rel=1e-12)
+    np.testing.assert_allclose(predicted, blend, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(gates).sum(axis=1), 1, rtol=1e-12)
 
 
 def test_regimes_have_their_lines_and_noises(key):
-    x, y = (np.asarray(each)[:, 0] for each in regimes(key, 8000))
+    found = jax.jit(regimes, static_argnums=1)(key, 8000)
+    x, y = (np.asarray(each)[:, 0] for each in found)
     rest, regime = y - truth(x), np.searchsorted(EDGES, x)
     for index, noise in enumerate(NOISES):
         here = rest[regime == index]
@@ -115,9 +124,14 @@ def test_regimes_have_their_lines_and_noises(key):
 
 def test_a_gradient_begins_where_em_does_and_descends(x64, key):
     problem = PROBLEMS["regimes"]
-    data, params = sample(problem, key)
-    _, curve = by_gradient(0.03, 40)(problem, params, data)
-    begin = nll(problem.tree, problem.family, params, *data)
+
+    @jax.jit
+    def descend(key):
+        data, params = sample(problem, key)
+        _, curve = by_gradient(0.03, 40)(problem, params, data)
+        return curve, nll(problem.tree, problem.family, params, *data)
+
+    curve, begin = descend(key)
     assert float(curve[0]) == float(begin)
     assert curve.shape == (41,)
     assert float(curve[-1]) < float(curve[0]) - 0.1
@@ -129,17 +143,18 @@ def test_what_is_measured_of_a_fit(x64, key):
     def halfway(problem, params, data):
         return params, jnp.array([3.0, 2.0, 1.005, 1.0])
 
-    one = measure(key, problem, halfway, 50)
+    @jax.jit
+    def look(key):
+        params = init(problem.tree, jax.random.split(key, 3)[2])
+        predicted = mean(problem.tree, GAUSSIAN, params, jnp.zeros((1, 1)))
+        return measure(key, problem, halfway, 50), predicted
+
+    one, predicted = look(key)
     assert int(one["converged"]) == 2
     assert int(one["iterations"]) == 3
     assert float(one["largest_rise"]) == pytest.approx(-0.005)
     assert one["gates"].shape == (101, 4)
-    predicted = mean(problem.tree, GAUSSIAN, sample_params(problem, key), jnp.array([[0.0]]))
     assert float(one["mean"][50]) == pytest.approx(float(predicted[0]))
-
-
-def sample_params(problem, key):
-    return init(problem.tree, jax.random.split(key, 3)[2])
 
 
 def test_competing_experts_know_more_alone():

@@ -11,11 +11,13 @@ import pytest
 from jax.extend import core as jax_core
 
 import moejax
+from cases import normal, params_of
 from commands import refusal, run
 from studies.many_tasks_data import FREQUENCIES, NOISE, PHASES, WIDTH, batch, weights
 from studies.many_tasks_models import extraction, multi_gate, progressive, shared_bottom
 from studies.many_tasks_report import cell_name, correlations, sentence
 from studies.many_tasks_training import MODELS
+from study_cases import save_no_pictures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TASKS, EXPERTS, N, D, H = 3, 4, 5, 6, 7
@@ -163,21 +165,19 @@ def test_all_tasks_share_one_pass_over_the_shared_experts():
     assert products(model, (TASKS, 2, D, H)) == 1
 
 
-def test_equal_gates_are_one_gate(key):
+def test_equal_gates_are_one_gate():
     one, many = gates(1), gates(TASKS)
-    params = one.init(key)
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, TASKS, axis=0), params["gates"])
-    x = jax.random.normal(key, (N, D))
-    y = many.apply(params | {"gates": repeated}, x)
-    np.testing.assert_allclose(y, one.apply(params, x), rtol=1e-5, atol=1e-6)
+    params, x = params_of(one), normal(0, N, D)
+    repeated = jax.tree.map(lambda leaf: np.repeat(leaf, TASKS, axis=0), params["gates"])
+    y = jax.jit(many.apply)(params | {"gates": repeated}, x)
+    np.testing.assert_allclose(y, jax.jit(one.apply)(params, x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_shared_bottom_is_run_once(key):
+def test_a_shared_bottom_is_run_once():
     model = shared_bottom(moejax.linear(D, H), moejax.linear(H, 2), num_tasks=TASKS)
-    params = model.init(key)
-    x = jax.random.normal(key, (N, D))
+    params, x = jax.device_get((params_of(model), normal(0, N, D)))
     hidden = x @ params["bottom"]["kernel"] + params["bottom"]["bias"]
-    for task, y in enumerate(model.apply(params, x)):
+    for task, y in enumerate(jax.jit(model.apply)(params, x)):
         tower = at(params["towers"], task)
         expected = hidden @ tower["kernel"] + tower["bias"]
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -186,10 +186,10 @@ def test_a_shared_bottom_is_run_once(key):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
 def test_tasks_have_the_cosine_asked_for(key, correlation):
-    both = weights(key, correlation)
+    both = np.asarray(jax.jit(weights)(key, correlation))
     cosines = [[1, correlation], [correlation, 1]]
     np.testing.assert_allclose(both @ both.T, cosines, atol=1e-5)
-    x, y = batch(key, both, 4000)
+    x, y = jax.jit(batch, static_argnums=2)(key, both, 4000)
     assert x.shape == (4000, WIDTH)
     along = np.asarray(both @ x.T)
     rest = np.asarray(y) - along
@@ -210,7 +210,7 @@ def test_the_models_are_of_equal_size():
     assert abs(sizes["shared-bottom"] - sizes["one-gate"] + gate) < 0.03 * sizes["one-gate"]
 
 
-def test_the_command_ends_with_a_table_and_goes_on(tmp_path, capsys):
+def test_the_command_ends_with_a_table_and_goes_on(tmp_path, capsys, monkeypatch):
     options = "--steps 50 --batch-size 4 --correlations 1 0.5 --no-cache --out"
     run("many_tasks", "--seeds", "2", *options.split(), str(tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -224,6 +224,7 @@ def test_the_command_ends_with_a_table_and_goes_on(tmp_path, capsys):
 
     again = [*options.split(), str(tmp_path / "out")]
     assert "go on with it by --resume" in refusal("many_tasks", *again, capsys=capsys)
+    save_no_pictures(monkeypatch)
     page = tmp_path / "studies.md"
     page.write_text("<!-- many_tasks -->\n<!-- /many_tasks -->\n")
     finished = ["--seeds", "2", "--resume", "--docs", str(tmp_path)]

@@ -10,7 +10,20 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import moejax
-from cases import EXPERTS, ONE_DEVICE, RULES, SLOT_RULES, SLOT_SCHEDULES, C, D, E, O, T
+from cases import (
+    EXPERTS,
+    ONE_DEVICE,
+    RULES,
+    SLOT_RULES,
+    SLOT_SCHEDULES,
+    C,
+    D,
+    E,
+    O,
+    T,
+    normal,
+    params_of,
+)
 from commands import refusal, run
 from mnist_files import write_small_mnist
 from studies.hessian import (
@@ -24,6 +37,7 @@ from studies.hessian import (
 )
 from studies.images import loaded
 from studies.sharpness_report import percent, ratio, sentence
+from study_cases import save_no_pictures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -31,8 +45,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 def mixture(execute, rule, router):
     """The loss of a small mixture as a function of a row of parameters, and the row."""
     layer = moejax.moe(EXPERTS["mlp"], router, num_experts=E, route=rule, execute=execute)
-    params = jax.tree.map(lambda leaf: leaf.astype(float), layer.init(jax.random.key(0)))
-    x, y = (jax.random.normal(jax.random.key(seed), (T, width)) for seed, width in ((1, D), (2, O)))
+    x, y = (normal(seed, T, width, dtype=float) for seed, width in ((1, D), (2, O)))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, float), params_of(layer))
     flat, unravel = ravel_pytree(params)
     return lambda flat: jnp.mean((layer.apply(unravel(flat), x)[0] - y) ** 2), flat
 
@@ -64,7 +78,7 @@ def full():
 @pytest.mark.parametrize("schedule", ONE_DEVICE)
 def test_products_are_those_of_the_whole_hessian(schedule, full, x64):
     product, flat = product_of_top_2(schedule)
-    vector = jnp.cos(jnp.arange(flat.size, dtype=float))
+    vector = np.cos(np.arange(flat.size))
     np.testing.assert_allclose(product(vector), full @ vector, atol=1e-10)
 
 
@@ -77,7 +91,7 @@ def test_products_are_those_of_the_whole_hessian(schedule, full, x64):
 )
 def test_products_through_slots_are_those_of_forward_mode(schedule, rule, router, x64):
     loss, flat = mixture(SLOT_SCHEDULES[schedule], SLOT_RULES[rule], router)
-    vector = jnp.cos(jnp.arange(flat.size, dtype=float))
+    vector = np.cos(np.arange(flat.size))
     forward = jax.jit(lambda vector: jax.jvp(jax.grad(loss), (flat,), (vector,))[1])
     np.testing.assert_allclose(by_product(loss, flat)(vector), forward(vector), atol=1e-10)
 
@@ -95,9 +109,10 @@ def test_forward_mode_says_where_it_works(schedule, wrap):
             wrap(transformed)(flat)
 
 
-def test_products_take_pytrees(key):
-    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
-    product = hessian_vector(lambda p: p["b"] * (p["a"] ** 2).sum(), params, params)
+def test_products_take_pytrees():
+    params = {"a": np.array([1.0, 2.0]), "b": np.array(3.0)}
+    loss = lambda p: p["b"] * (p["a"] ** 2).sum()  # noqa: E731
+    product = by_product(loss, params)(params)
     np.testing.assert_allclose(product["a"], 2 * 3 * params["a"] + 2 * params["a"] * 3)
     np.testing.assert_allclose(product["b"], 2 * (params["a"] ** 2).sum())
 
@@ -107,12 +122,13 @@ def space():
     """A Krylov space of the whole Hessian."""
     product, flat = product_of_top_2("dense")
     with jax.enable_x64(True):
-        return lanczos(product, rademacher(jax.random.key(3), flat), 14)
+        find = jax.jit(lambda key: lanczos(product, rademacher(key, flat), 14))
+        return find(jax.random.key(3))
 
 
 def test_lanczos_finds_the_largest_eigenvalue(full, space, x64):
     values, vectors = np.linalg.eigh(full)
-    found = ritz(space)
+    found = jax.jit(ritz)(space)
     assert found.values[-1] == pytest.approx(values[-1], rel=0.01)
     assert abs(found.vector @ vectors[:, -1]) == pytest.approx(1, abs=0.01)
     residual = np.linalg.norm(full @ found.vector - found.values[-1] * found.vector)
@@ -127,10 +143,15 @@ def test_its_basis_is_orthonormal_and_makes_the_hessian_tridiagonal(full, space,
     np.testing.assert_allclose(basis @ full @ basis.T, expected, atol=1e-12)
 
 
+@jax.jit
+def ritz_of_diagonal(values):
+    return ritz(lanczos(lambda vector: values * vector, jnp.ones(6), 4))
+
+
 @pytest.mark.parametrize("shift", [0.0, -9.0])  # all positive, and all negative
 def test_a_space_that_ends_early_adds_nothing(shift):
-    values = jnp.array([5.0, 5.0, 2.0, 2.0, 2.0, 2.0]) + shift
-    found = ritz(lanczos(lambda vector: values * vector, jnp.ones(6), 4))
+    values = np.array([5.0, 5.0, 2.0, 2.0, 2.0, 2.0]) + shift
+    found = jax.device_get(ritz_of_diagonal(values))
     np.testing.assert_allclose(found.values[2:] - shift, [2, 5], atol=1e-5)
     np.testing.assert_allclose(found.weights, [0, 0, 2 / 3, 1 / 3], atol=1e-5)
     np.testing.assert_allclose(values * found.vector, (5 + shift) * found.vector, atol=1e-4)
@@ -139,39 +160,46 @@ def test_a_space_that_ends_early_adds_nothing(shift):
 
 def test_hutchinson_estimates_the_trace(full, x64):
     product, flat = product_of_top_2("dense")
-    keys = jax.random.split(jax.random.key(4), 4000)
-    estimate = jax.jit(lambda keys: hutchinson(product, flat, keys))(keys)
+    count = 4000
+    estimated = jax.jit(lambda key: hutchinson(product, flat, jax.random.split(key, count)))
+    estimate = estimated(jax.random.key(4))
     assert estimate.mean == pytest.approx(full.trace(), rel=0.03)
     assert abs(estimate.mean - full.trace()) < 3 * estimate.error
     off_diagonal = full - np.diag(np.diag(full))
-    expected = np.sqrt(2 * (off_diagonal**2).sum() / len(keys))
+    expected = np.sqrt(2 * (off_diagonal**2).sum() / count)
     assert estimate.error == pytest.approx(expected, rel=0.1)
 
 
 def test_the_density_has_integral_one_and_the_mean_of_the_spectrum(full, x64):
-    flat = jnp.zeros(len(full))
-    starts = jax.random.split(jax.random.key(5), 50)
+    flat = np.zeros(len(full))
     product = jnp.asarray(full).dot
-    found = jax.lax.map(lambda key: ritz(lanczos(product, rademacher(key, flat), 12)), starts)
     low, high = np.linalg.eigvalsh(full)[[0, -1]]
     width = (high - low) / 50
     places = np.linspace(low - 8 * width, high + 8 * width, 2000)
-    curve = density(found.values, found.weights, places, width)
+
+    @jax.jit
+    def curve_of(key):
+        starts = jax.random.split(key, 200)
+        found = jax.lax.map(lambda key: ritz(lanczos(product, rademacher(key, flat), 12)), starts)
+        return density(found.values, found.weights, jnp.asarray(places), width)
+
+    curve = curve_of(jax.random.key(5))
     assert np.trapezoid(curve, places) == pytest.approx(1, abs=1e-6)
     mean = np.trapezoid(curve * places, places)
     assert mean == pytest.approx(full.trace() / len(full), rel=0.1)
 
 
 def test_the_loss_on_a_line():
-    line = along(lambda flat: (flat**2).sum(), jnp.zeros(2), jnp.array([0.6, 0.8]), jnp.arange(3.0))
+    square = lambda flat: (flat**2).sum()  # noqa: E731
+    line = along(square, np.zeros(2), np.array([0.6, 0.8]), np.arange(3.0))
     np.testing.assert_allclose(line, [0, 1, 4], rtol=1e-6)
 
 
-OPTIONS = """--heads dense soft --examples 20 --epochs 2 --batch-size 10 --images 10 --starts 2
+OPTIONS = """--heads dense soft --examples 10 --epochs 2 --batch-size 5 --images 5 --starts 2
     --steps 3 --probes 2 --learning-rate 0.01 --no-cache""".split()
 
 
-def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
+def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys, monkeypatch):
     folder = str(write_small_mnist(tmp_path / "data").folder)
     options = [*OPTIONS, "--data-dir", folder, "--out", str(tmp_path / "out")]
     run("sharpness", "--seeds", "2", *options)
@@ -187,6 +215,7 @@ def test_the_command_ends_with_tables_and_goes_on(tmp_path, capsys):
     assert head in capsys.readouterr().out
     assert (tmp_path / "out" / "sharpness.png").stat().st_size > 10_000
 
+    save_no_pictures(monkeypatch)
     page = tmp_path / "studies.md"
     page.write_text("<!-- sharpness -->\n<!-- /sharpness -->\n")
     run("sharpness", "--seeds", "2", *options, "--resume", "--docs", str(tmp_path))
