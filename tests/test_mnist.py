@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moejax
+from cases import normal, params_of
 from commands import EXPERIMENTS, draw_nothing, refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -104,11 +105,11 @@ def test_any_rule_trains_and_draws(route, tmp_path, capsys):
 def test_every_rule_decides_and_balances(monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS)
     routes = importlib.import_module("parts.routes").ROUTES
-    x = jax.random.normal(jax.random.key(0), (6, 4))
+    x = normal(0, 6, 4)
     for name, route in routes.items():
         router = route.router(moejax.linear(4, 3))
         layer = moejax.moe(moejax.linear(4, 2), router, num_experts=3, route=route.rule(2))
-        params = layer.init(jax.random.key(1))
+        params = params_of(layer)
         for key in (None, jax.random.key(2)):
             y, routing = layer.apply(params, x, key=key)
             assert y.shape == (6, 2), name
