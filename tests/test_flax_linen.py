@@ -7,6 +7,7 @@ import pytest
 from flax import linen, traverse_util
 
 import moejax
+from cases import params_of
 from moejax.interop.flax import expert_axes, to_linen
 from test_flax_nnx import (
     LAYERS,
@@ -15,7 +16,7 @@ from test_flax_nnx import (
     D,
     E,
     T,
-    loss,
+    loss_and,
     on_mesh,
     pure_gradients,
     same,
@@ -30,6 +31,11 @@ def by_name(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/") or "value": v for p, v in leaves}
 
 
+def variables_of(module, x):
+    """Variables of the shapes and dtypes that `init` gives them."""
+    return params_of(moejax.Layer(lambda key: module.init(key, x), module.apply))
+
+
 def pure_params(layer, variables):
     """The variables of the module in the structure of the layer's params."""
     flat = {name: value for each in variables.values() for name, value in by_name(each).items()}
@@ -38,14 +44,15 @@ def pure_params(layer, variables):
 
 
 @pytest.mark.parametrize("layer", LAYERS_OF_USERS.values(), ids=LAYERS_OF_USERS)
-def test_it_is_the_layer(layer, key, x):
+def test_it_is_the_layer(layer, x):
     module = to_linen(layer)
-    variables = jax.jit(module.init)(key, x)
+    variables = variables_of(module, x)
     params = pure_params(layer, variables)
-    same(jax.jit(module.apply)(variables, x), jax.jit(layer.apply)(params, x))
-    objective = lambda variables: loss(module.apply(variables, x))  # noqa: E731
-    gradients = jax.jit(jax.grad(objective))(variables)
-    same(pure_params(layer, gradients), pure_gradients(layer)(params, x))
+    objective = lambda variables: loss_and(module.apply(variables, x))  # noqa: E731
+    gradients, result = jax.jit(jax.grad(objective, has_aux=True))(variables)
+    expected, expected_result = pure_gradients(layer)(params, x)
+    same(result, expected_result)
+    same(pure_params(layer, gradients), expected)
 
 
 def test_paths_in_a_model(key, x):
@@ -54,14 +61,14 @@ def test_paths_in_a_model(key, x):
         def __call__(self, x):
             return to_linen(ROUTED)(x)
 
-    params = Model().init(key, x)["params"]["LinenLayer_0"]
+    params = jax.eval_shape(Model().init, key, x)["params"]["LinenLayer_0"]
     assert params["experts"]["gate"]["kernel"].shape == (E, D, 6)
     assert set(params["router"]) == {"kernel", "bias"}
 
 
-def test_a_balance_bias_is_a_collection_of_its_own(key, x):
+def test_a_balance_bias_is_a_collection_of_its_own(x):
     module = to_linen(LAYERS_OF_USERS["biased"])
-    variables = module.init(key, x)
+    variables = variables_of(module, x)
     assert set(traverse_util.flatten_dict(variables["balance"])) == {("router", "balance_bias")}
     assert "balance_bias" not in variables["params"]["router"]
     with pytest.raises(ValueError, match="lack \\['balance/router/balance_bias'\\]"):
@@ -82,7 +89,7 @@ def test_mask_and_noise(key, x):
     module = to_linen(layer)
     variables = module.init(key, x)
     params = pure_params(layer, variables)
-    mask = jnp.arange(T // 2)[None] < jnp.array([[3], [7]])
+    mask = np.arange(T // 2)[None] < np.array([[3], [7]])
     same(
         module.apply(variables, x, mask=mask, key=key),
         layer.apply(params, x, mask=mask, key=key),

@@ -56,6 +56,11 @@ def loss(result):
     return jnp.sum(output(result) ** 2)
 
 
+def loss_and(result):
+    """For `grad` with ``has_aux``: one program then gives the gradients and the result itself."""
+    return loss(result), result
+
+
 def made(layer, **options):
     """A module, and the params that the pure functions would have."""
     params = jax.jit(layer.init)(nnx.Rngs(0).params())
@@ -64,17 +69,18 @@ def made(layer, **options):
 
 @cache
 def pure_gradients(layer):
-    """The function of params and tokens, compiled once for the modules of both kinds."""
-    return jax.jit(jax.grad(lambda params, x: loss(layer.apply(params, x))))
+    """Of params for tokens, and the result; compiled once for the modules of both kinds."""
+    return jax.jit(jax.grad(lambda params, x: loss_and(layer.apply(params, x)), has_aux=True))
 
 
 @pytest.mark.parametrize("layer", LAYERS_OF_USERS.values(), ids=LAYERS_OF_USERS)
 def test_it_is_the_layer(layer, x):
     module, params = made(layer)
     same(module.as_params(), params)
-    same(nnx.jit(lambda module, x: module(x))(module, x), jax.jit(layer.apply)(params, x))
-    expected = pure_gradients(layer)(params, x)
-    gradients = nnx.jit(nnx.grad(lambda module: loss(module(x))))(module)
+    gradient = nnx.jit(nnx.grad(lambda module, x: loss_and(module(x)), has_aux=True))
+    gradients, result = gradient(module, x)
+    expected, expected_result = pure_gradients(layer)(params, x)
+    same(result, expected_result)
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     rest = jax.tree.map(jnp.zeros_like, rest)  # the gradients of state that is not trained
     same(nnx.merge(graph, gradients, rest).as_params(), expected)
@@ -97,11 +103,11 @@ def test_jax_jit_takes_the_module(x):
 @pytest.mark.parametrize("graph", [True, False], ids=["graph mode", "tree mode"])
 def test_modes(graph, x):
     module, params = made(ROUTED)
-    forward = nnx.jit(lambda module, x: module(x), graph=graph)
-    same(forward(module, x), jax.jit(ROUTED.apply)(params, x))
-    gradient = nnx.jit(nnx.grad(lambda module: loss(module(x)), graph=graph), graph=graph)
-    gradients = gradient(module)
-    same(jax.tree.leaves(gradients), jax.tree.leaves(pure_gradients(ROUTED)(params, x)))
+    function = nnx.grad(lambda module: loss_and(module(x)), has_aux=True, graph=graph)
+    gradients, result = nnx.jit(function, graph=graph)(module)
+    expected, expected_result = pure_gradients(ROUTED)(params, x)
+    same(result, expected_result)
+    same(jax.tree.leaves(gradients), jax.tree.leaves(expected))
 
 
 def test_split_and_merge(x):
@@ -128,7 +134,7 @@ def test_value_and_grad_with_an_optimizer(x, standard_promotion):
         updates, state = adam.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state = adam.init(params)
+    state = jax.jit(adam.init)(params)
     for _ in range(3):
         value = step(module, optimizer)
         params, state, expected = pure_step(params, state)
@@ -204,7 +210,7 @@ def test_mask_and_noise(x, key):
         route=partial(moejax.noisy_top_k, k=2),
     )
     module, params = made(layer)
-    mask = jnp.arange(T // 2)[None] < jnp.array([[3], [7]])
+    mask = np.arange(T // 2)[None] < np.array([[3], [7]])
     rngs = nnx.Rngs(0, routing=5)
     noise = nnx.Rngs(routing=5).routing()
     actual = module(x, mask=mask, key=rngs.routing())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import toy
-from commands import refusal, run
+from commands import draw_nothing, refusal, run
 from moejax import plot
 from reference import close
 
@@ -26,6 +26,12 @@ def one_frame(monkeypatch):
     """Of an animation only the first frame is drawn."""
     save = plot.save_animation
     monkeypatch.setattr(plot, "save_animation", lambda frames, path: save([next(frames)], path))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("parts.output.save_figure", draw_nothing)
+    monkeypatch.setattr(plot, "save_animation", lambda frames, path: path.touch())
 
 
 def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
@@ -64,7 +70,7 @@ def test_under_the_likelihood_experts_compete(tmp_path, one_frame):
     assert abs(lost_without_the_blend(summary)) < 0.01
 
 
-def test_runs_of_other_sizes(tmp_path):
+def test_runs_of_other_sizes(tmp_path, one_frame):
     arguments = "--samples 7 --steps 3 --experts 3 --seeds 2 --seed 1".split()
     run("toy", "--out", str(tmp_path), *arguments)
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -76,13 +82,14 @@ def test_runs_taken_in_groups_are_the_runs_taken_alone(monkeypatch):
     data, initial, _ = toy.begin(task, 20, 2, np.uint32(0))
     runs, _ = toy.train(task, data, steps, initial)
     assert len(runs["loss"]) == 3
+    on_host = jax.device_get(initial)
     alone = jax.jit(partial(toy.run, task, data, steps))
     for number in range(3):
-        start = jax.tree.map(lambda leaf, i=number: leaf[i], initial)
+        start = jax.tree.map(lambda leaf, i=number: leaf[i], on_host)
         close(runs["loss"][number], alone(start)["loss"], rtol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path, one_frame):
+def test_the_same_seed_gives_the_same_numbers(tmp_path, no_pictures):
     results = []
     for name in ("a", "b"):
         run("toy", "--out", str(tmp_path / name), *"--samples 20 --steps 4 --seeds 2".split())
