@@ -287,7 +287,8 @@ def test_one_rule_on_a_mesh(files, tmp_path, without_samples):
     ],
 )
 def test_refusals(arguments, words, tmp_path, capsys):
-    error = refusal("language_model", "--out", str(tmp_path), *arguments, capsys=capsys)
+    options = ["--layers=1", "--out", str(tmp_path)]
+    error = refusal("language_model", *options, *arguments, capsys=capsys)
     assert words in error
 
 

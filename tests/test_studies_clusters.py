@@ -154,7 +154,7 @@ def test_the_published_loss_has_a_floor():
 
 
 def test_training_learns_and_its_curve_follows(key):
-    sizes = Sizes(examples=1500, mixture_steps=120, single_steps=1)
+    sizes = Sizes(examples=1000, mixture_steps=120, single_steps=1)
     one = jax.device_get(jax.jit(lambda key: train_mixture(key, SETTINGS[3], CUBIC, sizes))(key))
     assert one["accuracy"] > 80
     assert one["curve"].shape == (12,)
