@@ -39,6 +39,7 @@ from language.runs import (
     Programs,
     Run,
     check_fresh,
+    check_same,
     note_nothing_to_resume,
     train,
     trained,
@@ -113,12 +114,12 @@ def bar(total: int) -> Iterator[Any]:
 
 
 def check_begin(args: argparse.Namespace, plans: list[Plan]) -> None:
-    """Refuses to begin anew where there are checkpoints; says so if there are none to resume."""
+    """Refuses, before anything is trained, checkpoints of an earlier run or of another one."""
     if args.resume:
         note_nothing_to_resume(plans, args.out)
-        return
+    check_plan = check_same if args.resume else check_fresh
     for plan in plans:
-        check_fresh(plan.folder)
+        check_plan(plan)
 
 
 def compete(

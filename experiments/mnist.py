@@ -213,11 +213,12 @@ def train(
     args: argparse.Namespace,
     model: Model,
     first: tuple[TrainState, Callable[[], TrainState]],
+    plan: resumable.Plan,
     data: Dataset,
     mesh: Mesh | None,
-    out: Path,
 ) -> Run:
     """Trains one model, with a line per epoch on the screen and in metrics.jsonl."""
+    out = plan.folder.parent
     optimizer = OPTIMIZERS[args.optimizer](args.learning_rate)
     step = train_step(partial(masked_objective, model), optimizer)
     coming, initial = shapes(first[0], mesh), first[1]
@@ -226,7 +227,6 @@ def train(
     programs = begin_compiling(step, coming, split, args.batch_size, mesh)
     state = place(initial(), mesh)
     sizes = batch_sizes(len(data.train.labels), args.batch_size)
-    plan = resumable.plan(args, out, data, len(sizes))
     unseen = place(empty_metrics(step, state, split, batch_size=args.batch_size), mesh)
     progress = resumable.begin(plan, args.resume, Progress(state, unseen, [], 0.0))
     for folder in {own(args.out), own(out)}:
@@ -456,15 +456,10 @@ def main() -> None:
         mesh = make_mesh(parser, args)
         models = build(args, mesh)
         with output_of_one_run(own(args.out)):
-            work(parser, args, models, mesh)
+            work(args, models, mesh)
 
 
-def work(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    models: dict[str, Model],
-    mesh: Mesh | None,
-) -> None:
+def work(args: argparse.Namespace, models: dict[str, Model], mesh: Mesh | None) -> None:
     """The experiment."""
     with ThreadPoolExecutor(1) as pool:
         images = pool.submit(load_images, args)
@@ -475,12 +470,14 @@ def work(
     on_device = data._replace(
         train=jax.device_put(data.train), test=place(jax.device_put(data.test), mesh)
     )
+    outs = {name: args.out / name if args.model == "all" else args.out for name in models}
+    plans = {name: checked_plan(args, out, data) for name, out in outs.items()}
     runs = {}
     for name, model in models.items():
-        out = args.out / name if args.model == "all" else args.out
+        out = outs[name]
         make_writable(own(out))
         say(f"\n{describe(args, name)}")
-        runs[name] = train(args, model, first[name], on_device, mesh, out)
+        runs[name] = train(args, model, first[name], plans[name], on_device, mesh)
         write_json(own(out) / "summary.json", summarize(runs[name], name, data.name))
         with waiting("drawing"):
             draw(runs[name], name, data.test.images, own(out))
@@ -491,6 +488,14 @@ def work(
     say(f"\nmetrics, summary and pictures are in {args.out}")
     if data.notice:
         say(f"\n{data.notice}")
+
+
+def checked_plan(args: argparse.Namespace, out: Path, data: Dataset) -> resumable.Plan:
+    """What is saved when, and where; refuses a resume that cannot be."""
+    steps_per_epoch = len(batch_sizes(len(data.train.labels), args.batch_size))
+    plan = resumable.plan(args, out, data, steps_per_epoch)
+    resumable.check(plan, args.resume)
+    return plan
 
 
 def check_length(args: argparse.Namespace, num_examples: int) -> None:

@@ -205,12 +205,18 @@ def test_it_resumes(whole, files, tmp_path, capsys, without_samples):
     arguments = [*SHORT, "--text", *map(str, files), "--out", str(out)]
     again = refusal("language_model", *arguments, capsys=capsys)
     assert "go on with it by --resume" in again
-    other = [*arguments, "--resume", "--evaluate-every=2"]
-    assert "--evaluate-every must be" in refusal("language_model", *other, capsys=capsys)
     run("language_model", *arguments, "--resume")
     assert "sparse, seed 0: resumed after step 3" in capsys.readouterr().out
     for name, one in summary(whole).items():
         assert summary(out)[name]["validation_loss"] == one["validation_loss"], name
+
+
+def test_all_runs_are_checked_before_one_begins(whole, files, tmp_path, capsys):
+    shutil.copytree(whole / "sparse", tmp_path / "sparse")
+    arguments = [*SHORT, "--text", *map(str, files), "--out", str(tmp_path), "--resume"]
+    message = refusal("language_model", *arguments, "--evaluate-every=2", capsys=capsys)
+    assert "--evaluate-every must be what the run began with, 3; got 2" in message
+    assert not (tmp_path / "dense").exists()
 
 
 def test_it_writes_on_by_a_network_that_was_trained(whole, capsys):

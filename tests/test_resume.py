@@ -130,8 +130,9 @@ def log(out):
 def complaint(out):
     """The one line of the program itself: tensorstore's threads may print after it, of orbax's loop
     that is closed by then."""
-    [line] = [line for line in log(out).splitlines() if line.startswith("mnist.py: ")]
-    return line
+    lines = [line for line in log(out).splitlines() if line.startswith("mnist.py: ")]
+    assert len(lines) == 1, log(out)
+    return lines[0]
 
 
 def unfinished(out):
@@ -294,6 +295,13 @@ def test_what_is_refused_changes_nothing(finished, arguments, message, capsys):
     before = everything(finished)
     assert message in refusal("mnist", "--out", str(finished), *DIGITS, *arguments, capsys=capsys)
     assert everything(finished) == before
+
+
+def test_all_models_are_checked_before_one_is_trained(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "hard")
+    message = refusal("mnist", "--out", str(tmp_path), *DIGITS, "--model", "all", capsys=capsys)
+    assert "hard/checkpoints holds checkpoints of an earlier run, up to step 24" in message
+    assert not (tmp_path / "dense").exists()
 
 
 def test_checkpoints_change_no_number(finished, tmp_path):

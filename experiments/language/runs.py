@@ -140,14 +140,25 @@ def record(
     return rounded(one | router)
 
 
-def check_fresh(folder: Path) -> None:
+def check_fresh(plan: Plan) -> None:
     """Refuses to begin where an earlier run has left checkpoints."""
-    newest = checkpoint.latest(folder)
+    newest = checkpoint.latest(plan.folder)
     if newest is not None:
         raise RefusedError(
-            f"{folder} holds checkpoints of an earlier run, up to step {newest}: go on with it by "
-            "--resume, or choose another --out"
+            f"{plan.folder} holds checkpoints of an earlier run, up to step {newest}: go on with "
+            "it by --resume, or choose another --out"
         )
+
+
+def check_same(plan: Plan) -> None:
+    """Refuses to go on where another run has left checkpoints."""
+    if checkpoint.latest(plan.folder) is None:
+        return
+    try:
+        saved = checkpoint.read_config(plan.folder)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    check_same_run(plan.identity, saved["identity"])
 
 
 def note_nothing_to_resume(plans: list[Plan], out: Path) -> None:
@@ -161,8 +172,6 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
     if checkpoint.latest(plan.folder) is None:
         return fresh, []
     try:
-        saved = checkpoint.read_config(plan.folder)
-        check_same_run(plan.identity, saved["identity"])
         found = checkpoint.restore(plan.folder, fresh)
     except ValueError as error:
         raise RefusedError(str(error)) from error

@@ -120,13 +120,12 @@ def plan(args: argparse.Namespace, out: Path, data: Dataset, steps_per_epoch: in
     return Plan(out / "checkpoints", every, args.epochs, identity)
 
 
-def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
-    """Where the run starts: afresh, or from a checkpoint.
+def check(plan: Plan, resume: int | None) -> None:
+    """Refuses, before anything is trained, what `begin` could not go on with.
 
     Raises:
         RefusedError: if there are checkpoints of another run, or a damaged one, or none of the
             step that is asked for.
-        OSError: if there is no room for the checkpoints to come.
     """
     newest = checkpoint.latest(plan.folder)
     if resume is None and newest is not None:
@@ -134,13 +133,29 @@ def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
             f"{plan.folder} holds checkpoints of an earlier run, up to step {newest}: go on with "
             "it by --resume, or choose another --out"
         )
+    if resume is not None and newest is not None:
+        check_identity(plan, read(checkpoint.read_config, plan.folder, step=step_of(resume)))
+    elif resume not in (None, NEWEST):
+        raise RefusedError(f"--resume {resume}: there is no checkpoint in {plan.folder}")
+
+
+def step_of(resume: int) -> int | None:
+    """The step of a checkpoint to resume, or None for the newest."""
+    return None if resume == NEWEST else resume
+
+
+def begin(plan: Plan, resume: int | None, fresh: Progress) -> Progress:
+    """Where the run starts: afresh, or from a checkpoint.
+
+    Raises:
+        RefusedError: if the checkpoint is damaged.
+        OSError: if there is no room for the checkpoints to come.
+    """
     if plan.every is None:
         return fresh
     check_room(plan, fresh)
-    if resume is not None and newest is not None:
-        return restored(plan, None if resume == NEWEST else resume, fresh)
-    if resume not in (None, NEWEST):
-        raise RefusedError(f"--resume {resume}: there is no checkpoint in {plan.folder}")
+    if resume is not None and checkpoint.latest(plan.folder) is not None:
+        return restored(plan, step_of(resume), fresh)
     if resume is not None:
         say(f"nothing to resume in {plan.folder}: starting from the beginning")
     # Shows that checkpoints can be written, before anything is lost if not.
@@ -158,8 +173,7 @@ def agreed(signum: int | None) -> int | None:
 
 
 def restored(plan: Plan, step: int | None, fresh: Progress) -> Progress:
-    """The progress in a checkpoint, if it is of the same run."""
-    check_identity(plan, read(checkpoint.read_config, plan.folder, step=step))
+    """The progress in a checkpoint of the same run."""
     like = {"state": fresh.state, "metrics": fresh.metrics}
     found = read(checkpoint.restore, plan.folder, like, step=step)
     checkpoint.discard(plan.folder, after=found.step)
