@@ -34,7 +34,8 @@ from reference import close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-SIZES = "--hidden 4 --experts 2 --batch-size 2".split()
+# The quickest model to start; test_distributed has runs of mixtures that go on.
+SIZES = "--model dense --hidden 4 --batch-size 2".split()
 EPOCHS = 3
 STEPS_PER_EPOCH = 31  # of 61 images, so that the last batch is smaller
 
@@ -233,7 +234,7 @@ def test_a_disk_that_fills_up_costs_nothing_saved(start, reference, tmp_path):
 
 def test_a_full_disk_is_reported_before_training(start, tmp_path):
     out = tmp_path / "full"
-    process = start(out, *OFTEN, "--hidden", "200")
+    process = start(out, *OFTEN, "--hidden", "800")
     limit_files(process, 2**20)
     finish(process, out, 1)
     assert complaint(out).startswith("mnist.py: A checkpoint could not be written to")
