@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
 
 
 def reverse_only(tree: Any) -> Any:
@@ -25,8 +28,9 @@ def reverse_only(tree: Any) -> Any:
     Raises:
         TypeError: where forward mode is evaluated.
     """
+    same = _identity_primitive()
     return jax.tree.map(
-        lambda leaf: _same.bind(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, tree
+        lambda leaf: same.bind(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, tree
     )
 
 
@@ -41,20 +45,26 @@ def _identity(x: Any) -> Any:
     return x
 
 
-_same, _tangent = Primitive("reverse_only"), Primitive("reverse_only_tangent")
-for primitive in (_same, _tangent):
-    primitive.def_abstract_eval(_identity)
+@cache
+def _identity_primitive() -> Primitive:
+    # Made when it is used: this import loads Pallas, a third of the time that moejax takes to load.
+    from jax.extend.core import Primitive
 
-_same.def_impl(_identity)
-batching.defvectorized(_same)
-mlir.register_lowering(_same, lambda _, x: [x])
-ad.primitive_jvps[_same] = lambda primals, tangents: (
-    _same.bind(*primals),
-    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent.bind(*tangents),
-)
+    same, tangent = Primitive("reverse_only"), Primitive("reverse_only_tangent")
+    for primitive in (same, tangent):
+        primitive.def_abstract_eval(_identity)
 
-# As a tangent it is linear: reverse mode transposes it and never evaluates it.
-_tangent.def_impl(_refuse)
-batching.primitive_batchers[_tangent] = _refuse
-mlir.register_lowering(_tangent, _refuse)
-ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+    same.def_impl(_identity)
+    batching.defvectorized(same)
+    mlir.register_lowering(same, lambda _, x: [x])
+    ad.primitive_jvps[same] = lambda primals, tangents: (
+        same.bind(*primals),
+        tangents[0] if isinstance(tangents[0], ad.Zero) else tangent.bind(*tangents),
+    )
+
+    # As a tangent it is linear: reverse mode transposes it and never evaluates it.
+    tangent.def_impl(_refuse)
+    batching.primitive_batchers[tangent] = _refuse
+    mlir.register_lowering(tangent, _refuse)
+    ad.deflinear2(tangent, lambda cotangent, _: [cotangent])
+    return same
