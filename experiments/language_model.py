@@ -38,7 +38,6 @@ from language.runs import (
     Plan,
     Programs,
     Run,
-    check_fresh,
     check_same,
     note_nothing_to_resume,
     train,
@@ -53,6 +52,7 @@ from parts.devices import everywhere, make_mesh, place, places, shapes
 from parts.output import output_of_one_run
 from parts.progress import progress
 from parts.records import versions, write_json
+from parts.resume import check_fresh
 
 PROMPT = "def "
 # What may differ when a run is resumed: its place, its company, and what is done afterwards.
@@ -117,9 +117,11 @@ def check_begin(args: argparse.Namespace, plans: list[Plan]) -> None:
     """Refuses, before anything is trained, checkpoints of an earlier run or of another one."""
     if args.resume:
         note_nothing_to_resume(plans, args.out)
-    check_plan = check_same if args.resume else check_fresh
     for plan in plans:
-        check_plan(plan)
+        if args.resume:
+            check_same(plan)
+        else:
+            check_fresh(plan.folder)
 
 
 def compete(

@@ -43,7 +43,13 @@ def run(name, *arguments):
     script = str(EXPERIMENTS / f"{name}.py")
     path = [str(EXPERIMENTS), *sys.path]
     argv = mock.patch.object(sys, "argv", [script, *arguments])
-    with process_given_back(), argv, mock.patch.object(sys, "path", path):
+    with (
+        process_given_back(),
+        argv,
+        mock.patch.object(sys, "path", path),
+        jax.numpy_dtype_promotion("standard"),  # as in a process of its own
+        jax.numpy_rank_promotion("allow"),
+    ):
         return runpy.run_path(script, run_name="__main__")
 
 

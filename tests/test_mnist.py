@@ -54,8 +54,7 @@ def without_pictures(monkeypatch):
 def every_model(tmp_path_factory):
     """The folder of a run that trains all models, and what it printed."""
     out, printed = tmp_path_factory.mktemp("all"), io.StringIO()
-    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with promotion[0], promotion[1], redirect_stdout(printed):
+    with redirect_stdout(printed):
         run("mnist", "--out", str(out), *SMALL, "--model", "all")
     return out, printed.getvalue()
 

@@ -269,8 +269,7 @@ DIGITS = "--dataset digits --model dense --hidden 4 --epochs 2".split()
 def finished(tmp_path_factory):
     """A short run in this process, with checkpoints at steps 10 and 20."""
     out = tmp_path_factory.mktemp("finished")
-    with jax.numpy_dtype_promotion("standard"):
-        run("mnist", "--out", str(out), *DIGITS, "--checkpoint-every", "10")
+    run("mnist", "--out", str(out), *DIGITS, "--checkpoint-every", "10")
     return out
 
 

@@ -14,7 +14,7 @@ from language.training import Windows
 from moejax import checkpoint
 from moejax.training import TrainState
 from parts.command_line import say
-from parts.ending import EndedError, RefusedError
+from parts.ending import EndedError, RefusedError, refusals
 from parts.records import check_same_run, rounded, versions, write_lines
 from parts.resume import note_other_versions
 
@@ -140,25 +140,12 @@ def record(
     return rounded(one | router)
 
 
-def check_fresh(plan: Plan) -> None:
-    """Refuses to begin where an earlier run has left checkpoints."""
-    newest = checkpoint.latest(plan.folder)
-    if newest is not None:
-        raise RefusedError(
-            f"{plan.folder} holds checkpoints of an earlier run, up to step {newest}: go on with "
-            "it by --resume, or choose another --out"
-        )
-
-
 def check_same(plan: Plan) -> None:
     """Refuses to go on where another run has left checkpoints."""
-    if checkpoint.latest(plan.folder) is None:
-        return
-    try:
-        saved = checkpoint.read_config(plan.folder)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
-    check_same_run(plan.identity, saved["identity"])
+    if checkpoint.latest(plan.folder) is not None:
+        with refusals():
+            saved = checkpoint.read_config(plan.folder)
+        check_same_run(plan.identity, saved["identity"])
 
 
 def note_nothing_to_resume(plans: list[Plan], out: Path) -> None:
@@ -171,10 +158,8 @@ def restored(plan: Plan, fresh: TrainState) -> tuple[TrainState, list[dict[str, 
     """The newest checkpoint of the same run, or its beginning."""
     if checkpoint.latest(plan.folder) is None:
         return fresh, []
-    try:
+    with refusals():
         found = checkpoint.restore(plan.folder, fresh)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
     note_other_versions(found.config)
     say(f"{plan.name}, seed {plan.seed}: resumed after step {found.step:,}")
     return found.state, found.config["history"]

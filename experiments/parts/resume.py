@@ -127,16 +127,22 @@ def check(plan: Plan, resume: int | None) -> None:
         RefusedError: if there are checkpoints of another run, or a damaged one, or none of the
             step that is asked for.
     """
-    newest = checkpoint.latest(plan.folder)
-    if resume is None and newest is not None:
-        raise RefusedError(
-            f"{plan.folder} holds checkpoints of an earlier run, up to step {newest}: go on with "
-            "it by --resume, or choose another --out"
-        )
-    if resume is not None and newest is not None:
+    if resume is None:
+        check_fresh(plan.folder)
+    elif checkpoint.latest(plan.folder) is not None:
         check_identity(plan, read(checkpoint.read_config, plan.folder, step=step_of(resume)))
-    elif resume not in (None, NEWEST):
+    elif resume != NEWEST:
         raise RefusedError(f"--resume {resume}: there is no checkpoint in {plan.folder}")
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuses to begin where an earlier run has left checkpoints."""
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        raise RefusedError(
+            f"{folder} holds checkpoints of an earlier run, up to step {newest}: go on with it by "
+            "--resume, or choose another --out"
+        )
 
 
 def step_of(resume: int) -> int | None:
