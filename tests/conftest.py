@@ -43,6 +43,7 @@ def pytest_configure(config):
 
 def pytest_sessionfinish():
     """Looks for cycles once; pytest and Python would do so six times, among millions of objects."""
+    jax.clear_caches()  # or they would be searched, and then emptied all the same
     gc.collect()
     gc.freeze()
 
