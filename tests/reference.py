@@ -27,6 +27,35 @@ def close(got, expected, rtol=2e-6, atol=None):
     jax.tree.map(compare, got, expected)
 
 
+def check_gradients(function, *arguments, order=1, tolerance=1e-6, step=1e-6):
+    """In float64 and reverse mode, against a central difference along a random line.
+
+    One program gives values and gradients, where `jax.test_util.check_grads` takes three.
+    """
+    rng = np.random.default_rng(0)
+    draw = partial(jax.tree.map, lambda like: rng.normal(size=like.shape))
+    direction, cotangent = draw(arguments), draw(jax.eval_shape(function, *arguments))
+
+    @jax.jit
+    def values_and_gradients(arguments):
+        values, pull = jax.vjp(function, *arguments)
+        return values, pull(cotangent)
+
+    def at(place):
+        moved = jax.tree.map(lambda a, d: np.asarray(a) + place * d, arguments, direction)
+        return jax.device_get(values_and_gradients(moved))
+
+    def inner(a, b):
+        return sum(np.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+    (before, _), (_, gradients), (after, _) = at(-step / 2), at(0), at(step / 2)
+    change = jax.tree.map(lambda a, b: (b - a) / step, before, after)
+    close(inner(gradients, direction), inner(cotangent, change), tolerance)
+    if order > 1:
+        gradient = lambda *given: jax.vjp(function, *given)[1](cotangent)  # noqa: E731
+        check_gradients(gradient, *arguments, order=order - 1, tolerance=tolerance, step=step)
+
+
 def expert_by(params, e):
     """The parameters of one expert."""
     return jax.tree.map(lambda leaf: leaf[e], params)

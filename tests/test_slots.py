@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
+from scipy.special import logsumexp
 
 import moejax
 from cases import EXPERTS, C, D, E, T, normal, params_of
-from reference import golden
+from reference import check_gradients, golden
 
 EXPERT = EXPERTS["mlp"]
 X = normal(1, T, D)
@@ -24,20 +24,18 @@ def test_expert_choice_is_that_of_vmoe():
     peer = golden("vmoe_expert_choice_capacity_4")
     decision = moejax.expert_choice(jnp.asarray(peer["logits"]), capacity=4)
     combine = np.zeros((24, 8))
-    for e in range(8):
-        combine[np.asarray(decision.tokens[e]), e] = decision.weights[e]
+    for e, (tokens, weights) in enumerate(zip(*jax.device_get(decision)[:2], strict=True)):
+        combine[tokens, e] = weights
     np.testing.assert_allclose(combine, peer["combine"].sum(-1), rtol=1e-6)
 
 
 def test_soft_slots_are_those_of_vmoe():
     peer = golden("vmoe_soft_moe")
-    params = {
-        "slots": jnp.asarray(peer["mu"].transpose(1, 2, 0)),  # [D, E, C] -> [E, C, D]
-        "scale": jnp.float32(peer["scale"]),
-    }
+    slots = peer["mu"].transpose(1, 2, 0)  # [D, E, C] -> [E, C, D]
+    params = {"slots": jnp.asarray(slots), "scale": np.float32(peer["scale"])}
     router = moejax.slots(6, 3, 2)
     decide = jax.vmap(lambda x: moejax.soft_slots(router.apply(params, x)))
-    decision = decide(jnp.asarray(peer["x"]))
+    decision = jax.jit(decide)(peer["x"])
     np.testing.assert_allclose(decision.dispatch, peer["dispatch"], rtol=2e-6)
     np.testing.assert_allclose(decision.combine, peer["combine"], rtol=2e-6)
 
@@ -45,16 +43,13 @@ def test_soft_slots_are_those_of_vmoe():
 def test_soft_gradients_in_float64(x64):
     rng = np.random.default_rng(0)
     router = moejax.slots(4, 2, 2)
-    params = jax.tree.map(lambda leaf: leaf.astype(float), params_of(router))
-    experts = jax.device_put(rng.normal(size=(2, 4, 3)))
+    params = jax.tree.map(np.float64, params_of(router))
 
-    @jax.jit
     def output(params, experts, x):
         decision = moejax.soft_slots(router.apply(params, x))
         return moejax.mix_slots(lambda w, x: jnp.tanh(x @ w), experts, x, decision)
 
-    arguments = (params, experts, jax.device_put(rng.normal(size=(5, 4))))
-    check_grads(output, arguments, 1, ["rev"], 1e-6, 1e-6, 1e-6)
+    check_gradients(output, params, rng.normal(size=(2, 4, 3)), rng.normal(size=(5, 4)))
 
 
 def model(kind):
@@ -71,11 +66,12 @@ def test_masked_tokens_change_nothing(kind):
     layer = model(kind)
     params = params_of(layer)
     mask = np.array([True, True, False, True, False, True, True, True])
-    apply = jax.jit(lambda x: layer.apply(params, x, mask=mask)[0])
-    y = np.asarray(apply(X))
-    np.testing.assert_array_equal(y, apply(np.where(mask[:, None], X, np.float32(1e6))))
+    apply, x = jax.jit(layer.apply), np.asarray(X)
+    y = np.asarray(apply(params, x, mask=mask)[0])
+    others, _ = apply(params, np.where(mask[:, None], x, np.float32(1e6)), mask=mask)
+    np.testing.assert_array_equal(y, others)
     np.testing.assert_array_equal(y[~mask], 0)
-    np.testing.assert_allclose(y[mask], layer.apply(params, X[mask])[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[mask], apply(params, x[mask])[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,9 +88,9 @@ def test_nothing_but_padding_gives_zeros(kind):
 def test_a_token_that_is_not_a_number_spoils_no_other(kind):
     layer = model(kind)
     params = params_of(layer)
-    y, _ = layer.apply(params, X.at[2].set(jnp.nan))
-    others = np.arange(T) != 2
-    expected = layer.apply(params, X, mask=others)[0]
+    others, apply = np.arange(T) != 2, jax.jit(layer.apply)
+    y, _ = apply(params, np.where(others[:, None], X, np.float32(np.nan)))
+    expected, _ = apply(params, X, mask=others)
     np.testing.assert_array_equal(np.asarray(y)[others], np.asarray(expected)[others])
 
 
@@ -115,16 +111,15 @@ def test_underflowing_scores_do_not_tie():
 
 
 def test_z_loss_of_expert_choice_leaves_padding_out():
-    mask = jnp.arange(T) < 4
-    decision = moejax.expert_choice(LOGITS, capacity=C, mask=mask)
-    expected = jnp.mean(jax.nn.logsumexp(LOGITS[:4], axis=-1) ** 2)
+    decision = moejax.expert_choice(LOGITS, capacity=C, mask=np.arange(T) < 4)
+    expected = np.mean(logsumexp(np.asarray(LOGITS)[:4], axis=-1) ** 2)
     np.testing.assert_allclose(moejax.router_z_loss(decision), expected, rtol=1e-6)
 
 
 def test_z_loss_of_soft_slots_is_a_scalar():
     """All slots of all experts share one softmax."""
-    expected = jax.nn.logsumexp(SLOT_LOGITS.reshape(T, -1), axis=-1)[:4] ** 2
-    decision = moejax.soft_slots(SLOT_LOGITS, mask=jnp.arange(T) < 4)
+    expected = logsumexp(np.reshape(SLOT_LOGITS, (T, -1)), axis=-1)[:4] ** 2
+    decision = moejax.soft_slots(SLOT_LOGITS, mask=np.arange(T) < 4)
     np.testing.assert_allclose(moejax.router_z_loss(decision), expected.mean(), rtol=1e-6)
 
 
@@ -158,21 +153,24 @@ def test_a_token_that_is_not_a_number_is_left_out_with_and_without_a_mask():
 
 @pytest.mark.parametrize("kind", ["expert_choice", "soft_slots"])
 def test_an_expert_must_return_one_output_for_each_slot(kind):
-    params, x = jnp.ones((E, D, C)), jnp.ones((T, D))
+    params, x = np.ones((E, D, C), np.float32), np.ones((T, D), np.float32)
     if kind == "expert_choice":
-        decision = moejax.expert_choice(jnp.ones((T, E)), capacity=C)
-        schedule = moejax.gather_slots
+        decision, schedule = moejax.expert_choice(LOGITS, capacity=C), moejax.gather_slots
     else:
-        decision, schedule = moejax.soft_slots(jnp.ones((T, E, C))), moejax.mix_slots
+        decision, schedule = moejax.soft_slots(SLOT_LOGITS), moejax.mix_slots
+
+    def run(expert):
+        return jax.eval_shape(partial(schedule, expert), params, x, decision)
+
     with pytest.raises(ValueError, match="one output per token"):
-        schedule(lambda p, x: (x @ p).sum(axis=0)[: C - 1], params, x, decision)
+        run(lambda p, x: (x @ p).sum(axis=0)[: C - 1])
     with pytest.raises(ValueError, match="wrap a mixture in `outputs_of`"):
-        schedule(lambda p, x: (x @ p, None), params, x, decision)
+        run(lambda p, x: (x @ p, None))
 
 
 def test_an_expert_without_tokens_leaves_every_gradient_finite():
-    logits = LOGITS.at[:, 1].set(-jnp.inf)
-    params = jnp.ones((E, 1)).at[1].set(jnp.inf)
+    logits = np.where(np.arange(E) == 1, np.float32(-np.inf), LOGITS)
+    params = np.where(np.arange(E) == 1, np.float32(np.inf), 1)[:, None]
     expert = lambda params, x: jnp.exp(params[None] * x)  # noqa: E731
 
     def loss(logits, x):
@@ -183,4 +181,4 @@ def test_an_expert_without_tokens_leaves_every_gradient_finite():
     value, gradients = run(logits, jnp.ones((T, 1)))
     assert np.isfinite(value)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-    assert gradients[0].any()
+    assert np.any(gradients[0])
