@@ -1,6 +1,6 @@
 """Parameters of one mixture from those of another: the function stays where it is said to."""
 
-from functools import partial
+from functools import cache, partial
 
 import flax
 import jax
@@ -30,9 +30,14 @@ def mixture(num_experts=E, layer=LAYERS["mlp"], bias=True, **options):
     return moejax.moe(layer, router, num_experts=num_experts, execute=moejax.dense, **options)
 
 
-def grow(params, **options):
-    """Compiled as one program; eagerly every leaf takes several."""
-    return jax.jit(partial(moejax.grow, **options))(params)
+@cache
+def compiled(operate, **options):
+    """As one program for all tests that take it; eagerly every leaf takes several."""
+    return jax.jit(partial(operate, **options))
+
+
+def grow(params, key=None, **options):
+    return compiled(moejax.grow, **options)(params, key=key)
 
 
 def output(model, params):
@@ -54,14 +59,14 @@ def test_upcycled_mixture_is_the_layer(rule, layer):
     route, total = RULES[rule]
     dense = doubles_of(LAYERS[layer])
     router = doubles_of(moejax.linear(D, E))
-    params = moejax.upcycle(dense, router, num_experts=E, total=total)
+    params = compiled(moejax.upcycle, num_experts=E, total=total)(dense, router)
     model = mixture(layer=LAYERS[layer], route=route)
     close(output(model, params), LAYERS[layer].apply(dense, jnp.asarray(X)))
 
 
 def test_upcycled_router_starts_even_and_copies_may_differ(key):
     dense, router = doubles_of(LAYERS["mlp"]), doubles_of(moejax.linear(D, E))
-    upcycle = jax.jit(partial(moejax.upcycle, num_experts=E, noise=0.1))
+    upcycle = compiled(moejax.upcycle, num_experts=E, noise=0.1)
     params = jax.device_get(upcycle(dense, router, key=key))
     assert not any(leaf.any() for leaf in jax.tree.leaves(params["router"]))
     kernels = params["experts"]["layers"][0]["kernel"]
@@ -80,15 +85,15 @@ def test_grown_mixture_of_all_experts_is_the_same(num_experts):
 @pytest.mark.parametrize("num_experts", [5, 8])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "softmax"])
 def test_grown_mixture_of_the_best_is_the_same_with_an_offset(rule, num_experts, key):
-    route, _ = RULES[rule]
-    params = doubles_of(mixture())
+    model = partial(mixture, layer=LAYERS["linear"], route=RULES[rule][0])
+    params = doubles_of(model())
     grown = grow(params, num_experts=num_experts, offset=50.0, noise=0.1, key=key)
-    close(output(mixture(num_experts, route=route), grown), output(mixture(route=route), params))
+    close(output(model(num_experts), grown), output(model(), params))
 
 
 def test_grown_mixture_of_twice_the_best_is_the_same():
     params = doubles_of(mixture(bias=False))
-    grown = moejax.grow(params, num_experts=2 * E)
+    grown = grow(params, num_experts=2 * E)
     twice = mixture(2 * E, bias=False, route=partial(moejax.top_k, k=4))
     close(
         output(twice, grown),
@@ -99,7 +104,7 @@ def test_grown_mixture_of_twice_the_best_is_the_same():
 def test_noise_of_growth_is_on_the_copies_alone(key):
     one = normal(0, E, 30, 30, dtype=float)
     params = {"router": params_of(mixture())["router"], "experts": {"one": one, "three": 3 * one}}
-    grown = moejax.grow(params, num_experts=2 * E, noise=0.1, key=key)["experts"]
+    grown = grow(params, num_experts=2 * E, noise=0.1, key=key)["experts"]
     grown, old = jax.device_get((grown, params["experts"]))
     added = jax.tree.map(lambda new, old: new - np.tile(old, (2, 1, 1)), grown, old)
     assert not any(leaf[:E].any() for leaf in added.values())
@@ -118,7 +123,7 @@ def test_pruning_experts_that_nobody_chooses_changes_nothing():
     load = moejax.expert_load(routing)
     assert load[1] == 0
     keep = np.argsort(-np.asarray(load))[:3]
-    pruned = moejax.prune(params, keep)
+    pruned = jax.jit(partial(moejax.prune, keep=keep))(params)
     close(output(mixture(3, route=route), pruned), output(mixture(route=route), params))
 
 
@@ -130,11 +135,9 @@ def test_merged_experts_are_their_weighted_mean():
     close(merged["kernel"], np.tensordot(np.array([1, 0, 2, 5]) / 8, kernels, axes=1))
     within = jax.jit(lambda params: moejax.merge(params, load))(params)
     close(within["kernel"], merged["kernel"])
-    equal = moejax.upcycle(doubles_of(LAYERS["mlp"]), params["router"], num_experts=E)
-    close(
-        LAYERS["mlp"].apply(moejax.merge(equal, load), jnp.asarray(X)),
-        output(mixture(), equal),
-    )
+    equal = compiled(moejax.upcycle, num_experts=E)(doubles_of(LAYERS["mlp"]), params["router"])
+    one = jax.jit(lambda params: moejax.merge(params, load))(equal)
+    close(LAYERS["mlp"].apply(one, jnp.asarray(X)), output(mixture(), equal))
 
 
 def test_the_moments_of_an_optimizer_follow():
@@ -142,10 +145,10 @@ def test_the_moments_of_an_optimizer_follow():
     params = doubles_of(model)
     optimizer = optax.adam(1e-3)
     with jax.numpy_dtype_promotion("standard"):
-        _, state = jax.jit(optimizer.update)(params, jax.jit(optimizer.init)(params))
+        _, state = jax.jit(lambda params: optimizer.update(params, optimizer.init(params)))(params)
     ids = [2, 0]
     operate = partial(moejax.take_experts, ids=ids)
-    smaller, moments = (moejax.map_mixtures(operate, tree) for tree in (params, state))
+    smaller, moments = jax.jit(partial(moejax.map_mixtures, operate))((params, state))
     assert jax.tree.structure(moments[0].mu) == jax.tree.structure(smaller)
     assert moments[0].count == state[0].count
     for moment, before in ((moments[0].mu, state[0].mu), (moments[0].nu, state[0].nu)):
@@ -159,7 +162,7 @@ def test_the_moments_of_an_optimizer_follow():
 def test_routers_of_several_parts():
     router = moejax.noisy(moejax.mlp(D, 5, E), moejax.linear(D, E))
     params = {"router": params_of(router), "experts": {"kernel": np.ones((E, D, 2))}}
-    smaller = moejax.prune(params, [3, 1])["router"]
+    smaller = jax.eval_shape(partial(moejax.prune, keep=[3, 1]), params)["router"]
     assert smaller["router"]["layers"][1]["kernel"].shape == (5, 2)
     assert smaller["router"]["layers"][0]["kernel"].shape == (D, 5)
     assert smaller["noise"]["kernel"].shape == (D, 2)
@@ -193,7 +196,7 @@ def test_what_cannot_be_done_is_refused(operate, message):
 def test_structures_that_are_not_known_are_refused():
     params = params_of(mixture(bias=False))
     with pytest.raises(ValueError, match="The router must have a bias"):
-        moejax.grow(params, num_experts=6)
+        grow(params, num_experts=6)
     with pytest.raises(ValueError, match="The layer must end in a `linear`"):
         moejax.upcycle({"w": np.ones(3)}, params["router"], num_experts=2, total=0.5)
     with pytest.raises(ValueError, match="`total` must be positive"):
@@ -216,24 +219,28 @@ def test_experts_that_are_not_there_are_not_taken(id_, part):
 @pytest.mark.parametrize("options", [{"offset": 30.0}, {"noise": 0.1}], ids=["offset", "noise"])
 @pytest.mark.parametrize("num_experts", [6, 8])
 def test_moments_follow_growth_by_taking_experts(num_experts, options, key):
-    params = doubles_of(mixture())
+    params = doubles_of(mixture(layer=LAYERS["linear"]))
     optimizer = optax.adam(1e-3)
-    update = jax.jit(optimizer.update)
+    grown = grow(params, num_experts=num_experts, key=key, **options)
+    take = partial(moejax.take_experts, ids=np.arange(num_experts) % E)
+
+    @jax.jit
+    def follow(params, grown):
+        _, state = optimizer.update(params, optimizer.init(params))
+        return optimizer.update(grown, moejax.map_mixtures(take, state), grown)[0]
+
     with jax.numpy_dtype_promotion("standard"):
-        _, state = update(params, jax.jit(optimizer.init)(params))
-        grown = grow(params, num_experts=num_experts, key=key, **options)
-        take = partial(moejax.take_experts, ids=np.arange(num_experts) % E)
-        followed = jax.jit(partial(moejax.map_mixtures, take))(state)
-        updates, _ = update(grown, followed, grown)
+        updates = follow(params, grown)
     assert jax.tree.structure(updates) == jax.tree.structure(grown)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize("router", [moejax.linear(D, E), moejax.mlp(D, 5, E)])
 def test_an_upcycled_router_learns(router, key):
-    dense = doubles_of(LAYERS["mlp"])
-    model = moejax.moe(LAYERS["mlp"], router, num_experts=E, execute=moejax.dense)
-    params = moejax.upcycle(dense, doubles_of(router), num_experts=E, noise=0.1, key=key)
+    dense = doubles_of(LAYERS["linear"])
+    model = moejax.moe(LAYERS["linear"], router, num_experts=E, execute=moejax.dense)
+    upcycle = compiled(moejax.upcycle, num_experts=E, noise=0.1)
+    params = upcycle(dense, doubles_of(router), key=key)
     np.testing.assert_array_equal(router.apply(params["router"], jnp.asarray(X)), 0)
 
     def step(params, _):
@@ -250,18 +257,19 @@ def test_an_upcycled_router_learns(router, key):
 def test_a_router_without_a_last_linear_layer_is_refused():
     router = params_of(moejax.cosine(D, 2, E))
     with pytest.raises(ValueError, match="The router must end in a `linear`"):
-        moejax.upcycle(params_of(LAYERS["mlp"]), router, num_experts=E)
+        compiled(moejax.upcycle, num_experts=E)(params_of(LAYERS["mlp"]), router)
 
 
 def test_an_offset_keeps_copies_from_a_choice_by_bias():
     def biased(num_experts):
         router = moejax.biased(moejax.linear(D, num_experts), num_experts)
         route = partial(moejax.sigmoid_top_k, k=2)
-        return moejax.moe(LAYERS["mlp"], router, num_experts=num_experts, route=route)
+        options = {"num_experts": num_experts, "execute": moejax.dense}
+        return moejax.moe(LAYERS["mlp"], router, route=route, **options)
 
     params = doubles_of(biased(E))
-    params["router"]["balance_bias"] = jnp.array([0.5, -0.2, -0.2, -0.1])
-    grown = moejax.grow(params, num_experts=2 * E, offset=2.0)
+    params["router"]["balance_bias"] = np.array([0.5, -0.2, -0.2, -0.1])
+    grown = grow(params, num_experts=2 * E, offset=2.0)
     close(output(biased(2 * E), grown), output(biased(E), params))
 
 
@@ -304,14 +312,14 @@ EVERY = {
 def test_stacked_layers_are_mapped_over(num_layers, bias, operate):
     stacked = params_of(moejax.stack(mixture(bias=bias), num_layers))
     with pytest.raises(ValueError, match=r"those of one `moe`.* over stacked layers with `jax.vm"):
-        operate(stacked)
+        jax.eval_shape(operate, stacked)
 
 
 @pytest.mark.parametrize("operate", [EVERY["prune"], EVERY["take_experts"]])
 def test_surgery_maps_over_stacked_layers(operate):
     stacked = params_of(moejax.stack(mixture(), E))
     pruned = jax.device_get(jax.jit(jax.vmap(operate))(stacked))
-    first = operate(jax.tree.map(lambda leaf: np.asarray(leaf)[0], stacked))
+    first = jax.jit(operate)(jax.tree.map(lambda leaf: np.asarray(leaf)[0], stacked))
     jax.tree.map(lambda all_layers, one: close(all_layers[0], one), pruned, first)
 
 
@@ -323,19 +331,20 @@ def test_banks_of_experts_are_refused(num_zero, operate):
     router = moejax.linear(D, 2 * E + num_zero)
     params = params_of(moejax.moe_of(*banks, router=router, route=moejax.softmax))
     with pytest.raises(ValueError, match=r"those of one `moe`.* the banks of `moe_of` by hand"):
-        operate(params)
+        jax.eval_shape(operate, params)
 
 
 def test_a_router_for_other_experts_is_refused():
     params = {**params_of(mixture()), "router": params_of(moejax.linear(D, E + 1))}
     for operate in EVERY.values():
         with pytest.raises(ValueError, match=r"experts \[[34], .* and a router \[5\] and \[3, 5\]"):
-            operate(params)
+            jax.eval_shape(operate, params)
 
 
 def test_only_known_routers_tell_how_many_experts_there_are():
     params = {**params_of(mixture()), "router": params_of(moejax.cosine(D, 2, E))}
-    assert moejax.merge(params, np.ones(E))["layers"][1]["kernel"].shape == (5, 2)
+    merged = jax.eval_shape(partial(moejax.merge, load=np.ones(E)), params)
+    assert merged["layers"][1]["kernel"].shape == (5, 2)
     with pytest.raises(ValueError, match="The router must end in a `linear`"):
         moejax.prune(params, [0, 1])
 
@@ -359,15 +368,16 @@ def test_mixtures_in_other_mappings_are_found(to_type):
 )
 def test_a_module_and_its_optimizer_change_alike(operate, standard_promotion):
     layer = moejax.moe(LAYERS["mlp"], moejax.mlp(D, 5, E), num_experts=E)
-    module = to_nnx(layer, rngs=nnx.Rngs(0))
+    params = params_of(layer)
+    module = to_nnx(layer._replace(init=lambda key: params), rngs=nnx.Rngs(0))
     state = nnx.state(module, nnx.Param)
-    moments = nnx.state(nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param))
-    changed, followed = (moejax.map_mixtures(operate, tree) for tree in (state, moments))
+    moments = jax.jit(lambda: nnx.state(nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param)))()
+    changed, followed = jax.jit(partial(moejax.map_mixtures, operate))((state, moments))
     assert jax.tree.structure(changed) == jax.tree.structure(state)
     assert jax.tree.structure(followed) == jax.tree.structure(moments)
     shapes = jax.tree.leaves(jax.tree.map(jnp.shape, followed["opt_state"][0]["mu"]))
     assert shapes == jax.tree.leaves(jax.tree.map(jnp.shape, changed))
-    expected = jax.tree.leaves(operate(module.as_params()))
+    expected = jax.tree.leaves(jax.jit(operate)(params))
     jax.tree.map(close, jax.tree.leaves(changed), expected)
 
 
@@ -386,7 +396,7 @@ def test_a_router_of_flax_ends_in_its_last_layer():
         return nnx.Sequential(nnx.Linear(D, 5, rngs=rngs), jnp.tanh, nnx.Linear(5, E, rngs=rngs))
 
     model = moejax.moe(LAYERS["linear"], from_nnx(make), num_experts=E)
-    params = moejax.prune(params_of(model), [3, 1])
+    params = jax.eval_shape(partial(moejax.prune, keep=[3, 1]), params_of(model))
     assert params["router"]["layers"][2]["kernel"].shape == (5, 2)
 
 
@@ -408,13 +418,15 @@ def test_what_adafactor_keeps_in_place_of_a_moment_is_left_alone(factored, opera
 @pytest.mark.parametrize("d_model", [E, E + 3])
 def test_factored_moments_of_a_router_are_refused(d_model):
     model = moejax.moe(moejax.linear(d_model, 2), moejax.linear(d_model, E), num_experts=E)
-    state = optax.adafactor(min_dim_size_to_factor=E).init(params_of(model))
+    optimizer = optax.adafactor(min_dim_size_to_factor=E)
     with pytest.raises(ValueError, match="a factored moment cannot follow its parameter"):
-        moejax.map_mixtures(partial(moejax.take_experts, ids=[0, 2]), state)
+        assert_its_states_follow(
+            optimizer, partial(moejax.take_experts, ids=[0, 2]), params_of(model)
+        )
 
 
 def test_one_expert_has_a_bias_of_one_number():
-    grown = moejax.grow(params_of(mixture(1, LAYERS["linear"])), num_experts=E)
+    grown = grow(params_of(mixture(1, LAYERS["linear"])), num_experts=E)
     assert grown["router"]["bias"].shape == (E,)
 
 
