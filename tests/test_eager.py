@@ -36,11 +36,10 @@ def layer(execute):
     )
 
 
-SCHEDULES = {"default": None, **ONE_DEVICE}
-CASES = list(enumerate(SCHEDULES, start=61))
+CASES = list(enumerate(ONE_DEVICE, start=61))
 
 
-@pytest.mark.parametrize(("tokens", "schedule"), CASES, ids=SCHEDULES)
+@pytest.mark.parametrize(("tokens", "schedule"), CASES, ids=ONE_DEVICE)
 def test_a_second_call_compiles_nothing(tokens, schedule, compilations):
     x = jnp.ones((tokens, 4))  # as many as in no other test: equal layers share what they compiled
 
@@ -51,7 +50,7 @@ def test_a_second_call_compiles_nothing(tokens, schedule, compilations):
 
         return jax.grad(loss)(params)
 
-    model = layer(SCHEDULES[schedule])
+    model = layer(ONE_DEVICE[schedule])
     params = params_of(model)
     call(model, params)
     assert compilations

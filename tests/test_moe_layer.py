@@ -10,6 +10,7 @@ import pytest
 
 import moejax
 from cases import EXPERTS, RULES, D, E, O, T, normal, params_of, unit
+from moejax.moe_layer import default_schedule
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
@@ -34,22 +35,34 @@ def test_leading_axes_are_tokens():
     np.testing.assert_array_equal(np.asarray(y).reshape(6, O), flat)
 
 
+def total(rule, params, x, **masked):
+    """A number to differentiate, and what it is made of."""
+    y, routing = model(rule).apply(params, x, **masked)
+    losses = moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss
+    losses = [loss(routing) for loss in losses]
+    return (y**2).sum() + sum(losses), (y, routing, losses)
+
+
+@cache
+def masked_run(rule):
+    """Of T tokens, by parameters, tokens and mask: the parts of the total, and its gradients."""
+    run = jax.jit(jax.value_and_grad(partial(total, rule), has_aux=True))
+
+    def parts_and_gradients(params, x, mask):
+        (_, parts), gradients = jax.device_get(run(params, x, mask=mask))
+        return *parts, gradients
+
+    return parts_and_gradients
+
+
 @pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
 def test_a_masked_token_goes_nowhere_and_changes_nothing(rule):
-    layer = model(rule)
-    params = params_of(layer)
+    params = params_of(model(rule))
     x = tokens(T, D)
     mask = np.arange(T) % 3 != 1
     x = np.where(mask[:, None], x, np.float32(np.nan))  # padding may hold anything
-
-    @jax.jit
-    def run(x, **masked):
-        y, routing = layer.apply(params, x, **masked)
-        losses = moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_loss
-        return y, routing, [loss(routing) for loss in losses]
-
-    y, routing, losses = jax.device_get(run(x, mask=mask))
-    kept, _, kept_losses = run(x[mask])
+    y, routing, losses, _ = masked_run(rule)(params, x, mask)
+    _, (kept, _, kept_losses) = jax.jit(partial(total, rule))(params, x[mask])
     experts, weights = routing.experts, routing.weights
     close(y[mask], kept)
     assert not y[~mask].any()
@@ -60,34 +73,28 @@ def test_a_masked_token_goes_nowhere_and_changes_nothing(rule):
 
 @pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
 def test_gradient_with_nan_padding_is_finite(rule):
-    layer = model(rule)
     mask = np.arange(T) < 4
     x = np.where(mask[:, None], tokens(T, D), np.float32(np.nan))
-
-    def loss(params):
-        y, routing = layer.apply(params, x, mask=mask)
-        return (y**2).sum() + moejax.load_balancing_loss(routing) + moejax.router_z_loss(routing)
-
-    gradients = jax.jit(jax.grad(loss))(params_of(layer))
+    *_, gradients = masked_run(rule)(params_of(model(rule)), x, mask)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_all_tokens_masked():
-    y, routing = model().apply(params_of(model()), tokens(T, D), mask=jnp.zeros(T, bool))
+    y, _, losses, _ = masked_run("top_2")(params_of(model()), tokens(T, D), np.zeros(T, bool))
     assert not y.any()
-    assert moejax.load_balancing_loss(routing) == 0
-    assert moejax.router_z_loss(routing) == 0
+    assert losses == [0, 0, 0]
 
 
 def test_no_key_no_noise(key):
     noisy = moejax.noisy(moejax.linear(D, E), moejax.linear(D, E))
-    layer = moejax.moe(EXPERTS["mlp"], noisy, num_experts=E, route=partial(moejax.noisy_top_k, k=2))
+    options = {"route": partial(moejax.noisy_top_k, k=2), "execute": moejax.dense}
+    layer = moejax.moe(EXPERTS["mlp"], noisy, num_experts=E, **options)
     params = params_of(layer)
     x = tokens(T, D)
     still = layer.apply(params, x)[1]
     np.testing.assert_array_equal(still.weights, layer.apply(params, x)[1].weights)
     one, two = (layer.apply(params, x, key=jax.random.key(i))[1] for i in (0, 1))
-    assert not jnp.array_equal(one.scores, two.scores)
+    assert not np.array_equal(one.scores, two.scores)
     np.testing.assert_array_equal(one.logits, still.logits)
 
 
@@ -100,7 +107,7 @@ def test_a_token_of_several_axes():
         route=RULES["top_2"],
         feature_ndim=2,
     )
-    y, routing = layer.apply(params_of(layer), tokens(2, 5, 3, D))
+    y, routing = jax.eval_shape(layer.apply, params_of(layer), tokens(2, 5, 3, D))
     assert y.shape == (2, 5, O)
     assert routing.weights.shape == (10, 2)
 
@@ -131,6 +138,12 @@ def test_the_router_reads_narrow_tokens_in_float32(dtype, key):
     assert y.dtype == dtype
 
 
+def test_the_schedule_by_default_fits_the_decision():
+    logits = tokens(T, E)
+    assert default_schedule(moejax.softmax(logits)) is moejax.dense
+    assert default_schedule(moejax.top_k(logits, k=2)) is moejax.dropless
+
+
 def test_mixture_of_mixtures():
     inner = moejax.moe(moejax.linear(D, O), moejax.linear(D, 3), num_experts=3)
     outer = moejax.moe(
@@ -141,17 +154,18 @@ def test_mixture_of_mixtures():
     )
     params = params_of(outer)
     x = tokens(T, D)
-    y, routing = jax.jit(outer.apply)(params, x)
+    y, routing = jax.device_get(jax.jit(outer.apply)(params, x))
+    params, apply = jax.device_get(params), jax.jit(inner.apply)
     expected = np.zeros((T, O))
     for t in range(T):
         for e, weight in zip(routing.experts[t], routing.weights[t], strict=True):
             own = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"])
-            expected[t] += weight * inner.apply(own, x[t : t + 1])[0][0]
+            expected[t] += weight * apply(own, np.asarray(x)[t : t + 1])[0][0]
     close(y, expected)
 
 
 def test_vmap_over_seeds(key):
-    layer = model()
+    layer = moejax.moe(EXPERTS["linear"], moejax.linear(D, E), num_experts=E)
     keys = jax.random.split(key, 3)
     params = jax.device_get(jax.jit(jax.vmap(layer.init))(keys))
     x, apply = tokens(T, D), jax.jit(layer.apply)
@@ -161,17 +175,18 @@ def test_vmap_over_seeds(key):
 
 
 def test_scan_over_layers():
-    layer = moejax.moe(moejax.glu(D, 5), moejax.linear(D, E), num_experts=E, route=RULES["top_2"])
-    params = params_of(moejax.stack(layer, 3))
+    experts, router = moejax.linear(D, D), moejax.linear(D, E)
+    layer = moejax.moe(experts, router, num_experts=E, route=RULES["top_2"])
+    params = jax.device_get(params_of(moejax.stack(layer, 3)))
 
     def body(x, own):
         y, routing = layer.apply(own, x)
         return x + y, moejax.load_balancing_loss(routing)
 
     x, losses = jax.lax.scan(body, tokens(T, D), params)
-    expected = tokens(T, D)
+    expected, apply = np.asarray(tokens(T, D)), jax.jit(layer.apply)
     for i in range(3):
-        expected += layer.apply(jax.tree.map(lambda leaf, i=i: leaf[i], params), expected)[0]
+        expected = expected + apply(jax.tree.map(lambda leaf, i=i: leaf[i], params), expected)[0]
     close(x, expected)
     assert losses.shape == (3,)  # one loss per layer
 
@@ -193,35 +208,24 @@ def test_few_tokens(rule, shape):
     assert np.isfinite(y).all()
 
 
-@cache
-def with_given_logits(rule):
-    """Of a mixture whose parameters of the router are its logits: the sum, and its gradients."""
-    router = moejax.Layer(lambda key: jnp.zeros((T, E)), lambda logits, x: logits)
-    layer = moejax.moe(EXPERTS["mlp"], router, num_experts=E, route=RULES[rule])
-
-    def total(params):
-        return layer.apply(params, tokens(T, D))[0].sum()
-
-    return layer, jax.jit(jax.value_and_grad(total))
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
 def test_extreme_logits(rule, scale):
-    layer, run = with_given_logits(rule)
-    logits = np.float32(scale * np.eye(E)[np.arange(T) % E])
-    y, gradients = run(params_of(layer) | {"router": logits})
-    assert np.isfinite(y)
+    router = {"kernel": np.float32(scale * np.eye(D, E)), "bias": np.zeros(E, np.float32)}
+    x = np.float32(np.eye(D)[np.arange(T) % D])
+    params = params_of(model(rule)) | {"router": router}
+    y, routing, _, gradients = masked_run(rule)(params, x, np.ones(T, bool))
+    np.testing.assert_array_equal(routing.logits, scale * x)  # as wide as there are experts
+    assert np.isfinite(y).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "top_2", "switch"])
 def test_a_nan_token_stays_alone(rule):
-    layer = model(rule)
-    params = params_of(layer)
-    x = tokens(T, D)
-    y, expected = (np.asarray(layer.apply(params, one)[0]) for one in (x.at[2].set(jnp.nan), x))
+    params, x = params_of(model(rule)), tokens(T, D)
     others = np.arange(T) != 2
+    spoiled = np.where(others[:, None], x, np.float32(np.nan))
+    y, expected = (masked_run(rule)(params, one, np.ones(T, bool))[0] for one in (spoiled, x))
     close(y[others], expected[others])
     assert np.isnan(y[2]).all()
 
@@ -229,14 +233,18 @@ def test_a_nan_token_stays_alone(rule):
 def test_all_tokens_on_one_expert_and_the_others_empty(key):
     one = moejax.Layer(lambda key: (), lambda p, x: jnp.tile(10.0 * jnp.eye(E)[1], (len(x), 1)))
     layer = moejax.moe(EXPERTS["mlp"], one, num_experts=E, route=moejax.switch)
-    params = params_of(layer)
-    x = tokens(T, D)
-    y, routing = layer.apply(params, x)
+    params, x = jax.device_get(params_of(layer)), tokens(T, D)
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_and_parts(params):
+        y, routing = layer.apply(params, x)
+        return y.sum(), (y, routing)
+
+    gradients, (y, routing) = gradient_and_parts(params)
     own = jax.tree.map(lambda leaf: leaf[1], params["experts"])
-    close(y, routing.weights * EXPERTS["mlp"].apply(own, x))
-    gradient = jax.jit(jax.grad(lambda params: layer.apply(params, x)[0].sum()))
-    gradients = gradient(params)["experts"]
-    empty = [np.asarray(leaf)[[0, 2, 3]] for leaf in jax.tree.leaves(gradients)]
+    close(y, np.asarray(routing.weights) * EXPERTS["mlp"].apply(own, x))
+    empty = [np.asarray(leaf)[[0, 2, 3]] for leaf in jax.tree.leaves(gradients["experts"])]
     assert not any(leaf.any() for leaf in empty)
 
 
@@ -270,15 +278,17 @@ def test_parameters_of_another_number_of_experts_are_refused(rule, stacked):
 
 def test_forward_mode_is_that_of_dense():
     """As the docstring says: reverse mode everywhere, forward mode by `dense`."""
-    params, experts = (params_of(model())[part] for part in ("router", "experts"))
+    linear = partial(moejax.moe, EXPERTS["linear"], moejax.linear(D, E), num_experts=E)
+    sparse, dense = (linear(route=RULES["top_2"], **how) for how in ({}, {"execute": moejax.dense}))
+    params, experts = (params_of(dense)[part] for part in ("router", "experts"))
 
     def loss(layer, router):
         return (layer.apply({"router": router, "experts": experts}, tokens(2, D))[0] ** 2).sum()
 
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.hessian(partial(loss, model()))(params)
-    forward = jax.jit(jax.hessian(partial(loss, model(execute=moejax.dense))))(params)
-    backward = jax.jit(jax.jacrev(jax.jacrev(partial(loss, model()))))(params)
+        jax.eval_shape(jax.hessian(partial(loss, sparse)), params)
+    forward = jax.jit(jax.hessian(partial(loss, dense)))(params)
+    backward = jax.jit(jax.jacrev(jax.jacrev(partial(loss, sparse))))(params)
     jax.tree.map(partial(close, rtol=1e-4, atol=1e-5), forward, backward)
 
 
@@ -299,7 +309,8 @@ def test_functions_with_bare_keywords_are_given_none(execute, key):
         route=route,
         execute=execute,
     )
-    y, _ = layer.apply(params_of(layer), tokens(T, D), key=key, mask=jnp.ones(T, bool))
+    given = {"key": key, "mask": np.ones(T, bool)}
+    y, _ = jax.eval_shape(layer.apply, params_of(layer), tokens(T, D), **given)
     assert y.shape == (T, O)
 
 
