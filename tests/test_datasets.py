@@ -44,9 +44,11 @@ def nothing_at_hand(monkeypatch, tmp_path):
 
 # The toy problem
 
+toy_in_jit = jax.jit(toy, static_argnums=1)  # eagerly a number of points is a dozen programs
+
 
 def test_toy_matches_its_definition_point_by_point(key):
-    x, y = toy(key, 101)
+    x, y = jax.device_get(toy_in_jit(key, 101))
     noise = np.asarray(jax.random.normal(key, (101, 2), jnp.float32), np.float64)
     for i in range(101):
         point = noise[i] + ([3, 2] if i % 2 == 0 else [-3, 2])
@@ -55,7 +57,7 @@ def test_toy_matches_its_definition_point_by_point(key):
 
 
 def test_toy_has_two_clouds_of_unit_variance_and_both_labels(key):
-    x, y = toy(key, 20_000)
+    x, y = jax.device_get(toy_in_jit(key, 20_000))
     for cloud, mean in ((x[::2], [3.0, 0.0]), (x[1::2], [-3.0, 0.0])):
         np.testing.assert_allclose(cloud.mean(0), mean, atol=0.05)
         np.testing.assert_allclose(np.cov(cloud.T), np.eye(2), atol=0.05)
@@ -64,7 +66,7 @@ def test_toy_has_two_clouds_of_unit_variance_and_both_labels(key):
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 1000])
 def test_toy_sizes_types_and_balance(key, num_samples):
-    x, y = toy(key, num_samples)
+    x, y = toy_in_jit(key, num_samples)
     assert x.shape == (num_samples, 2)
     assert y.shape == (num_samples,)
     assert x.dtype == y.dtype == jnp.float32
@@ -72,14 +74,14 @@ def test_toy_sizes_types_and_balance(key, num_samples):
 
 
 def test_toy_is_reproducible_and_compiles(key):
-    first, again = toy(key, 50), jax.jit(toy, static_argnums=1)(key, 50)
+    first, again = toy(key, 50), toy_in_jit(key, 50)
     np.testing.assert_allclose(first.x, again.x, rtol=1e-6)
     np.testing.assert_array_equal(first.y, again.y)
-    assert not np.array_equal(first.x, toy(jax.random.key(1), 50).x)
+    assert not np.array_equal(first.x, toy_in_jit(jax.random.key(1), 50).x)
 
 
 def test_toy_stays_float32_in_double_precision(key, x64):
-    assert {leaf.dtype for leaf in toy(key, 3)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.eval_shape(lambda: toy(key, 3))} == {jnp.dtype(jnp.float32)}
 
 
 def test_toy_refuses_no_points(key):

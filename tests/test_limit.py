@@ -12,6 +12,9 @@ from cases import normal, params_of
 from reference import golden, loop
 
 LOGITS = normal(0, 12, 4, scale=2)
+# As one program each; eagerly every operation is one.
+limit_capacity = jax.jit(moejax.limit_capacity, static_argnames=("capacity", "priority"))
+positions = jax.jit(moejax.positions, static_argnames="priority")
 PRIORITIES = [moejax.by_choice, moejax.by_token, moejax.by_token_weight, moejax.by_weight]
 
 
@@ -23,7 +26,7 @@ def decided():
 def combine(routing, capacity):
     """The gates by expert and slot, [T, E, C]."""
     tensor = np.zeros((*routing.scores.shape, capacity))
-    routing, places = jax.device_get((routing, moejax.positions(routing)))
+    routing, places = jax.device_get((routing, positions(routing)))
     for t, k in np.argwhere(np.asarray(routing.chosen)):
         if places[t, k] < capacity:
             tensor[t, routing.experts[t, k], places[t, k]] = routing.weights[t, k]
@@ -37,12 +40,11 @@ def test_slots_are_those_of(name, renormalize):
     peer = golden(name)
     routing = moejax.top_k(jnp.asarray(peer["logits"]), k=2, renormalize=renormalize)
     np.testing.assert_allclose(combine(routing, 4), peer["combine"], rtol=1e-6)
-    limited = moejax.limit_capacity(routing, capacity=4)
+    limited = limit_capacity(routing, capacity=4)
     np.testing.assert_allclose(limited.gates, peer["combine"].sum(-1), rtol=1e-6)
     if "over_capacity" in peer:
-        np.testing.assert_allclose(
-            1 - limited.chosen.mean(axis=0), peer["over_capacity"], rtol=1e-6
-        )
+        over = 1 - np.mean(limited.chosen, axis=0)
+        np.testing.assert_allclose(over, peer["over_capacity"], rtol=1e-6)
 
 
 def served_first(name):
@@ -76,15 +78,15 @@ def test_an_obvious_queue(priority, capacity):
 
 
 def test_equal_weights_are_served_in_the_order_of_tokens():
-    routing = moejax.top_k(jnp.zeros((5, 3)), k=2)
+    routing = moejax.top_k(np.zeros((5, 3), np.float32), k=2)
     for priority in (moejax.by_token_weight, moejax.by_weight):
-        np.testing.assert_array_equal(priority(routing), moejax.by_choice(routing))
+        np.testing.assert_array_equal(jax.jit(priority)(routing), moejax.by_choice(routing))
 
 
 def test_masked_tokens_take_no_capacity():
-    masked = moejax.mask_tokens(decided(), jax.device_put(np.arange(12) >= 6))
-    limited = moejax.limit_capacity(masked, capacity=2)
-    alone = moejax.limit_capacity(moejax.top_k(np.asarray(LOGITS)[6:], k=2), capacity=2)
+    masked = jax.jit(moejax.mask_tokens)(decided(), np.arange(12) >= 6)
+    limited = limit_capacity(masked, capacity=2)
+    alone = limit_capacity(moejax.top_k(np.asarray(LOGITS)[6:], k=2), capacity=2)
     experts = np.asarray(limited.experts)
     np.testing.assert_array_equal(experts[6:], alone.experts)
     np.testing.assert_array_equal(experts[:6], 4)
@@ -92,16 +94,15 @@ def test_masked_tokens_take_no_capacity():
 
 
 def test_a_second_choice_left_out_takes_no_capacity():
-    routing = moejax.Routing(
-        jnp.array([[0, 1], [0, 2], [0, 1]]), jnp.ones((3, 2)), jnp.zeros((3, 2)), jnp.zeros((3, 2))
-    )
-    np.testing.assert_array_equal(moejax.positions(routing), [[0, 0], [1, 0], [2, 1]])
+    numbers = np.ones((3, 2), np.float32)
+    routing = moejax.Routing(jnp.array([[0, 1], [0, 2], [0, 1]]), numbers, numbers, numbers)
+    np.testing.assert_array_equal(positions(routing), [[0, 0], [1, 0], [2, 1]])
 
 
 def first_served(logits, priority):
     """What is left of token 0's choices."""
     routing = moejax.top_k(jnp.array(logits), k=2)
-    return moejax.limit_capacity(routing, capacity=1, priority=priority).experts[0].tolist()
+    return moejax.limit_capacity(routing, capacity=1, priority=priority).experts.tolist()[0]
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
@@ -114,7 +115,7 @@ def test_by_token_alone_does_not_look_ahead(priority):
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 11])
 def test_by_token_decides_for_a_prefix_what_it_decides_for_the_whole(num_tokens):
-    limit = partial(moejax.limit_capacity, capacity=3, priority=moejax.by_token)
+    limit = partial(limit_capacity, capacity=3, priority=moejax.by_token)
     whole = np.asarray(limit(decided()).experts)[:num_tokens]
     prefix = limit(moejax.top_k(np.asarray(LOGITS)[:num_tokens], k=2)).experts
     np.testing.assert_array_equal(whole, prefix)
@@ -165,7 +166,7 @@ def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided
     )
     params, x = params_of(layer), normal(1, 12, 3)
     y, routing = jax.jit(layer.apply)(params, x)
-    assert bool(routing.chosen.all())
+    assert np.all(routing.chosen)
     limited = moejax.limit_capacity(routing, capacity=2)
     np.testing.assert_allclose(
         y, loop(expert.apply, params["experts"], x, limited), rtol=1e-5, atol=1e-6
@@ -173,7 +174,7 @@ def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided
 
 
 def test_a_factor_that_is_exact_in_decimals_makes_no_slot_too_many():
-    routing = moejax.top_k(jnp.zeros((10, 2)), k=2)
+    routing = moejax.top_k(np.zeros((10, 2), np.float32), k=2)
     assert moejax.capacity_for(routing, factor=1.1) == 11
 
 
@@ -188,7 +189,7 @@ def test_useless_requests_are_refused():
         moejax.capacity_for(decided(), factor=float("nan"))
 
 
-IDLE = jnp.array([[-1.0, -1.0]] * 7 + [[5.0, -1.0]])  # of `relu`: the last token alone is active
+IDLE = np.float32([[-1.0, -1.0]] * 7 + [[5.0, -1.0]])  # of `relu`: the last token alone is active
 
 
 @pytest.mark.parametrize(
@@ -196,12 +197,12 @@ IDLE = jnp.array([[-1.0, -1.0]] * 7 + [[5.0, -1.0]])  # of `relu`: the last toke
 )
 def test_choices_of_weight_zero_take_no_slot_of_others(priority):
     limited = moejax.limit_capacity(moejax.relu(IDLE), capacity=1, priority=priority)
-    assert limited.gates[7].tolist() == [5, 0]
-    assert int(limited.counts[0]) == 1
+    assert np.asarray(limited.gates)[7].tolist() == [5, 0]
+    assert np.asarray(limited.counts)[0] == 1
 
 
 def test_the_capacity_schedule_serves_choices_of_weight_zero_last():
     y = moejax.capacity(
-        lambda p, x: p * x, jnp.ones(2), jnp.ones((8, 1)), moejax.relu(IDLE), factor=0.1
+        lambda p, x: p * x, np.ones(2), np.ones((8, 1)), moejax.relu(IDLE), factor=0.1
     )
-    np.testing.assert_array_equal(y[:, 0], [*[0] * 7, 5])
+    np.testing.assert_array_equal(np.ravel(y), [*[0] * 7, 5])
