@@ -113,7 +113,8 @@ def test_a_traced_argument_is_taken():
 
 @pytest.mark.parametrize("route", [moejax.softmax, partial(moejax.top_k, k=2)], ids=["all", "two"])
 def test_a_mixture_of_mixtures(route):
-    inner = partial(moejax.moe, moejax.glu(D, 5), moejax.linear(D, 3), num_experts=3, route=route)
+    networks, router = moejax.linear(D, D), moejax.linear(D, 3)
+    inner = partial(moejax.moe, networks, router, num_experts=3, route=route)
     outer = partial(moejax.moe, router=moejax.linear(D, E), num_experts=E, route=route)
     layer = outer(moejax.outputs_of(inner()))
     oracle = outer(moejax.outputs_of(inner(execute=moejax.dense)), execute=moejax.dense)

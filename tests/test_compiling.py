@@ -16,7 +16,7 @@ LOSSES = [moejax.load_balancing_loss, moejax.importance_loss, moejax.router_z_lo
 
 @pytest.mark.parametrize("function", [*LOSSES, moejax.gate_entropy])
 def test_one_program_and_not_one_for_each_operation(function, caplog):
-    routing = jax.jit(moejax.switch)(jnp.zeros((37, 5)))
+    routing = jax.jit(moejax.switch)(np.zeros((37, 5), np.float32))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         function(routing)
         function(routing)
@@ -34,7 +34,7 @@ ALL_RULES["hashed"] = partial(moejax.hashed, token_ids=IDS, table=TABLE)
 @pytest.mark.parametrize("name", ALL_RULES)
 def test_a_rule_is_one_program(name, caplog):
     rule, shape = ALL_RULES[name], (TOKENS[name], E)
-    logits = jnp.ones((*shape, C) if name == "soft_slots" else shape)
+    logits = np.ones((*shape, C) if name == "soft_slots" else shape, np.float32)
     assert len(jax.make_jaxpr(rule)(logits).eqns) == 1  # what does not depend on tokens, too
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         rule(logits)
@@ -47,7 +47,7 @@ def test_a_rule_is_one_program(name, caplog):
 
 @pytest.mark.parametrize("function", LOSSES)
 def test_the_backward_pass_is_compiled_as_a_whole_too(function, caplog):
-    routing = jax.jit(moejax.switch)(jnp.zeros((37, 5)))
+    routing = jax.jit(moejax.switch)(np.zeros((37, 5), np.float32))
     like = {"scores": routing.scores, "logits": routing.logits, "weights": routing.weights}
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.grad(lambda some: function(routing._replace(**some)))(like)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import moejax
+from cases import params_of
 from moejax.training import init_state, keep_gradients, scan_batches, train_step
 
 # Optax's Adam raises a float to the power of an integer count, which strict promotion refuses.
@@ -16,12 +17,13 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 E, D = 8, 4
 OPTIMIZER = optax.adam(0.1)
-X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, D)), jnp.float32)  # three batches
+X = np.float32(np.random.default_rng(0).normal(size=(3, 24, D)))  # three batches
 MIXTURE = moejax.moe(
-    moejax.glu(D, 8),
+    moejax.linear(D, D),
     moejax.linear(D, E, bias=False),
     num_experts=E,
     route=partial(moejax.top_k, k=2),
+    execute=moejax.dense,  # the quickest to compile
 )
 
 
@@ -31,7 +33,9 @@ def loss(params, x, key):
 
 
 def start(optimizer):
-    return init_state(MIXTURE.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    return jax.jit(partial(init_state, optimizer=optimizer))(
+        params_of(MIXTURE), key=jax.random.key(1)
+    )
 
 
 def donating(optimizer):
@@ -60,7 +64,7 @@ def test_steps_give_the_same_bits():
 def test_the_state_has_the_gradients_of_the_last_step():
     optimizer = keep_gradients(OPTIMIZER)
     state = start(optimizer)
-    expected = jax.grad(lambda params: loss(params, X[0], None)[0])(state.params)
+    expected = jax.jit(jax.grad(lambda params: loss(params, X[0], None)[0]))(state.params)
     state, _ = jax.jit(train_step(loss, optimizer))(state, X[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
@@ -105,6 +109,6 @@ def test_it_runs_in_scan_and_vmap():
         state = init_state(jax.random.normal(key, (D,)), optimizer, key)
         return scan_batches(step, state, X[0], jnp.arange(24).reshape(6, 4))[0].params
 
-    keys = jax.random.split(jax.random.key(0), 2)
-    expected = jnp.stack([run(key) for key in keys])
-    np.testing.assert_allclose(jax.vmap(run)(keys), expected, rtol=1e-6)
+    keys, one = jax.random.split(jax.random.key(0), 2), jax.jit(run)
+    expected = np.stack([one(key) for key in keys])
+    np.testing.assert_allclose(jax.jit(jax.vmap(run))(keys), expected, rtol=1e-6)
