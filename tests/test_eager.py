@@ -28,7 +28,7 @@ def compilations():
 
 def layer(execute):
     return moejax.moe(
-        moejax.mlp(4, 6, 4),
+        moejax.linear(4, 4),
         moejax.linear(4, 4),
         num_experts=4,
         route=partial(moejax.top_k, k=2),
