@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from commands import refusal, run, start_process
+from commands import refusal, run, save_empty_pictures, start_process
 from parts import ending
 from parts.folders import temporary_folder
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TOY = "--samples 30 --steps 20 --seeds 2".split()
 SAMPLE = "--epochs 1000 --batch-size 4000".split()
-DIGITS = "--dataset digits --hidden 4 --experts 2".split()
+DIGITS = "--dataset digits --hidden 4 --model dense".split()
 
 
 def wait_for(condition, process):
@@ -102,7 +102,8 @@ def test_a_device_that_is_not_there(tmp_path):
     assert err.count("\n") == 1, err
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
+    save_empty_pictures(monkeypatch)
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys)
@@ -112,17 +113,18 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
-    hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e38".split()
-    message = refusal("mnist", "--out", str(tmp_path), *hot, capsys=capsys, code=1)
+    hot = "--optimizer sgd --learning-rate 1e38".split()
+    message = refusal("mnist", "--out", str(tmp_path), *DIGITS, *hot, capsys=capsys, code=1)
     assert "the loss is not finite at step" in message
 
 
 def test_a_loss_that_is_not_finite_after_the_last_step_ends_the_run(tmp_path, capsys):
-    hot = "--model dense --dataset digits --hidden 4 --optimizer sgd --learning-rate 1e30".split()
-    last = ["--epochs", "1", "--batch-size", "1437"]  # one step, whose loss is of the start
+    hot = "--optimizer sgd --learning-rate 1e30".split()
+    # One step, whose loss is of the start.
+    options = [*DIGITS, *hot, "--epochs", "1", "--batch-size", "1437"]
     for name in ("summary.json", "experts.png"):
         (tmp_path / name).write_text("of an earlier run")
-    message = refusal("mnist", "--out", str(tmp_path), *hot, *last, capsys=capsys, code=1)
+    message = refusal("mnist", "--out", str(tmp_path), *options, capsys=capsys, code=1)
     assert "the loss is not finite at step 1:" in message
     assert "try a smaller --learning-rate" in message
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
@@ -222,7 +224,9 @@ def test_a_variable_must_name_a_folder_on_this_machine(variable, capsys, monkeyp
     for other in ("MOEJAX_CACHE_DIR", "MOEJAX_DATA_DIR"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(variable, "s3://bucket/cache")
-    message = refusal("mnist", "--out", str(tmp_path / "out"), capsys=capsys)
+    out = ["--out", str(tmp_path / "out")]
+    # Parameters are compiled while images are looked for, so they are few.
+    message = refusal("mnist", *out, "--model=dense", "--hidden=4", capsys=capsys)
     assert f"{variable} must be a folder on this machine, got s3://bucket/cache" in message
     assert not list(tmp_path.glob("s3*"))
 
@@ -237,7 +241,8 @@ def test_help_says_what_each_option_does_and_its_default(name, capsys):
     assert "(default: 0)" in shown
 
 
-def test_the_largest_seed_is_another_one(tmp_path):
+def test_the_largest_seed_is_another_one(tmp_path, monkeypatch):
+    save_empty_pictures(monkeypatch)
     summaries = []
     for seed in (0, 2**32 - 1):
         out = tmp_path / str(seed)

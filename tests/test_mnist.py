@@ -12,7 +12,7 @@ import pytest
 
 import moejax
 from cases import normal, params_of
-from commands import EXPERIMENTS, draw_nothing, refusal, run
+from commands import EXPERIMENTS, draw_nothing, refusal, run, save_empty_pictures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -48,6 +48,12 @@ def read(folder):
 def without_pictures(monkeypatch):
     """Runs draw no pictures, for tests that look at numbers only."""
     monkeypatch.setattr("parts.reports.draw", draw_nothing)
+
+
+@pytest.fixture
+def empty_pictures(monkeypatch):
+    """Pictures are not drawn, beside the run that draws those of all models."""
+    save_empty_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_all_models_are_compared(every_model):
 
 
 @pytest.mark.parametrize("route", ["softmax-information", "noisy-top-k", "relu", "sinkhorn"])
-def test_any_rule_trains_and_draws(route, tmp_path, capsys):
+def test_any_rule_trains_and_draws(route, tmp_path, capsys, empty_pictures):
     run("mnist", "--out", str(tmp_path), *SMALL, "--route", route)
     summary, history = read(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == PICTURES | RECORDS

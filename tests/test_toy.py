@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import toy
-from commands import draw_nothing, refusal, run
+from commands import refusal, run, save_empty_pictures
 from moejax import plot
 from reference import close
 
@@ -29,9 +29,8 @@ def one_frame(monkeypatch):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("parts.output.save_figure", draw_nothing)
-    monkeypatch.setattr(plot, "save_animation", lambda frames, path: path.touch())
+def empty_pictures(monkeypatch):
+    save_empty_pictures(monkeypatch)
 
 
 def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
@@ -61,7 +60,7 @@ def lost_without_the_blend(summary):
     return seeds["accuracy_median"] - seeds["top_expert_alone_median"]
 
 
-def test_under_the_likelihood_experts_compete(tmp_path, one_frame):
+def test_under_the_likelihood_experts_compete(tmp_path, empty_pictures):
     run("toy", "--out", str(tmp_path), *"--seeds 5 --objective likelihood".split())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -89,7 +88,7 @@ def test_runs_taken_in_groups_are_the_runs_taken_alone(monkeypatch):
         close(runs["loss"][number], alone(start)["loss"], rtol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path, no_pictures):
+def test_the_same_seed_gives_the_same_numbers(tmp_path, empty_pictures):
     results = []
     for name in ("a", "b"):
         run("toy", "--out", str(tmp_path / name), *"--samples 20 --steps 4 --seeds 2".split())
