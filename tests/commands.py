@@ -124,6 +124,13 @@ def forked(name, arguments, log, settings, replaced):
         atexit._run_exitfuncs()  # a process that is forked ends without
 
 
+def die_after(beginning, line):
+    """Takes the place of what prints: the first line that begins so is the last."""
+    print(line, flush=True)
+    if line.startswith(beginning):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def draw_nothing(*_):
     """Takes the place of what draws, where nobody looks at pictures."""
 
