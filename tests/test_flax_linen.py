@@ -87,7 +87,7 @@ def test_mask_and_noise(key, x):
     router = moejax.jittered(moejax.linear(D, E), epsilon=0.5)
     layer = moejax.moe(moejax.linear(D, D), router, num_experts=E)
     module = to_linen(layer)
-    variables = module.init(key, x)
+    variables = variables_of(module, x)
     params = pure_params(layer, variables)
     mask = np.arange(T // 2)[None] < np.array([[3], [7]])
     same(
@@ -117,7 +117,7 @@ def lifted(lift):
     return Deep()
 
 
-def test_scan_and_its_axes(key, x):
+def test_scan_and_its_axes(x):
     def lift(block):
         metadata = {linen.PARTITION_NAME: "layers"}
         return linen.scan(
@@ -129,7 +129,7 @@ def test_scan_and_its_axes(key, x):
         )
 
     model = lifted(lift)
-    boxed = jax.jit(model.init)(key, x)
+    boxed = variables_of(model, x)
     variables = linen.meta.unbox(boxed)
     [params] = jax.tree.leaves(variables, is_leaf=lambda node: "experts" in node)
     pure = jax.jit(lambda params, x: jax.lax.scan(lambda x, own: ROUTED.apply(own, x), x, params))
@@ -139,7 +139,7 @@ def test_scan_and_its_axes(key, x):
     assert kernel == jax.P("layers", "expert", None, None)
 
 
-def test_vmap(key, x):
+def test_vmap(x):
     def lift(block):
         return linen.vmap(
             block,
@@ -151,7 +151,7 @@ def test_vmap(key, x):
         )
 
     model = lifted(lift)
-    variables = linen.meta.unbox(jax.jit(model.init)(key, x))
+    variables = linen.meta.unbox(variables_of(model, x))
     [params] = jax.tree.leaves(variables, is_leaf=lambda node: "experts" in node)
     pure = jax.jit(jax.vmap(ROUTED.apply, in_axes=(0, None)))
     same(jax.jit(model.apply)(variables, x), pure(params, x))

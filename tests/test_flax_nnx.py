@@ -63,7 +63,7 @@ def loss_and(result):
 
 def made(layer, **options):
     """A module, and the params that the pure functions would have."""
-    params = jax.jit(layer.init)(nnx.Rngs(0).params())
+    params = layer.init(nnx.Rngs(0).params())  # not jitted, as the module makes its own
     return to_nnx(layer, rngs=nnx.Rngs(0), **options), params
 
 
@@ -134,7 +134,7 @@ def test_value_and_grad_with_an_optimizer(x, standard_promotion):
         updates, state = adam.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state = jax.jit(adam.init)(params)
+    state = adam.init(params)  # not jitted either
     for _ in range(3):
         value = step(module, optimizer)
         params, state, expected = pure_step(params, state)
