@@ -1,6 +1,5 @@
 """Strict mode: several devices, no silent promotion of dtypes or ranks, warnings are errors."""
 
-import functools
 import gc
 import os
 from importlib import metadata
@@ -20,16 +19,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
 import pytest
-from jax._src.interpreters import mlir
 
-# Tracing makes many objects and few cycles, so the collector looks for cycles rarely.
-gc.set_threshold(200_000, 100, 1000)
-# No test reads which line of Python an instruction comes from.
-jax.config.update("jax_traceback_in_locations_limit", 0)
-# JAX makes a context of MLIR for every program, a quarter of the time of a small one.
-if hasattr(mlir, "make_ir_context"):
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+import settings
 
+settings.save_time()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import timing, whole_runs
 from benchmarks.sparsity import relu_of_sparsity
 from benchmarks.whole_runs import SCRIPT
-from commands import refusal, run
+from commands import forks, refusal, run
 from parts.ending import EndedError
 from parts.records import cores
 
@@ -22,6 +22,13 @@ def small_limits(monkeypatch):
     """Lets the machine's limits be measured on less."""
     monkeypatch.setattr(timing, "SIDE", 128)
     monkeypatch.setattr(timing, "READ", 2**16)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes do not have to import anything."""
+    for suite in ("steps", "traffic"):
+        monkeypatch.setattr(f"benchmarks.{suite}.get_context", lambda method: forks())
 
 
 def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
@@ -50,7 +57,7 @@ def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):
     assert f"cores of {summary['versions']['processor']}" in printed
 
 
-def test_a_whole_step_is_timed_beside_its_peers(tmp_path, capsys):
+def test_a_whole_step_is_timed_beside_its_peers(tmp_path, capsys, forked):
     run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "step")
     [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
     timed = {(one["contender"], one["mode"]): one for one in result["records"]}
@@ -84,7 +91,7 @@ def test_relu_is_timed_at_its_sparsity(tmp_path):
     np.testing.assert_allclose(chosen.mean(), 0.25, atol=0.01)
 
 
-def test_traffic_is_counted(tmp_path, capsys):
+def test_traffic_is_counted(tmp_path, capsys, forked):
     run("benchmark", "--out", str(tmp_path), "--quick", "--suite", "traffic")
     [result] = json.loads((tmp_path / "summary.json").read_text())["results"]
     rows, width = 32 * 2, 4 * 8  # choices on each device, bytes of one row
