@@ -60,13 +60,21 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.fixture
-def two(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A folder with checkpoints 10 and 20, and the state of each."""
-    states = {10: train_state(1), 20: train_state(2)}
-    with checkpoint.writer(tmp_path) as save:
+    folder, states = tmp_path_factory.mktemp("written"), {10: train_state(1), 20: train_state(2)}
+    with checkpoint.writer(folder) as save:
         for step, state in states.items():
             save(state, step=step, config={"learning_rate": 0.1})
+    return folder, states
+
+
+@pytest.fixture
+def two(written, tmp_path):
+    """A copy of that folder, to do anything with."""
+    folder, states = written
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return tmp_path, states
 
 

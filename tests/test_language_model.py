@@ -273,7 +273,7 @@ def test_one_rule_on_a_mesh(files, tmp_path, without_samples):
         (["--steps=3000000000"], "from 1 to 2147483647"),
         (["--model=sparse", "--top-k=1"], "the router gets exactly zero gradient"),
         (
-            ["--model=sparse", "--experts=6", "--mesh=data=2,expert=4"],
+            ["--model=sparse", "--experts=6", "--mesh=data=2,expert=4", "--text", __file__],
             "a multiple of the 4 devices",
         ),
         (["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket/run"),
