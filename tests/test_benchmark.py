@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import timing, whole_runs
+from benchmarks import steps, timing, whole_runs
 from benchmarks.sparsity import relu_of_sparsity
 from benchmarks.whole_runs import SCRIPT
 from commands import forks, refusal, run
@@ -17,11 +17,21 @@ from parts.records import cores
 pytestmark = pytest.mark.usefixtures("standard_promotion", "small_limits")
 
 
+LIMITS = {"SIDE": 128, "READ": 2**16, "TURN": 1e-3}
+
+
 @pytest.fixture
 def small_limits(monkeypatch):
-    """Lets the machine's limits be measured on less."""
-    monkeypatch.setattr(timing, "SIDE", 128)
-    monkeypatch.setattr(timing, "READ", 2**16)
+    """Lets the machine's limits be measured on less, and everything in short turns."""
+    for name, value in LIMITS.items():
+        monkeypatch.setattr(timing, name, value)
+
+
+def measured_on_less(shape, rounds):
+    """`measured` in a process of its own, in which nothing is patched yet."""
+    for name, value in LIMITS.items():
+        setattr(timing, name, value)
+    return steps.measured(shape, rounds)
 
 
 @pytest.fixture
@@ -29,6 +39,7 @@ def forked(monkeypatch):
     """Processes do not have to import anything."""
     for suite in ("steps", "traffic"):
         monkeypatch.setattr(f"benchmarks.{suite}.get_context", lambda method: forks())
+    monkeypatch.setattr(steps, "measured", measured_on_less)
 
 
 def test_the_grouped_product_is_timed(tmp_path, capsys, monkeypatch):

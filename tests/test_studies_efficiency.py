@@ -28,6 +28,11 @@ BIASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr("studies.efficiency_measures.TURN", 0.01)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_counts_by_hand(name, key):
     head = HEADS[name]
