@@ -2,11 +2,35 @@
 
 import argparse
 import importlib
+import time
 
 import jax
 import numpy as np
 
 from commands import draw_nothing
+from studies.blocks import Cell, collect
+
+
+def uniform(calls):
+    """A measure that notes how many keys it gets."""
+
+    def measure(keys):
+        calls.append(len(keys))
+        return {"value": jax.vmap(jax.random.uniform)(keys)}
+
+    return measure
+
+
+def stay_in_the_third_block(folder):
+    """A study of six blocks that does not end by itself."""
+
+    def measure(keys):
+        if len(calls) == 2:
+            time.sleep(60)
+        return uniform(calls)(keys)
+
+    calls = []
+    collect(folder, [Cell("a", 6, 1, measure)], 3, {}, resume=False)
 
 
 def save_no_pictures(monkeypatch):

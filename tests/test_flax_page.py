@@ -43,10 +43,12 @@ def test_equinox(recipe, key):
     exec(code_of("flax.md", "equinox"), recipe)
     layer, x, model = recipe["layer"], recipe["x"], recipe["mixture"]
     params = layer.init(key)
-    same(eqx.filter_jit(model)(x), jax.jit(layer.apply)(params, x))
-    loss = lambda y: jnp.sum(y[0] ** 2)  # noqa: E731
-    gradients = eqx.filter_jit(eqx.filter_grad(lambda model: loss(model(x))))(model)
-    expected = jax.jit(jax.grad(lambda params: loss(layer.apply(params, x))))(params)
+    loss_and = lambda result: (jnp.sum(result[0] ** 2), result)  # noqa: E731
+    gradient = eqx.filter_grad(lambda model: loss_and(model(x)), has_aux=True)
+    gradients, result = eqx.filter_jit(gradient)(model)
+    pure = jax.grad(lambda params: loss_and(layer.apply(params, x)), has_aux=True)
+    expected, expected_result = jax.jit(pure)(params)
+    same(result, expected_result)
     same(gradients.params, expected)
 
 

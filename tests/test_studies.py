@@ -3,18 +3,14 @@
 import argparse
 import importlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from commands import refusal
+from commands import forks, refusal
 from data import Dataset
 from pages import DOCS
 from parts.ending import EndedError, RefusedError
@@ -32,8 +28,8 @@ from studies.blocks import Cell, collect
 from studies.command import Study, work
 from studies.intervals import interval, shown
 from studies.page import check_page, pattern, publish, table
+from study_cases import stay_in_the_third_block, uniform
 
-ROOT = Path(__file__).parent.parent
 RENDERED = {
     "balance": balance_report.render,
     "clusters": clusters_report.render,
@@ -58,14 +54,6 @@ def test_one_seed_has_no_interval():
     assert one == {"mean": 2.5, "sd": None, "low": None, "high": None}
     assert shown(one, 1) == "2.5"
     assert shown(interval(np.array([1.0, 2.0, 3.0])), 2) == "2.00 [-0.48, 4.48]"
-
-
-def uniform(calls):
-    def measure(keys):
-        calls.append(len(keys))
-        return {"value": jax.vmap(jax.random.uniform)(keys)}
-
-    return measure
 
 
 def test_blocks_are_measured_once(tmp_path):
@@ -124,36 +112,21 @@ def test_what_is_not_finite_is_not_written(tmp_path):
     assert not list((tmp_path / "blocks").glob("a-*"))
 
 
-SLOW_STUDY = """
-import sys, time, jax
-from pathlib import Path
-from studies.blocks import Cell, collect
-
-def measure(keys):
-    time.sleep(0.5)
-    return {"value": jax.vmap(jax.random.uniform)(keys)}
-
-collect(Path(sys.argv[1]), [Cell("a", 6, 1, measure)], 3, {}, resume=False)
-"""
-
-
 def test_a_killed_run_goes_on(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "experiments")])
-    environment = os.environ | {"PYTHONPATH": path}
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", SLOW_STUDY, str(killed)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=-3)
-    until = time.monotonic() + 100
-    while len(list(killed.glob("a-*.json"))) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = forks().Process(target=stay_in_the_third_block, args=(killed,), daemon=True)
+    process.start()
+    while process.is_alive() and len(list(killed.glob("a-*.json"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     kept = {one.name: one.stat().st_mtime_ns for one in killed.glob("a-*.json")}
-    assert 2 <= len(kept) < 6
+    assert len(kept) == 2
     calls = []
     cells = [Cell("a", 6, 1, uniform(calls))]
     resumed = collect(killed, cells, 3, {}, resume=True)
-    assert len(calls) == 6 - len(kept)
+    assert len(calls) == 4
     whole = collect(tmp_path / "whole", cells, 3, {}, resume=False)
     assert len(whole["a"]["value"]) == 6
     np.testing.assert_array_equal(resumed["a"]["value"], whole["a"]["value"])
