@@ -230,18 +230,20 @@ def test_it_writes_on_by_a_network_that_was_trained(whole, capsys):
 
 def test_killed_it_goes_on_to_the_same_end(whole, files, tmp_path, without_samples):
     out, log = tmp_path / "killed", tmp_path / "killed.log"
+    last = f"{'sparse':<12} {0:>4} {6:>7}"  # how the line of its last evaluation begins
     options = ["--model=sparse", "--seeds=1", "--text", *map(str, files), "--out", str(out)]
     process = start_fork(
         "language_model",
         *(*SHORT, *options),
         log=log,
         programs=tmp_path / "programs",
-        replaced={"language.runs.say": partial(die_after, "sparse")},
+        replaced={"language.runs.say": partial(die_after, last)},
     )
     process.join()
     assert process.exitcode == -signal.SIGKILL, log.read_text()
+    assert not (out / "sparse" / "seed-0" / "metrics.jsonl").exists()  # it had not ended
     begun = checkpoint.latest(out / "sparse" / "seed-0" / "checkpoints")
-    assert begun in (None, 3)  # this checkpoint was being written
+    assert begun in (3, 6)  # the second was being written
     run("language_model", *SHORT, *options, "--resume")
     ends = [summary(folder)["sparse"]["validation_loss"][0] for folder in (whole, out)]
     assert ends[0] == ends[1]
