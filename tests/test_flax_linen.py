@@ -87,7 +87,7 @@ def test_mask_and_noise(key, x):
     router = moejax.jittered(moejax.linear(D, E), epsilon=0.5)
     layer = moejax.moe(moejax.linear(D, D), router, num_experts=E)
     module = to_linen(layer)
-    variables = variables_of(module, x)
+    variables = module.init(key, x)
     params = pure_params(layer, variables)
     mask = np.arange(T // 2)[None] < np.array([[3], [7]])
     same(
