@@ -53,14 +53,22 @@ def value_or_error(function, *args):
 # IDX files
 
 
-@pytest.mark.parametrize("compress", [False, True])
+def in_members(content):
+    """As two files that were compressed by themselves, joined and padded."""
+    return gzip.compress(content[:9]) + gzip.compress(content[9:]) + bytes(512)
+
+
+PACKED = [("", bytes), (".gz", gzip.compress), (".gz", in_members)]
+
+
+@pytest.mark.parametrize(("end", "pack"), PACKED)
 @pytest.mark.parametrize("spelling", ["-idx", ".idx"])
-def test_idx_files_in_every_spelling(small, tmp_path, compress, spelling):
+def test_idx_files_in_every_spelling(small, tmp_path, end, pack, spelling):
     folder = tmp_path / "other"
     folder.mkdir()
     for name, content in small.contents.items():
-        path = folder / (name.replace("-idx", spelling) + (".gz" if compress else ""))
-        path.write_bytes(gzip.compress(content) if compress else content)
+        path = folder / (name.replace("-idx", spelling) + end)
+        path.write_bytes(pack(content))
     for loader in (mnist, load):
         data = loader(folder)
         assert data.name == "mnist"

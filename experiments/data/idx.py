@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -37,6 +33,7 @@ MNIST_SHA256 = MappingProxyType(
 )
 
 MOST_PER_BYTE = 1040  # bytes that one byte of gzip can inflate to, rounded up
+GZIP_HEADERS = 2**17  # bytes of gzip beside the content, as for a name; more are not read
 
 
 class Kind(NamedTuple):
@@ -107,13 +104,13 @@ def read_idx(path: Path, name: str) -> IdxFile:
     Nothing is read or inflated beyond the size that the header announces.
     """
     kind = IMAGES if "images" in name else LABELS
-    with _opened(path) as file:
-        header = file.read(8 + 4 * len(kind.trailing))
-        count = _count(path, kind, header)
-        size = count * math.prod(kind.trailing)
-        if size > MOST_PER_BYTE * path.stat().st_size:
-            raise ValueError(_of_another_size(path, size, count, "fewer"))
-        content = file.read(size + 1)
+    length = 8 + 4 * len(kind.trailing)
+    count = _count(path, kind, _beginning(path, length))
+    size = count * math.prod(kind.trailing)
+    if size > MOST_PER_BYTE * path.stat().st_size:
+        raise ValueError(_of_another_size(path, size, count, "fewer"))
+    whole = memoryview(_beginning(path, length + size + 1))
+    content = whole[length:]
     if len(content) != size:
         got = f"{len(content):,}" if len(content) < size else "more"
         raise ValueError(_of_another_size(path, size, count, got))
@@ -123,9 +120,7 @@ def read_idx(path: Path, name: str) -> IdxFile:
             f"{path} must hold labels from 0 to 9, got {values.max()}; "
             "it is damaged, or no set of ten classes."
         )
-    digest = hashlib.sha256(header)
-    digest.update(content)
-    return IdxFile(path, values, digest.hexdigest())
+    return IdxFile(path, values, hashlib.sha256(whole).hexdigest())
 
 
 def _count(path: Path, kind: Kind, header: bytes) -> int:
@@ -152,20 +147,35 @@ def _of_another_size(path: Path, size: int, count: int, got: str) -> str:
     )
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    """The file's content, inflated as it is read if it is gzip."""
+def _beginning(path: Path, most: int) -> bytes:
+    """At most so many bytes of the file's content, inflated if it is gzip."""
     if path.is_dir():
         raise ValueError(f"{path} must be a file, got a folder; put the file there.")
     try:
         with path.open("rb") as file:
-            is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
-            with gzip.open(file) if is_gzip else file as content:
-                yield content
+            if file.peek(2)[:2] != b"\x1f\x8b":
+                return file.read(most)
+            return _inflate(file.read(most + most // 1000 + GZIP_HEADERS), most)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path} must be a readable file, raw or gzip, got: {error}; copy it again."
         ) from error
+
+
+def _inflate(data: bytes, most: int) -> bytes:
+    """At most so many bytes of what gzip holds, each member in one call.
+
+    Modules of the standard library inflate a few thousand bytes at a time, and wait for the
+    interpreter's lock each time. While another thread computes, that takes longer than inflating.
+    """
+    content = b""
+    while data and len(content) < most:
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        content += member.decompress(data, most - len(content))
+        if not member.eof and len(content) < most:
+            raise EOFError("the file ended before gzip's end-of-stream marker")
+        data = member.unused_data.lstrip(b"\0")
+    return content
 
 
 def _check_identity(files: dict[str, IdxFile]) -> bool:
