@@ -91,6 +91,29 @@ def test_every_bank_takes_part_where_every_expert_is_chosen(route):
     np.testing.assert_allclose(y, all_of_the_loop(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_bank_is_given_the_choices_of_its_own_experts_alone():
+    seen = []
+
+    def watched(bank):
+        def apply(params, x, routing):
+            seen.append(routing)
+            return bank.apply(params, x, routing)
+
+        return bank._replace(apply=apply)
+
+    @jax.jit
+    def parts(params, x):
+        model = moejax.moe_of(*map(watched, EVERY_KIND), router=ROUTER, route=moejax.softmax)
+        _, routing = model.apply(params, x)
+        return routing, seen
+
+    routing, own = jax.device_get(parts(PARAMS, X))
+    for part, start, bank in zip(own, (0, 2, 5, 6), EVERY_KIND, strict=True):
+        gates = routing.gates[:, start : start + bank.num_experts]
+        np.testing.assert_array_equal(part.gates, gates)
+        assert not part.weights[part.experts == bank.num_experts].any()
+
+
 def test_masked_tokens_get_zeros_from_every_kind():
     mask, apply = np.arange(T) % 3 != 0, jax.jit(MODEL.apply)
     padded = np.where(mask[:, None], X, np.float32(np.inf))
