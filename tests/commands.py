@@ -133,12 +133,3 @@ def die_after(beginning, line):
 
 def draw_nothing(*_):
     """Takes the place of what draws, where nobody looks at pictures."""
-
-
-def save_empty_pictures(monkeypatch):
-    """Pictures are made and not drawn, where a test looks at most for their names."""
-    empty = lambda picture, path: path.touch()  # noqa: E731
-    # In this order, because the first imports from the second.
-    for module in ("parts.reports", "parts.output"):
-        monkeypatch.setattr(f"{module}.save_figure", empty)
-    monkeypatch.setattr("moejax.plot.save_animation", empty)

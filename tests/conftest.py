@@ -67,3 +67,13 @@ def standard_promotion():
     """JAX's usual promotion, for code that calls libraries which rely on it."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def empty_pictures(monkeypatch):
+    """Pictures are made and not drawn, where a test looks at most for their names."""
+    empty = lambda picture, path: path.touch()  # noqa: E731
+    # In this order, because the first imports from the second.
+    for module in ("parts.reports", "parts.output"):
+        monkeypatch.setattr(f"{module}.save_figure", empty)
+    monkeypatch.setattr("moejax.plot.save_animation", empty)

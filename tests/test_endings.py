@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from commands import refusal, run, save_empty_pictures, start_process
+from commands import refusal, run, start_process
 from parts import ending
 from parts.folders import temporary_folder
 
@@ -102,8 +102,7 @@ def test_a_device_that_is_not_there(tmp_path):
     assert err.count("\n") == 1, err
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
-    save_empty_pictures(monkeypatch)
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys, empty_pictures):
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     message = refusal("toy", "--out", str(tmp_path), *TOY, capsys=capsys)
@@ -241,8 +240,7 @@ def test_help_says_what_each_option_does_and_its_default(name, capsys):
     assert "(default: 0)" in shown
 
 
-def test_the_largest_seed_is_another_one(tmp_path, monkeypatch):
-    save_empty_pictures(monkeypatch)
+def test_the_largest_seed_is_another_one(tmp_path, empty_pictures):
     summaries = []
     for seed in (0, 2**32 - 1):
         out = tmp_path / str(seed)

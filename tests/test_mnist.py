@@ -12,7 +12,7 @@ import pytest
 
 import moejax
 from cases import normal, params_of
-from commands import EXPERIMENTS, draw_nothing, refusal, run, save_empty_pictures
+from commands import EXPERIMENTS, draw_nothing, refusal, run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -48,12 +48,6 @@ def read(folder):
 def without_pictures(monkeypatch):
     """Runs draw no pictures, for tests that look at numbers only."""
     monkeypatch.setattr("parts.reports.draw", draw_nothing)
-
-
-@pytest.fixture
-def empty_pictures(monkeypatch):
-    """Pictures are not drawn, beside the run that draws those of all models."""
-    save_empty_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import toy
-from commands import refusal, run, save_empty_pictures
+from commands import refusal, run
 from moejax import plot
 from reference import close
 
@@ -26,11 +26,6 @@ def one_frame(monkeypatch):
     """Of an animation only the first frame is drawn."""
     save = plot.save_animation
     monkeypatch.setattr(plot, "save_animation", lambda frames, path: save([next(frames)], path))
-
-
-@pytest.fixture
-def empty_pictures(monkeypatch):
-    save_empty_pictures(monkeypatch)
 
 
 def test_two_experts_solve_what_one_cannot(tmp_path, capsys):
