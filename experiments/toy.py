@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import moejax
 from data import Points, toy
@@ -54,6 +55,8 @@ if TYPE_CHECKING:  # what draws is loaded when it draws
     from moejax.plot import Plane
 
 LEARNING_RATE = 0.01
+# All parameters as one vector: with so few of them, a kernel for each array would take longer.
+OPTIMIZER = optax.flatten(optax.adam(LEARNING_RATE))
 FRAMES = 16  # of the animation
 GROUP = 17  # seeds that are trained side by side: 101 runs fill six groups
 
@@ -172,7 +175,7 @@ def alone(params: Any, data: Points) -> jax.Array:
 
 def start(task: Task, key: jax.Array) -> TrainState:
     """A freshly initialised run."""
-    return init_state(task.init(key), optax.adam(LEARNING_RATE), key)
+    return init_state(task.init(key), OPTIMIZER, key)
 
 
 def run(task: Task, data: Points, steps: int, initial: TrainState) -> dict[str, Any]:
@@ -182,21 +185,20 @@ def run(task: Task, data: Points, steps: int, initial: TrainState) -> dict[str, 
         ``loss`` after 0..steps steps, the last ``accuracy``, the accuracy if each point's top
         expert decides ``alone``, and ``frames``, the parameters after each of `frame_steps`.
     """
-    step = train_step(partial(objective, task), optax.adam(LEARNING_RATE))
+    step = train_step(partial(objective, task), OPTIMIZER)
+    _, from_vector = ravel_pytree(initial.params)
 
-    def body(state: TrainState, _: None) -> tuple[TrainState, dict[str, Any]]:
+    def body(state: TrainState, _: None) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
         after, metrics = step(state, data)
-        return after, {"params": state.params, "loss": metrics["loss"]}
+        return after, (ravel_pytree(state.params)[0], metrics["loss"])
 
-    state, history = jax.lax.scan(body, initial, length=steps)
+    state, (vectors, losses) = jax.lax.scan(body, initial, length=steps)
     loss, metrics = objective(task, state.params, data, None)
-    last = {"params": state.params, "loss": loss}
-    history = jax.tree.map(lambda every, one: jnp.concatenate([every, one[None]]), history, last)
-    shown = frame_steps(steps)
+    vectors = jnp.concatenate([vectors, ravel_pytree(state.params)[0][None]])
     return {
-        "loss": history["loss"],
+        "loss": jnp.append(losses, loss),
         "alone": task.alone(state.params, data),
-        "frames": jax.tree.map(lambda leaf: leaf[shown], history["params"]),
+        "frames": jax.vmap(from_vector)(vectors[frame_steps(steps)]),
         **metrics,
     }
 

@@ -56,7 +56,7 @@ def draw_points(ax: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     for label, (shade, marker) in enumerate(CLASS_MARKS):
         own = points[labels == label]
         ax.scatter(own[:, 0], own[:, 1], s=10, c=shade, marker=marker, linewidths=0.7, alpha=0.8)
-    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.set(xlabel="x₁", ylabel="x₂", aspect="equal")
 
 
 def draw_truth(ax: Axes, truth: np.ndarray | None) -> None:
