@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax._arrays import at_least_float32, gradient_if, padded_by_example, where_kept
 from moejax._calling import accepts, check_rule, keeps_own, only_accepted
@@ -131,7 +133,8 @@ def routed(
     def apply(
         params: Params, x: Array, *, key: Array | None = None, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
+        x = jnp.asarray(x)
+        tokens, leading = flatten_tokens(x, feature_ndim)
         if mask is not None:
             mask = jnp.asarray(mask)
             check_mask(mask, leading)
@@ -145,7 +148,7 @@ def routed(
             y = experts.apply(params["experts"], tokens, decision)
         if mask is not None:
             y = where_kept(mask, y)
-        return y.reshape(*leading, *y.shape[1:]), decision
+        return unflatten_tokens(y, x, leading), decision
 
     return Layer(init, apply)
 
@@ -158,8 +161,25 @@ def flatten_tokens(x: Array, feature_ndim: int) -> tuple[Array, tuple[int, ...]]
             f"axes (`feature_ndim`), got shape {x.shape}: add one with x[None]."
         )
     split = x.ndim - feature_ndim
-    leading = x.shape[:split]
-    return x.reshape(math.prod(leading), *x.shape[split:]), leading  # [..., D] -> [T, D]
+    leading, features = x.shape[:split], x.shape[split:]
+    placed = jax.typeof(x).sharding.spec
+    devices = jax.tree.leaves(tuple(placed[:split]))
+    placement = P(tuple(devices), *placed[split:])
+    return _reshaped(x, (math.prod(leading), *features), placement), leading
+
+
+def unflatten_tokens(y: Array, x: Array, leading: tuple[int, ...]) -> Array:
+    """The tokens' own axes again, ``[T, O] -> [..., O]``, placed on a mesh as those of x are."""
+    placement = P(*jax.typeof(x).sharding.spec[: len(leading)], *jax.typeof(y).sharding.spec[1:])
+    return _reshaped(y, (*leading, *y.shape[1:]), placement)
+
+
+def _reshaped(x: Array, shape: tuple[int, ...], placement: P) -> Array:
+    """A reshape that says where its result lies, if x lies on a mesh with Explicit axes."""
+    placed = jax.typeof(x).sharding
+    if x.shape == shape or not jax.tree.leaves(tuple(placed.spec)):
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(placed.mesh, placement))
 
 
 def _decide(
@@ -300,14 +320,15 @@ def with_shared(model: Layer, shared: Layer, *, feature_ndim: int = 1) -> Layer:
                 "got its output alone."
             )
         y, decision = output
-        tokens, leading = flatten_tokens(jnp.asarray(x), feature_ndim)
+        x = jnp.asarray(x)
+        tokens, leading = flatten_tokens(x, feature_ndim)
         if mask is not None:
             mask = jnp.asarray(mask)
             tokens = padded_by_example(tokens, mask.reshape(-1))
             params = gradient_if(mask.any(), params)
         always = shared.apply(params["shared"], tokens)
         check_array(always)
-        always = always.reshape(*leading, *always.shape[1:]).astype(y.dtype)
+        always = unflatten_tokens(always, x, leading).astype(y.dtype)
         if always.shape != y.shape:
             raise ValueError(
                 f"The shared expert's output must have the shape of the mixture's output, "

@@ -189,6 +189,33 @@ def test_what_an_expert_closes_over_has_gradients(schedule, x64):
     close(result, expected, 1e-10)
 
 
+@cache
+def gradients_under_dropout(schedule):
+    """For three keys at once; the experts also close over a permutation and booleans."""
+    params, x, routing = in_double_precision("collapsed")
+
+    def total(params, key, order, shown):
+        kept = jax.random.bernoulli(key, 0.5, x.shape[1:])
+
+        def dropped(p, x):
+            return bend(p, jnp.where(shown & kept, x, 0)[:, order])
+
+        return jnp.sum(schedule(dropped, params, x, routing) ** 2)
+
+    keys, order, shown = (
+        jax.random.split(jax.random.key(0), 3),
+        np.arange(D)[::-1],
+        np.arange(D) > 0,
+    )
+    axes = (None, 0, None, None)
+    return jax.jit(jax.vmap(jax.value_and_grad(total), axes))(params, keys, order, shown)
+
+
+@pytest.mark.parametrize("schedule", SPARSE.values(), ids=SPARSE)
+def test_experts_may_close_over_keys_integers_and_booleans(schedule, x64):
+    close(gradients_under_dropout(schedule), gradients_under_dropout(moejax.dense), 1e-10)
+
+
 def double(tree):
     """The same numbers, those that are floats in double precision."""
     tree = jax.device_get(tree)

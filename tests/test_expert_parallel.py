@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import moejax
 from cases import EXPERTS, normal, params_of
@@ -16,6 +17,7 @@ from moejax.interop.transformers.fields import ACTIVATIONS
 from moejax.schedules._mesh.exchange import ragged_exchange
 from moejax.sharding import expert_parallel, shardings, token_sharding, tokenwise
 from moejax.training import init_state, train_step
+from reference import close
 
 T, D, E = 32, 4, 8
 LINEAR = moejax.linear(D, 3)
@@ -95,6 +97,18 @@ def test_every_rule_on_every_kind_of_mesh(rule, kind, key):
 def test_rules_on_each_device_on_every_shape_of_mesh(shape, kind):
     mesh = make_mesh(kind, shape)
     assert_same_on_mesh(mesh, TOP_2, mesh_route=tokenwise(TOP_2, mesh), mask=inputs()[1])
+
+
+@pytest.mark.parametrize("axes", [P(), P("data"), P("data", "expert")], ids=str)
+def test_sequences_come_back_where_they_were_on_explicit_axes(axes):
+    mesh = make_mesh(AxisType.Explicit)
+    x = np.asarray(inputs()[0]).reshape(4, -1, D)  # fewer sequences than devices
+    layer = partial(moejax.moe, BENT, moejax.linear(D, E), num_experts=E, route=TOP_2)
+    model, on_mesh = layer(), layer(execute=expert_parallel(mesh))
+    params = params_of(model)
+    y, _ = jax.jit(on_mesh.apply)(params, jax.device_put(x, NamedSharding(mesh, axes)))
+    assert tuple(y.sharding.spec) == (*axes, *[None] * (3 - len(axes)))
+    close(y, jax.jit(model.apply)(params, x)[0], 1e-6)
 
 
 def test_the_axis_of_the_experts_may_have_another_name():

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 from moejax._arrays import separate_zeros
 from moejax.base import Array, Params
+from moejax.schedules._sorted.closing import Apply
 from moejax.schedules._sorted.overflow import Operands, Tree, differentiable, merge
 from moejax.schedules._sorted.policy import Group, Policy, experts_per_chunk
 from moejax.schedules._sorted.slots import Slots, collect, gates_of_slots, sum_over_features
-
-Apply = Callable[[Params, Array, list[Array]], Array]  # (params, x, what it closes over) -> y
 
 
 class PerExpert(NamedTuple):

@@ -5,7 +5,7 @@ Read `_forward` from top to bottom; `_backward` is the same path with each step'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from moejax._calling import hashable, with_matmul
 from moejax._checks import check_array, check_outputs
 from moejax._sorting import Sorted, sort_by_expert
 from moejax.base import Array, Expert, Params
-from moejax.schedules._sorted.batched import Apply, cotangents, outputs_of_slots
+from moejax.schedules._sorted.batched import cotangents, outputs_of_slots
+from moejax.schedules._sorted.closing import Apply, closed
 from moejax.schedules._sorted.grouped import grouped_sum
 from moejax.schedules._sorted.overflow import (
     Operands,
@@ -81,7 +82,7 @@ def _compiled(
     if policy.grouped:
         y = grouped_sum(expert, params, x, gates, choices)
     else:
-        apply, shared = _closed(with_matmul(expert, policy.matmul), params, x, policy)
+        apply, shared = closed(with_matmul(expert, policy.matmul), params, x, policy)
         slots = assign_slots(choices, weights.shape[0], policy.groups)
         program = Program(apply, policy, output.shape)
         y = _gated_sum(program, Operands(params, x, gates, reverse_only(shared)), slots, choices)
@@ -100,30 +101,6 @@ def _gates(weights: Array, output: jax.ShapeDtypeStruct) -> Array:
     """The weights by choice, ``[T, K] -> [K * T]``, in the dtype of the sum, float32 or more."""
     dtype = np.promote_types(output.dtype, np.promote_types(weights.dtype, "f4"))
     return weights.T.astype(dtype).reshape(-1)
-
-
-def _closed(expert: Expert, params: Params, x: Array, policy: Policy) -> tuple[Apply, list[Array]]:
-    """Turns the traced arrays that an expert closes over into arguments, so they get gradients.
-
-    Returns:
-        The expert with those arrays as its third argument, for the policy's numbers of rows; and
-        the arrays.
-    """
-    one, row = jax.eval_shape(lambda *both: jax.tree.map(lambda a: a[0], both), params, x)
-    converted: dict[int, tuple[Callable[..., Array], list[int]]] = {}
-    shared: dict[int, Array] = {}
-    for size in {*(group.capacity for group in policy.groups), *policy.blocks} - {0}:
-        rows = jax.eval_shape(partial(jnp.broadcast_to, shape=(size, *row.shape)), row)
-        apply, own = jax.closure_convert(expert, one, rows)
-        shared |= {id(array): array for array in own}
-        converted[size] = apply, [id(array) for array in own]
-
-    def of_size(params: Params, x: Array, arrays: list[Array]) -> Array:
-        apply, own = converted[len(x)]
-        known = dict(zip(shared, arrays, strict=True))
-        return apply(params, x, *(known[name] for name in own))
-
-    return of_size, list(shared.values())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
