@@ -45,7 +45,7 @@ LAYERS = [
     [f"interop.transformers.{family}" for family in FAMILIES.split()],
     ["interop.transformers.families", "interop.transformers.checkpoints"],
     ["interop.transformers", "interop"],
-    ["training.memory", "training.step", "training.batches", "training.epoch"],
+    ["training.update", "training.memory", "training.step", "training.batches", "training.epoch"],
     ["training.inspection", "training"],
     ["checkpoint.folder", "checkpoint.manifest", "checkpoint.write", "checkpoint.read"],
     ["checkpoint"],

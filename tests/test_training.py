@@ -16,6 +16,7 @@ from moejax.training import (
     epoch_order,
     init_state,
     inspect_step,
+    keep_gradients,
     scan_batches,
     train_epoch,
     train_step,
@@ -248,6 +249,22 @@ def test_an_optimizer_that_asks_for_the_loss_gets_it():
     _, metrics = train_step(loss, optimizer)(state, X)
     [record] = inspect_step(loss, optimizer, state, X)
     assert seen == [metrics["loss"], metrics["loss"]]
+    assert jnp.isfinite(record.update).all()
+
+
+@pytest.mark.parametrize("around", [lambda one: one, keep_gradients])
+def test_an_optimizer_of_many_steps_passes_the_loss_on(around):
+    several = optax.MultiSteps(plateau_of(lambda optimizer: optimizer.update), every_k_schedule=2)
+    optimizer = around(several)
+    state = init_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    step = train_step(loss, optimizer)
+    for expected in (0, 1):
+        own = getattr(state.opt_state, "inner", state.opt_state)
+        assert own.inner_opt_state[1].avg_value.dtype == jnp.float32
+        state, _ = step(state, X)
+        own = getattr(state.opt_state, "inner", state.opt_state)
+        assert own.gradient_step == expected
+    [record] = inspect_step(loss, optimizer, state, X)
     assert jnp.isfinite(record.update).all()
 
 

@@ -9,6 +9,7 @@ import optax
 
 from moejax.base import Array
 from moejax.training.step import Loss, TrainState, step_key
+from moejax.training.update import updated
 
 
 class ParameterStep(NamedTuple):
@@ -66,8 +67,7 @@ def inspect_step(
     (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
         state.params, batch, step_key(state)
     )
-    update = optax.with_extra_args_support(optimizer).update
-    updates, _ = update(gradients, state.opt_state, state.params, value=value)
+    updates, _ = updated(optimizer, gradients, state.opt_state, state.params, value=value)
     params, _ = jax.tree.flatten_with_path(state.params)
     leaves = zip(params, jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
     return [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from moejax.base import Array, Params
+from moejax.training.update import updated
 
 
 class KeptGradients(NamedTuple):
@@ -59,16 +60,15 @@ def keep_gradients(
         >>> state.params, state.opt_state.gradients
         (Array([1., 1.], dtype=float32), Array([-2., -2.], dtype=float32))
     """
-    inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> KeptGradients:
-        return KeptGradients(inner.init(params), jax.tree.map(jnp.zeros_like, params))
+        return KeptGradients(optimizer.init(params), jax.tree.map(jnp.zeros_like, params))
 
     def update(
         gradients: Params, state: KeptGradients, params: Params | None = None, **extra: Any
     ) -> tuple[Params, KeptGradients]:
         gradients = jax.tree.map(_after, gradients, state.gradients)
-        updates, own = inner.update(gradients, state.inner, params, **extra)
+        updates, own = updated(optimizer, gradients, state.inner, params, **extra)
         return updates, KeptGradients(own, gradients)
 
     return optax.GradientTransformationExtraArgs(init, update)

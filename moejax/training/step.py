@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moejax.base import Array, Params
+from moejax.training.update import updated
 
 Metrics = dict[str, Array]
 Loss = Callable[[Params, Any, Array | None], tuple[Array, Metrics]]
@@ -78,7 +79,6 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         >>> state.params, float(metrics["loss"])
         (Array([1., 1.], dtype=float32), 2.0)
     """
-    update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -89,7 +89,9 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
                 'No metric may be called "loss", the name of what is minimised, got '
                 f"{sorted(metrics)}: rename it."
             )
-        updates, opt_state = update(gradients, state.opt_state, state.params, value=value)
+        updates, opt_state = updated(
+            optimizer, gradients, state.opt_state, state.params, value=value
+        )
         params = optax.apply_updates(state.params, updates)
         state = TrainState(params, opt_state, state.step + 1, state.key)
         return state, {"loss": value, **metrics}
