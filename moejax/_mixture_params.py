@@ -72,7 +72,7 @@ def logit_axes(router: Params) -> Params:
     if "router" in router:  # `noisy`, or a router beside its bias
         return {name: logit_axes(node) for name, node in router.items()}
     none = jax.tree.map(lambda _: 0, router)
-    return with_last(none, _linear_axes, what="router")
+    return with_last_of_router(none, _linear_axes)
 
 
 def _linear_axes(layer: Params) -> Params:
@@ -81,20 +81,26 @@ def _linear_axes(layer: Params) -> Params:
 
 
 def with_last(params: Params, change: Callable[[Params], Params], *, what: str) -> Params:
-    """Params of `linear`, `mlp`, `glu`, or what wraps one, with the last linear layer changed."""
+    """Params of `linear`, `mlp` or `glu`, with the last linear layer changed."""
     if isinstance(params, dict):
         if "kernel" in params:
             return change(params)
         if "layers" in params:
             changed = partial(with_last, change=change, what=what)
             return {**params, "layers": _with_last_of(params["layers"], changed)}
-        for name in ("down", "router"):
-            if name in params:
-                return {**params, name: with_last(params[name], change, what=what)}
+        if "down" in params:
+            return {**params, "down": with_last(params["down"], change, what=what)}
     raise ValueError(
         f"The {what} must end in a `linear`, as `linear`, `mlp` and `glu` do: change params of "
         "another structure by hand."
     )
+
+
+def with_last_of_router(router: Params, change: Callable[[Params], Params]) -> Params:
+    """Params of a router, or of what wraps one, with its last linear layer changed."""
+    if isinstance(router, dict) and "router" in router:  # `noisy` and `biased`
+        return {**router, "router": with_last_of_router(router["router"], change)}
+    return with_last(router, change, what="router")
 
 
 def _with_last_of(layers: Any, change: Callable[[Params], Params]) -> Any:

@@ -24,6 +24,7 @@ from moejax._mixture_params import (
     logit_axes,
     num_experts_of,
     with_last,
+    with_last_of_router,
 )
 from moejax.base import Array, Params
 
@@ -86,7 +87,7 @@ def upcycle(
         experts = _perturbed(experts, noise, key)
     # Only the last layer: with zeros throughout, no gradient would reach an `mlp`.
     zeros = partial(jax.tree.map, jnp.zeros_like)
-    params = {"router": with_last(router, zeros, what="router"), "experts": experts}
+    params = {"router": with_last_of_router(router, zeros), "experts": experts}
     num_experts_of(params)  # refuses a router with another number of logits
     return params
 
@@ -210,7 +211,7 @@ def merge(params: Params, load: Array) -> Params:
 
     Raises:
         ValueError: if the load is not one number per expert, or its sum is not positive, or if the
-            params are not those of one `moe`.
+            params are not those of one `moe` or hold integers.
 
     Example:
         >>> experts = {"kernel": jnp.stack([jnp.zeros((2, 1)), jnp.ones((2, 1))])}
@@ -231,6 +232,11 @@ def merge(params: Params, load: Array) -> Params:
 
     def mean(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
+        if not _is_inexact(leaf):
+            raise ValueError(
+                f"Only experts of numbers have a mean, got a leaf of {leaf.dtype}: take it out of "
+                "the params, and put one expert's in afterwards."
+            )
         wide = at_least_float32(leaf)
         weights = load.astype(wide.dtype)
         merged = jnp.tensordot(weights / weights.sum(), wide, axes=1, precision="highest")
@@ -345,7 +351,7 @@ def _lower_logits(router: Params, by: np.ndarray) -> Params:
     """A router with lower logits; the same router where all would be lowered alike."""
     if by.min() == by.max():
         return router
-    return with_last(router, lambda layer: _with_lower(layer, "bias", by), what="router")
+    return with_last_of_router(router, lambda layer: _with_lower(layer, "bias", by))
 
 
 def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
@@ -359,11 +365,15 @@ def _with_lower(params: Params, name: str, by: np.ndarray) -> Params:
 
 
 def _divided(dense: Params, total: float) -> Params:
-    return with_last(
-        dense,
-        lambda layer: jax.tree.map(lambda leaf: leaf / jnp.asarray(total, leaf.dtype), layer),
-        what="layer",
-    )
+    def one(leaf: Array) -> Array:
+        return leaf / jnp.asarray(total, leaf.dtype) if _is_inexact(leaf) else leaf
+
+    return with_last(dense, lambda layer: jax.tree.map(one, layer), what="layer")
+
+
+def _is_inexact(leaf: Array) -> bool:
+    """Whether a leaf is learned: an index or a key of an expert is not."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _perturbed(experts: Params, noise: float, key: Array) -> Params:
@@ -371,6 +381,8 @@ def _perturbed(experts: Params, noise: float, key: Array) -> Params:
     keys = iter(jax.random.split(key, len(jax.tree.leaves(experts))))
 
     def one(leaf: Array) -> Array:
+        if not _is_inexact(leaf):
+            return leaf
         spread = jnp.asarray(noise, leaf.dtype) * leaf.std()
         added = spread * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
         return leaf + added.at[0].set(0)

@@ -199,8 +199,23 @@ def test_structures_that_are_not_known_are_refused():
         grow(params, num_experts=6)
     with pytest.raises(ValueError, match="The layer must end in a `linear`"):
         moejax.upcycle({"w": np.ones(3)}, params["router"], num_experts=2, total=0.5)
+    with pytest.raises(ValueError, match="The layer must end in a `linear`"):
+        moejax.upcycle(params, params["router"], num_experts=2, total=0.5)  # not in its router
     with pytest.raises(ValueError, match="`total` must be positive"):
         moejax.upcycle({"w": np.ones(3)}, params["router"], num_experts=2, total=0.0)
+
+
+def test_what_experts_do_not_learn_is_left_alone(key):
+    layer = {"kernel": np.ones((4, 4), np.float32), "zero_point": np.array(4), "key": key}
+    router = params_of(moejax.linear(4, 3))
+    params = moejax.upcycle(layer, router, num_experts=3, total=0.5, noise=0.1, key=key)
+    params = moejax.grow(params, num_experts=6, noise=0.1, key=key)
+    np.testing.assert_array_equal(params["experts"]["zero_point"], np.full(6, 4))
+    keys = np.asarray(jax.random.key_data(params["experts"]["key"]))
+    np.testing.assert_array_equal(keys, np.tile(jax.random.key_data(key), (6, 1)))
+    assert np.all(params["experts"]["kernel"] > 1)
+    with pytest.raises(ValueError, match="have a mean, got a leaf of"):
+        moejax.merge(params, np.ones(6))
 
 
 @pytest.mark.parametrize("part", ["router", "experts"])
