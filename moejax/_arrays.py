@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax._compiling import compiled
 
@@ -112,9 +113,27 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+def indices(ids: Array) -> Array:
+    """Integers of at least 32 bits: compared with a size, JAX would overflow a narrower index."""
+    return ids.astype(jnp.int32) if jnp.iinfo(ids.dtype).bits < 32 else ids
+
+
 def output_dtype(x: Array, outputs: Array) -> jnp.dtype:
-    """The dtype of a mixture: the dtype of x, or of the outputs if x holds integers."""
-    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else outputs.dtype
+    """The dtype of a mixture: the dtype of x, unless it cannot hold the sum of the outputs.
+
+    Integers cannot hold a weighted sum, nor can real numbers that of complex ones.
+    """
+    is_complex = jnp.issubdtype(outputs.dtype, jnp.complexfloating)
+    if jnp.issubdtype(x.dtype, jnp.floating) and not is_complex:
+        return x.dtype
+    return outputs.dtype if jnp.issubdtype(outputs.dtype, jnp.inexact) else jnp.dtype("f4")
+
+
+def blend_dtype(gates: Array, outputs: Array) -> jnp.dtype:
+    """The dtype in which gates multiply outputs; bfloat16 gates would not sum to one."""
+    if not jnp.issubdtype(outputs.dtype, jnp.inexact):
+        return gates.dtype  # NumPy would take float64 for the gates and int32
+    return np.promote_types(gates.dtype, outputs.dtype)
 
 
 def padded_by_example(tokens: Array, mask: Array) -> Array:

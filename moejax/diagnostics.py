@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from moejax._arrays import at_least_float32, by_expert
+from moejax._arrays import at_least_float32, by_expert, indices
 from moejax._checks import takes
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
@@ -183,6 +183,7 @@ def expert_by_class(routing: Routing, labels: Array, num_classes: int) -> Array:
             f"{labels.dtype}{list(labels.shape)}."
         )
     table = jnp.zeros((num_classes, routing.num_experts), gates.dtype)
+    labels = indices(labels)
     # As an index, a negative label would count from the end.
     gates = jnp.where((labels >= 0)[:, None], gates, 0)
     return table.at[labels].add(gates, mode="drop").T

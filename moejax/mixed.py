@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import at_least_float32, gradient_where, output_dtype, where_kept
+from moejax._arrays import at_least_float32, blend_dtype, gradient_where, output_dtype, where_kept
 from moejax._checks import check_count, check_layer, check_stacked, check_widths, takes
 from moejax._comparing import comparable
 from moejax.base import Array, Layer, Params, Routing, Rule, Schedule
@@ -162,7 +162,7 @@ def constant_experts(num_experts: int, width: int) -> Bank:
         # Zero times infinity is not zero: an expert that no token gives weight is not read.
         used = gates.any(axis=0)
         vectors = where_kept(used, gradient_where(used, vectors))
-        dtype = np.promote_types(gates.dtype, vectors.dtype)
+        dtype = blend_dtype(gates, vectors)
         return gates.astype(dtype) @ vectors.astype(dtype)
 
     return Bank(num_experts, init, apply)

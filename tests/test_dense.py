@@ -44,6 +44,24 @@ def test_a_built_in_expert_may_be_wrapped(schedule, wrap):
     close(y, moejax.dense(expert.apply, params, x, routing), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "dtype"),
+    [
+        (np.ones(T, np.float32), np.arange(E) * np.complex64(1j), jnp.complex64),
+        (np.ones(T, np.int32), np.arange(E, dtype=np.int32), jnp.float32),
+        (np.ones(T, np.float32), np.arange(E, dtype=np.int32), jnp.float32),
+    ],
+)
+def test_the_sum_has_a_dtype_that_can_hold_it(schedule, tokens, outputs, dtype, recwarn):
+    routing = moejax.top_k(LOGITS, k=2)
+    expert = lambda output, x: jnp.broadcast_to(output, x.shape)  # noqa: E731
+    y = jax.jit(partial(SCHEDULES[schedule], expert))(outputs, tokens, routing)
+    assert y.dtype == dtype
+    close(y, np.asarray(routing.gates) @ outputs, 1e-5)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("schedule", ONE_DEVICE)
 @pytest.mark.parametrize(
     "expert", [lambda params, x: x.sum(axis=0), lambda params, x: x[:3], lambda params, x: x.sum()]

@@ -74,6 +74,12 @@ def test_labels_of_no_class_are_left_out():
     np.testing.assert_array_equal(table, [[0, 1], [0, 0], [0, 0]])
 
 
+def test_labels_may_be_narrower_than_the_classes():
+    routing = moejax.switch(3 * np.eye(2, dtype=np.float32))
+    table = expert_by_class(routing, np.array([0, 100], np.int8), 200)
+    np.testing.assert_array_equal(np.argwhere(table), [[0, 0], [1, 100]])
+
+
 def test_information_of_independent_and_of_identical():
     np.testing.assert_allclose(moejax.mutual_information(jnp.ones((3, 4))), 0, atol=1e-6)
     np.testing.assert_allclose(moejax.mutual_information(jnp.eye(4)), np.log(4), rtol=1e-6)

@@ -238,6 +238,13 @@ def test_hash_sends_what_is_outside_nowhere(table):
     np.testing.assert_array_equal(np.sum(routing.scores, axis=-1), np.less(expected, 4))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
+def test_hash_takes_ids_narrower_than_the_table(dtype):
+    ids, table = jnp.array([1, 100], dtype), jnp.arange(300) % 4
+    routing = moejax.hashed(np.zeros((2, 4), np.float32), token_ids=ids, table=table)
+    np.testing.assert_array_equal(np.ravel(routing.experts), [1, 0])
+
+
 @pytest.mark.parametrize("num_experts", [4, 100])  # compared, and scattered
 def test_a_negative_expert_is_nowhere(num_experts):
     scores, weights = np.zeros((2, num_experts), np.float32), np.ones((2, 1), np.float32)

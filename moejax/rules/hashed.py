@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from moejax._arrays import indices
 from moejax._checks import checked_logits
 from moejax._compiling import compiled
 from moejax.base import Array, Routing
@@ -30,7 +31,7 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
 
     Raises:
         ValueError: if logits is not a float array [T, E], or ids and table are not integers with
-            one id per token.
+            one id per token, or the table is empty.
 
     Example:
         >>> route = partial(hashed, token_ids=jnp.array([5, 2, 5]), table=jnp.arange(6) % 4)
@@ -44,12 +45,13 @@ def hashed(logits: Array, *, token_ids: Array, table: Array) -> Routing:
     logits = checked_logits(logits)
     num_tokens, num_experts = logits.shape
     integers = all(jnp.issubdtype(a.dtype, jnp.integer) for a in (token_ids, table))
-    if token_ids.shape != (num_tokens,) or table.ndim != 1 or not integers:
+    if token_ids.shape != (num_tokens,) or table.ndim != 1 or not table.size or not integers:
         raise ValueError(
             f"`token_ids` must be integers of shape [{num_tokens}] and `table` integers of shape "
-            f"[vocabulary], got {token_ids.dtype}{list(token_ids.shape)} and "
+            f"[vocabulary], not empty, got {token_ids.dtype}{list(token_ids.shape)} and "
             f"{table.dtype}{list(table.shape)}."
         )
+    token_ids = indices(token_ids)
     experts = table.astype(jnp.int32).at[token_ids].get(mode="fill", fill_value=num_experts)
     # Checked here: as an index, a negative number would count from the end.
     inside = (token_ids >= 0) & (experts >= 0) & (experts < num_experts)

@@ -36,7 +36,7 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
         factor: slots per expert in units of the mean load, positive.
 
     Returns:
-        The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
+        The blend, shape [T, ...], in the dtype of x or, if that cannot hold it, in one that can.
 
     Raises:
         ValueError: if ``factor`` is not a positive finite number, or if an expert does not return

@@ -10,9 +10,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from moejax._arrays import along, gradient_where, output_dtype
+from moejax._arrays import along, blend_dtype, gradient_where, output_dtype
 from moejax._calling import hashable, with_matmul
 from moejax._checks import (
     check_array,
@@ -37,7 +36,7 @@ def mixture(expert: Expert, params: Params, x: Array, gates: Array) -> Array:
         gates: weight of every expert for every token, shape [T, E].
 
     Returns:
-        The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
+        The blend, shape [T, ...], in the dtype of x or, if that cannot hold it, in one that can.
 
     Raises:
         ValueError: if the gates are not one for each token and expert, or an expert does not
@@ -119,6 +118,5 @@ def _guarded(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
 
 
 def _promote(gates: Array, outputs: Array) -> tuple[Array, Array]:
-    # bfloat16 outputs are summed in the gates' float32: rounded gates would not sum to one.
-    dtype = np.promote_types(gates.dtype, outputs.dtype)
+    dtype = blend_dtype(gates, outputs)
     return gates.astype(dtype), outputs.astype(dtype)

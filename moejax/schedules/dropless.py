@@ -34,7 +34,7 @@ def dropless(expert: Expert, params: Params, x: Array, routing: Routing) -> Arra
         routing: the decision.
 
     Returns:
-        The blend, shape [T, ...], in the dtype of x (of the experts' outputs if x holds integers).
+        The blend, shape [T, ...], in the dtype of x or, if that cannot hold it, in one that can.
 
     Example:
         >>> experts = moejax.stack(moejax.linear(3, 2), 4)

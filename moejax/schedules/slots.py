@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._arrays import along, gradient_where, output_dtype
+from moejax._arrays import along, blend_dtype, gradient_where, output_dtype
 from moejax._checks import check_array, check_outputs, check_problem, takes
 from moejax.base import Array, Expert, ExpertChoice, Params, SoftSlots
 
@@ -43,7 +43,7 @@ def gather_slots(expert: Expert, params: Params, x: Array, decision: ExpertChoic
     params = gradient_where(filled.any(axis=1), params)
     outputs = jax.vmap(_checked(expert))(params, taken)  # [E, C, O]
     outputs = jnp.where(along(filled, outputs.ndim), outputs, 0)
-    dtype = np.promote_types(decision.weights.dtype, outputs.dtype)
+    dtype = blend_dtype(decision.weights, outputs)
     weighted = jax.vmap(jax.vmap(jnp.multiply))(
         decision.weights.astype(dtype), outputs.astype(dtype)
     )

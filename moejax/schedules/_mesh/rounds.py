@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from moejax._arrays import blend_dtype
 from moejax._sorting import sort_by_expert
 from moejax.base import Array, Params, Routing
 from moejax.schedules._mesh.exchange import Exchange
@@ -133,7 +133,7 @@ def _arriving(plan: Plan, r: Array | int) -> Routing:
 
 
 def _weighted_sum(gates: Array, outputs: Array, tokens: Array, num_tokens: int) -> Array:
-    dtype = np.promote_types(gates.dtype, outputs.dtype)
+    dtype = blend_dtype(gates, outputs)
     gates = gates.reshape(*gates.shape, *[1] * (outputs.ndim - 2))  # [S, C, 1...]
     y = jnp.zeros((num_tokens, *outputs.shape[2:]), dtype)
     return y.at[tokens].add(gates.astype(dtype) * outputs.astype(dtype), mode="drop")

@@ -61,7 +61,7 @@ def gated_sum(
         policy: from `policy_for_dropless` or `policy_for_capacity`.
 
     Returns:
-        The sum, shape [T, ...], in the dtype of x (of the outputs if x holds integers).
+        The sum, shape [T, ...], in the dtype of x or, if that cannot hold it, in one that can.
     """
     return _compiled(hashable(expert), policy, params, x, experts, weights)
 
