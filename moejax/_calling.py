@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from moejax._comparing import Made, has_hash
+from moejax._reading import Reading, reads
 from moejax.base import Array, Expert, Layer, Rule
 
 
@@ -42,35 +42,21 @@ def with_matmul(expert: Callable[..., Array], matmul: Callable[..., Array]) -> E
 
 
 def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself if it can be a static argument of `jit`, or something around it.
+    """The function as a static argument of `jit`: equal at two calls only if it does the same.
 
     A bound method is equal to itself even if its object has changed since, and so is an object
-    that can be called. So a new function, of the same signature, is made around it each time, and
-    no program compiled for it earlier is found again.
+    that can be called, or a function that reads one. So a new function, of the same signature, is
+    made around it each time, and no program compiled for it earlier is found again.
     """
-    if _is_fixed(function):
-        return function
+    values = reads(function)
+    if values is not None:
+        return Reading(function, values) if values else function
 
     @functools.wraps(function, updated=())
     def anew(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     return anew
-
-
-def _is_fixed(function: Any) -> bool:
-    """Whether equality tells that a function does the same."""
-    if isinstance(function, partial):
-        return _is_fixed(function.func) and has_hash(function)
-    if isinstance(function, Made):
-        return all(map(_is_fixed, function.parts()))
-    kind = type(function)
-    an_object = inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
-    by_identity = inspect.getattr_static(kind, "__hash__") is object.__hash__
-    of_jax = kind.__module__.startswith("jax.")  # such as a function with a derivative of its own
-    if inspect.ismethod(function) or (an_object and by_identity and not of_jax):
-        return False
-    return has_hash(function)
 
 
 def only_accepted(router: Layer, *, key: Array | None) -> dict[str, Array | None]:

@@ -35,14 +35,14 @@ class Made:
         return _functions(self._key)
 
 
-class _Itself:
+class Itself:
     """Stands for a value that has no hash, such as an array; equal only to itself."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
+        return isinstance(other, Itself) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -92,7 +92,7 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, (tuple, list)):
         return (type(value), *map(_key, value))
     if not has_hash(value):
-        return _Itself(value)
+        return Itself(value)
     return (type(value), value)  # 1 == True, but as arguments they differ
 
 
@@ -101,7 +101,7 @@ def _functions(key: Hashable) -> Iterator[Callable[..., Any]]:
     if isinstance(key, (tuple, frozenset)):
         for one in key:
             yield from _functions(one)
-    elif callable(value := key.value if isinstance(key, _Itself) else key):
+    elif callable(value := key.value if isinstance(key, Itself) else key):
         yield value
 
 

@@ -1,0 +1,124 @@
+"""What a function reads besides its arguments, so that no program outlives a change of it.
+
+`jax.jit` finds a program again by the function alone. Where the caller wrote no `jit`, a variable
+that a function reads may have another value at the next call, and must then have another program.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax._comparing import Itself, Made, has_hash
+
+_LIBRARIES = {"jax", "flax", "moejax", "numpy", "optax"}  # their variables stay as they are
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
+
+
+class Reading:
+    """A function with the values that it reads; equal to another only if those are."""
+
+    def __init__(self, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._values = values
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reading) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self._function, self._values
+
+
+def reads(function: Callable[..., Any]) -> tuple[Any, ...] | None:
+    """The values that a function reads besides its arguments; None if one may change in place."""
+    try:
+        return tuple(_of_function(function, set()))
+    except _MayChangeError:
+        return None
+
+
+class _MayChangeError(Exception):
+    """A function reads what can change without becoming unequal."""
+
+
+def _of_function(function: Any, seen: set[int]) -> Iterator[Any]:
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, functools.partial):
+        yield from _of_function(function.func, seen)
+        for value in (*function.args, *function.keywords.values()):
+            yield from _of_value(value, seen)
+    elif isinstance(function, Made):
+        for part in function.parts():
+            yield from _of_function(part, seen)
+    elif isinstance(function, FunctionType):
+        for value in _variables(function):
+            yield from _of_value(value, seen)
+    elif inspect.ismethod(function) or _is_an_object(function) or not has_hash(function):
+        raise _MayChangeError
+
+
+def _of_value(value: Any, seen: set[int]) -> Iterator[Any]:
+    if isinstance(value, _CONSTANTS):
+        yield type(value), value  # 1 == True, but they do not act alike
+    elif isinstance(value, jax.Array):
+        yield Itself(value)
+    elif isinstance(value, (tuple, frozenset)):
+        for one in value:
+            yield from _of_value(one, seen)
+    elif callable(value) and not isinstance(value, type):
+        yield from _of_function(value, seen)
+        yield value
+    elif not isinstance(value, (ModuleType, type)):
+        if not has_hash(value) or type(value).__hash__ is object.__hash__:
+            raise _MayChangeError
+        yield type(value), value
+
+
+def _variables(function: FunctionType) -> Iterator[Any]:
+    """What a plain function closes over, its defaults, and the globals that it names."""
+    for cell in function.__closure__ or ():
+        if (value := _content(cell)) is not None:
+            yield value
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    if (function.__module__ or "").partition(".")[0] not in _LIBRARIES:
+        known = function.__globals__
+        yield from (known[name] for name in _names(function.__code__) if name in known)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _names(const)
+
+
+def _is_an_object(function: Any) -> bool:
+    """Whether it is an object that can be called, and compared by identity alone."""
+    kind = type(function)
+    called = inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
+    by_identity = inspect.getattr_static(kind, "__hash__") is object.__hash__
+    of_jax = kind.__module__.startswith("jax.")  # such as a function with a derivative of its own
+    return called and by_identity and not of_jax
