@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import safetensors.numpy
 
 from moejax.interop import torch as conversion
 from moejax.interop import transformers as published
-from transformers_cases import CASES, config_of
+from pages import code_of
+from transformers_cases import CASES, D, E, F, config_of
 
 if os.environ.get("MOEJAX_REQUIRE_TORCH") == "1":
     import torch
@@ -39,10 +41,10 @@ FAMILIES = {
 }
 
 
-def model_of(name, dtype=torch.float32):
+def model_of(name, dtype=torch.float32, **fields):
     case = CASES[name]
     class_name, more = FAMILIES[name]
-    config = type(config_of(case))(**{**case.fields, **MODEL, **more})
+    config = type(config_of(case))(**{**case.fields, **MODEL, **more, **fields})
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     return getattr(transformers, class_name)(config).to(dtype).eval()
@@ -119,6 +121,17 @@ def test_several_shards_and_bfloat16(tmp_path):
     again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_the_code_of_the_page_runs(tmp_path, standard_promotion):
+    model_of("mixtral", torch.bfloat16, num_hidden_layers=4).save_pretrained(tmp_path)
+    before = published.load(tmp_path, 3)
+    names = {"folder": tmp_path, "x": np.ones((2, 5, D), np.float32), "D": D, "E": E, "F": F}
+    exec(code_of("transformers.md"), names)
+    assert names["y"].shape == (2, 5, D)
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(np.float32), before)
+    for params in (names["params"], published.load(tmp_path, 3)):
+        jax.tree.map(partial(np.testing.assert_array_equal, strict=True), params, in_float32)
 
 
 def test_what_is_not_there_is_named(tmp_path):
