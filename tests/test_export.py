@@ -79,15 +79,18 @@ def test_tables_masks_labels_and_targets():
     jax.tree.map(close, call(*args), jax.jit(everything)(*args))
 
 
-@pytest.mark.parametrize("rule", ["softmax", "top_2"])
-def test_the_layer_on_sequences_of_any_length(rule):
+@pytest.mark.parametrize(
+    ("rule", "execute"),
+    [("softmax", moejax.dense), ("top_2", moejax.dense), ("top_2", moejax.dropless)],
+)
+def test_the_layer_on_sequences_of_any_length(rule, execute):
     layer = moejax.with_shared(
         moejax.moe(
             moejax.mlp(D, 5, O),
             moejax.linear(D, E),
             num_experts=E,
             route=RULES[rule],
-            execute=moejax.dense,
+            execute=execute,
         ),
         moejax.linear(D, O),
     )
@@ -98,10 +101,16 @@ def test_the_layer_on_sequences_of_any_length(rule):
     close(call(params, x), apply(params, x))
 
 
-def test_a_capacity_made_of_an_unknown_number_of_tokens_is_refused():
-    def limited(logits):
-        routing = moejax.top_k(logits, k=2)
-        return moejax.limit_capacity(routing, capacity=moejax.capacity_for(routing, factor=1.0))
+def by_number_of_slots(routing):
+    return moejax.limit_capacity(routing, capacity=moejax.capacity_for(routing, factor=1.0))
 
+
+def by_schedule(routing):
+    x = jnp.ones((routing.experts.shape[0], D))
+    return moejax.capacity(jnp.multiply, jnp.ones((E, D)), x, routing, factor=1.0)
+
+
+@pytest.mark.parametrize("limited", [by_number_of_slots, by_schedule])
+def test_a_capacity_made_of_an_unknown_number_of_tokens_is_refused(limited):
     with pytest.raises(ValueError, match="`capacity_for` needs a known number of tokens"):
-        exported(limited, floats(T, E))
+        exported(lambda logits: limited(moejax.top_k(logits, k=2)), floats(T, E))
