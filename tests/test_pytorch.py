@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 
 import moejax
 from moejax.interop import torch as conversion
+from pages import DOCS
 from parts.ending import EndedError, RefusedError
 from pytorch import twins
 from pytorch.problems import batches
-from pytorch.table import waits
+from pytorch.table import DESCRIPTIONS, waits
 from pytorch.twins import Problem
 from pytorch_cases import TWINS, problem
 
@@ -200,3 +202,14 @@ def test_the_table_sets_cold_beside_cold_and_kept_beside_the_best():
     found = waits({"toy": {"first": times, "whole": times, "busy_elsewhere": 0.0}})
     cells = "4.0 (loop) | 2.0 | 2.00 | 3.0 (torch.compile, programs kept) | 1.0 | 3.00 |"
     assert f"| toy, 2 linear experts, Adam | end | {cells}" in found.splitlines()
+
+
+def test_the_page_names_the_tolerance_of_every_model(torch):
+    from compare_pytorch import LOSS_TOLERANCE
+
+    page = (DOCS / "pytorch.md").read_text()
+    for name, tolerance in LOSS_TOLERANCE.items():
+        row = rf"^\| {re.escape(DESCRIPTIONS[name])} \|.* float64 \|(.*)\|$"
+        [(_, _, losses, _)] = [cells.split("|") for cells in re.findall(row, page, re.MULTILINE)]
+        assert float(losses) <= tolerance
+        assert f"{tolerance:.0e} ({name})" in page
