@@ -151,6 +151,14 @@ def test_factor_is_a_multiple_of_the_mean_load(factor):
     assert moejax.capacity_for(decided(), factor=factor) == np.ceil(factor * 12 * 2 / 4)
 
 
+@pytest.mark.parametrize(
+    ("rule", "slots"),
+    [(moejax.relu, 12), (partial(moejax.top_p, p=0.5), 12), (partial(moejax.top_p, p=0.5, k=2), 6)],
+)
+def test_a_factor_counts_the_columns_of_a_decision(rule, slots):
+    assert moejax.capacity_for(rule(LOGITS), factor=1.0) == slots
+
+
 def test_every_schedule_runs_what_is_left_and_the_layer_returns_what_was_decided():
     expert = moejax.linear(3, 2)
 

@@ -159,7 +159,8 @@ def capacity_for(routing: Routing, *, factor: float) -> int:
     .. math:: C = \lceil \text{factor} \cdot T K / E \rceil
 
     C grows with the number of tokens, later ones included: a causal decoder that must drop the
-    same choices whatever follows needs a fixed C.
+    same choices whatever follows needs a fixed C. For `relu`, and for `top_p` without ``k``, K = E,
+    so a factor of 1 has room for every token: pass `limit_capacity` a number, or `top_p` a ``k``.
 
     Args:
         routing: a decision; only its shapes are read, so C is a number under ``jax.jit``.

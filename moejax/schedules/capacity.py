@@ -23,7 +23,8 @@ def capacity(expert: Expert, params: Params, x: Array, routing: Routing, *, fact
     decoder, use `limit_capacity` with the priority `by_token` instead.
 
     A dropped choice contributes nothing, and the token's other choices keep their weights. With
-    ``factor >= E / K`` nothing is ever dropped.
+    ``factor >= E / K`` nothing is ever dropped. For `relu`, and for `top_p` without ``k``, K = E:
+    pass `limit_capacity` a number, or `top_p` a ``k``.
 
     Differentiable in reverse mode any number of times; forward mode (``jax.jvp``) raises a
     TypeError.
