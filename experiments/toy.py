@@ -78,12 +78,12 @@ class Task(NamedTuple):
 
 
 def cooperating(num_experts: int) -> Task:
-    """The sigmoid of the blended scores, under its mean squared error."""
+    """The sigmoid of the blended outputs, under its mean squared error."""
     model = mixture(num_experts)
 
     def probability(params: Any, x: jax.Array) -> jax.Array:
-        score, _ = model.apply(params, x)
-        return jax.nn.sigmoid(score[:, 0])
+        output, _ = model.apply(params, x)
+        return jax.nn.sigmoid(output[:, 0])
 
     def loss(params: Any, batch: Points) -> jax.Array:
         return jnp.mean((probability(params, batch.x) - batch.y) ** 2)
@@ -95,12 +95,12 @@ def competing(num_experts: int) -> Task:
     """The blend of the experts' own probabilities, ``p = sum_e g_e sigmoid(s_e)``, under -log p."""
 
     def probability(params: Any, x: jax.Array) -> jax.Array:
-        scores, logits = scores_and_logits(params, x)
-        return jnp.einsum("ne,en->n", jax.nn.softmax(logits), jax.nn.sigmoid(scores))
+        outputs, logits = scores_and_logits(params, x)
+        return jnp.einsum("ne,en->n", jax.nn.softmax(logits), jax.nn.sigmoid(outputs))
 
     def loss(params: Any, batch: Points) -> jax.Array:
-        scores, logits = scores_and_logits(params, batch.x)
-        log_p = moejax.bernoulli_log_likelihood(scores, batch.y)
+        outputs, logits = scores_and_logits(params, batch.x)
+        log_p = moejax.bernoulli_log_likelihood(outputs, batch.y)
         return moejax.mixture_nll(jax.nn.log_softmax(logits), log_p)
 
     return Task(mixture(num_experts).init, probability, loss, alone)
@@ -125,8 +125,8 @@ def single_likelihood() -> Task:
     """One linear expert under -log p."""
 
     def loss(params: Any, batch: Points) -> jax.Array:
-        scores = single().apply(params, batch.x)[:, 0]
-        return -jnp.mean(moejax.bernoulli_log_likelihood(scores[None], batch.y))
+        outputs = single().apply(params, batch.x)[:, 0]
+        return -jnp.mean(moejax.bernoulli_log_likelihood(outputs[None], batch.y))
 
     return Task(single().init, single_probability, loss, single_accuracy)
 
@@ -152,10 +152,10 @@ def mixture(num_experts: int) -> moejax.Layer:
 
 
 def scores_and_logits(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The score of every expert [E, N], and its logit in the gate [N, E]."""
+    """The output of every expert [E, N], and its logit in the gate [N, E]."""
     num_experts = len(params["experts"]["bias"])
-    scores = moejax.stack(moejax.linear(2, 1), num_experts).apply(params["experts"], x)
-    return scores[..., 0], moejax.mlp(2, 4, num_experts).apply(params["router"], x)
+    outputs = moejax.stack(moejax.linear(2, 1), num_experts).apply(params["experts"], x)
+    return outputs[..., 0], moejax.mlp(2, 4, num_experts).apply(params["router"], x)
 
 
 def objective(
@@ -168,9 +168,9 @@ def objective(
 
 def alone(params: Any, data: Points) -> jax.Array:
     """The accuracy if the expert with the largest gate decides each point by itself."""
-    scores, logits = scores_and_logits(params, data.x)
-    score = jnp.take_along_axis(scores.T, logits.argmax(axis=-1, keepdims=True), axis=-1)
-    return jnp.mean((score[:, 0] > 0) == (data.y > 0.5))
+    outputs, logits = scores_and_logits(params, data.x)
+    output = jnp.take_along_axis(outputs.T, logits.argmax(axis=-1, keepdims=True), axis=-1)
+    return jnp.mean((output[:, 0] > 0) == (data.y > 0.5))
 
 
 def start(task: Task, key: jax.Array) -> TrainState:
@@ -255,18 +255,18 @@ def check_finite(losses: np.ndarray) -> None:
 def on_plane(task: Task, params: Any, points: np.ndarray) -> Plane:
     """Every part of the mixture, evaluated on a grid around the points."""
     x, y, both = moejax.plot.grid(points)
-    scores, gates, p = jax.device_get(parts_of(task, params, both.astype(np.float32)))
-    scores, gates, p = (
-        values.reshape(*values.shape[:-1], len(y), len(x)) for values in (scores, gates, p)
+    outputs, gates, p = jax.device_get(parts_of(task, params, both.astype(np.float32)))
+    outputs, gates, p = (
+        values.reshape(*values.shape[:-1], len(y), len(x)) for values in (outputs, gates, p)
     )
-    return moejax.plot.Plane(x, y, scores, gates, p)
+    return moejax.plot.Plane(x, y, outputs, gates, p)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
 def parts_of(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Scores of the experts [E, N], gates [E, N] and the probability [N]."""
-    scores, logits = scores_and_logits(params, x)
-    return scores, jax.nn.softmax(logits).T, task.probability(params, x)
+    """Outputs of the experts [E, N], gates [E, N] and the probability [N]."""
+    outputs, logits = scores_and_logits(params, x)
+    return outputs, jax.nn.softmax(logits).T, task.probability(params, x)
 
 
 def planes(task: Task, history: Any, steps: int, points: np.ndarray) -> Iterator[tuple[Plane, str]]:
@@ -338,7 +338,7 @@ def arguments() -> argparse.Namespace:
 
 
 def memory(args: argparse.Namespace) -> int:
-    """The least bytes that the run takes: points with their scores, and the history."""
+    """The least bytes that the run takes: points with their outputs, and the history."""
     points = args.samples * (8 * args.experts + 20)
     history = args.steps * (8 * args.experts + 14 + args.seeds)
     return 4 * (points + history)

@@ -116,7 +116,7 @@ print(gates.shape, "the gates of a point add up to", gates.sum(axis=1)[:3])
 # %%
 model = moejax.moe(expert, router, num_experts=2)
 params = model.init(model_key)
-score, routing = model.apply(params, x)  # [T, 1]
+output, routing = model.apply(params, x)  # [T, 1]
 print(jax.tree.map(jnp.shape, params))
 
 # %% [markdown]
@@ -127,8 +127,8 @@ print(jax.tree.map(jnp.shape, params))
 gates = jax.nn.softmax(router.apply(params["router"], x))  # [T, E]
 outputs = jax.vmap(expert.apply, in_axes=(0, None))(params["experts"], x)  # [E, T, O]
 by_hand = jnp.einsum("te,eto->to", gates, outputs)  # [T, O]
-np.testing.assert_allclose(score, by_hand, rtol=1e-5, atol=1e-6)
-print("largest difference:", abs(score - by_hand).max())
+np.testing.assert_allclose(output, by_hand, rtol=1e-5, atol=1e-6)
+print("largest difference:", abs(output - by_hand).max())
 
 # %% [markdown]
 # ## Training
@@ -157,8 +157,8 @@ optimizer = optax.adam(0.01)
 
 
 def probability(model, params, x):
-    score, _ = model.apply(params, x)
-    return jax.nn.sigmoid(score[:, 0])  # [T]
+    output, _ = model.apply(params, x)
+    return jax.nn.sigmoid(output[:, 0])  # [T]
 
 
 def loss(params, model):
@@ -208,19 +208,19 @@ plot.loss({"this page's run": np.asarray(losses)}, np.asarray(curves["two expert
 # %% [markdown]
 # ## Decision boundaries
 #
-# `Plane` holds every part of the mixture on a grid of points: the experts' scores, the gates and
+# `Plane` holds every part of the mixture on a grid of points: the experts' outputs, the gates and
 # the probability. `boundaries` draws them one beside the other.
 
 # %%
 across, up, both = plot.grid(np.asarray(x))  # [W], [H], [H W, 2]
 square = len(up), len(across)
 grid = jnp.asarray(both, jnp.float32)
-scores = moejax.stack(expert, 2).apply(trained["experts"], grid)[..., 0]  # [E, H W]
+outputs = moejax.stack(expert, 2).apply(trained["experts"], grid)[..., 0]  # [E, H W]
 gates = model.apply(trained, grid)[1].gates.T  # [E, H W]
 plane = plot.Plane(
     across,
     up,
-    np.asarray(scores).reshape(2, *square),
+    np.asarray(outputs).reshape(2, *square),
     np.asarray(gates).reshape(2, *square),
     np.asarray(probability(model, trained, grid)).reshape(square),
 )
@@ -247,7 +247,7 @@ for number, own in enumerate(at_points):
 #
 # A common plot of the experts' lines has two mistakes worth knowing.
 #
-# **It shifted the lines.** An expert's line is where its score is zero,
+# **It shifted the lines.** An expert's line is where its output is zero,
 #
 # $$w_1 x_1 + w_2 x_2 + b = 0 \quad\Longleftrightarrow\quad x_2 = -\frac{w_1 x_1 + b}{w_2},$$
 #
@@ -272,7 +272,7 @@ def draw_lines(*shifts):
         for number in range(2):
             ax.plot(across, line(trained_expert(number), across) - shift, color=plot.color(number))
         ax.set(xlim=across[[0, -1]], ylim=up[[0, -1]], aspect="equal")
-        ax.set_title(f"moved down by {shift}: wrong" if shift else "where the scores are 0")
+        ax.set_title(f"moved down by {shift}: wrong" if shift else "where the outputs are 0")
     return figure
 
 
@@ -283,13 +283,13 @@ for shift in (0, 2):
     for number in range(2):
         x2 = line(trained_expert(number), across) - shift
         on_line = jnp.stack([jnp.asarray(across), x2], axis=1)  # [W, 2]
-        score = expert.apply(trained_expert(number), on_line).mean()
-        print(f"moved down by {shift}: the score of expert {number} on its line is {score:.2f}")
+        output = expert.apply(trained_expert(number), on_line).mean()
+        print(f"moved down by {shift}: the output of expert {number} on its line is {output:.2f}")
 
 # %% [markdown]
-# A number tells what the eye might not: on the line that is drawn, the expert's score must be 0.
-# `plot.boundaries` avoids the algebra altogether. It evaluates the scores on a grid and draws their
-# contour at 0, which is right for experts of any shape.
+# A number tells what the eye might not: on the line that is drawn, the expert's output must be 0.
+# `plot.boundaries` avoids the algebra altogether. It evaluates the outputs on a grid and draws
+# their contour at 0, which is right for experts of any shape.
 #
 # **It used an undefined name.** A plotting cell that reads a name which no cell above it defines
 # runs only as long as an older cell has left that name behind, and fails when the notebook is
@@ -299,7 +299,8 @@ for shift in (0, 2):
 # ## Try
 #
 # - Four experts: `num_experts=4` and `mlp(2, 4, 4)`. Does the boundary become rounder?
-# - A wider gate, `mlp(2, 16, 2)`, or a linear one, `linear(2, 2)`. What can each no longer do?
+# - A wider gate, `mlp(2, 16, 2)`: what does it gain? A linear one, `linear(2, 2)`: what can it no
+#   longer do?
 # - One expert per point: `moe(..., route=moejax.switch)`. Nothing else changes.
 # - Experts that compete for points instead of cooperating on them:
 #   `python experiments/toy.py --objective likelihood`, which also writes an animation.

@@ -1,6 +1,6 @@
 """The models of the two studies as a PyTorch user writes them: what moejax is compared with.
 
-Every module returns what its moejax counterpart returns first: scores or logits of shape [T, O].
+Every module returns what its moejax counterpart returns first: outputs or logits of shape [T, O].
 Models only; `compare_pytorch.py` trains them.
 """
 
@@ -89,7 +89,7 @@ def run_experts(
 
 
 def toy() -> SoftMixture:
-    """Two linear experts and a 2-4-2 gate; the sigmoid of its score is the probability."""
+    """Two linear experts and a 2-4-2 gate; the sigmoid of its output is the probability."""
     return SoftMixture(mlp(2, 4, 2), [nn.Linear(2, 1) for _ in range(2)])
 
 

@@ -27,9 +27,9 @@ class Study(NamedTuple):
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-def squared_error(score: Tensor, y: Tensor) -> Tensor:
-    """The mean squared error between the sigmoid of the score [N, 1] and the label [N]."""
-    return F.mse_loss(torch.sigmoid(score[:, 0]), y)
+def squared_error(output: Tensor, y: Tensor) -> Tensor:
+    """The mean squared error between the sigmoid of the output [N, 1] and the label [N]."""
+    return F.mse_loss(torch.sigmoid(output[:, 0]), y)
 
 
 adam = partial(torch.optim.Adam, lr=1e-3)

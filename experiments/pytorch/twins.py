@@ -83,7 +83,7 @@ def toy_mixture() -> Twin:
     return Twin(
         layer.init,
         lambda params, x: layer.apply(params, x)[0],
-        lambda score, y: jnp.mean((jax.nn.sigmoid(score[:, 0]) - y) ** 2),
+        lambda output, y: jnp.mean((jax.nn.sigmoid(output[:, 0]) - y) ** 2),
         optax.adam(toy.LEARNING_RATE),
         conversion.moe(conversion.linear(2, 1), conversion.mlp(2, 4, 2), num_experts=2),
     )

@@ -25,16 +25,16 @@ class Plane(NamedTuple):
     Attributes:
         x: first coordinates, shape [W].
         y: second coordinates, shape [H].
-        experts: the score of each expert, shape [E, H, W]; its boundary is at zero.
+        experts: the output of each expert, shape [E, H, W]; its boundary is at zero.
         gates: the gate of each expert, shape [E, H, W].
         probability: of label 1 by the whole model, shape [H, W].
 
     Example:
         >>> x, y, points = moejax.plot.grid(np.zeros((1, 2)), size=4)
         >>> model = moejax.moe(moejax.linear(2, 1), moejax.linear(2, 3), num_experts=3)
-        >>> score, routing = model.apply(model.init(jax.random.key(0)), points)
+        >>> output, routing = model.apply(model.init(jax.random.key(0)), points)
         >>> gates = routing.gates.T.reshape(3, 4, 4)
-        >>> plane = Plane(x, y, gates, gates, jax.nn.sigmoid(score).reshape(4, 4))
+        >>> plane = Plane(x, y, gates, gates, jax.nn.sigmoid(output).reshape(4, 4))
         >>> plane.gates.shape
         (3, 4, 4)
     """
@@ -66,10 +66,10 @@ def draw_truth(ax: Axes, truth: np.ndarray | None) -> None:
 
 
 def draw_experts(ax: Axes, plane: Plane) -> list[Line2D]:
-    """Draws the line where each expert's score is zero."""
+    """Draws the line where each expert's output is zero."""
     return [
-        _contour(ax, plane, scores, 0.0, color(expert))
-        for expert, scores in enumerate(plane.experts)
+        _contour(ax, plane, outputs, 0.0, color(expert))
+        for expert, outputs in enumerate(plane.experts)
     ]
 
 

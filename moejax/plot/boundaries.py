@@ -92,7 +92,7 @@ def boundaries(
     figure, axes = new_figure(2, 2, width=9, height=6)
     titles = (
         "The data",
-        "Each expert's line, where its score is 0",
+        "Each expert's line, where its output is 0",
         "The gate: colour of the expert with the largest share",
         "The mixture: its boundary, at probability 1/2",
     )
