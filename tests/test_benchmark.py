@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import steps, timing, whole_runs
+from benchmarks import report, steps, timing, whole_runs
 from benchmarks.sparsity import relu_of_sparsity
 from benchmarks.whole_runs import SCRIPT
 from commands import forks, refusal, run
+from pages import DOCS
 from parts.ending import EndedError
 from parts.records import cores
 
@@ -132,6 +133,22 @@ def test_a_run_that_fails_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(whole_runs, "SCRIPT", "no_such_script.py")
     with pytest.raises(EndedError, match=r"no_such_script.py .* ended with 2"):
         whole_runs.stages([])
+
+
+def test_the_page_says_what_the_grey_lines_are():
+    limit = {"seconds": 1.0, "matmul_floor": 0.5, "memory_floor": 0.1}
+    records = [
+        {"contender": report.DROPLESS, "mode": mode, **limit}
+        for mode in (timing.FORWARD, timing.BACKWARD)
+    ]
+    sizes = {"T": 4, "D": 2, "F": 2, "K": 2}
+    series = [timing.Result("scaling", {**sizes, "E": count}, records, {}) for count in (8, 16)]
+    legend = report.times(series, "E").legends[0]
+    lines = zip(legend.get_lines(), legend.get_texts(), strict=True)
+    grey = {line.get_linestyle(): text.get_text() for line, text in lines}
+    page = " ".join((DOCS / "speed.md").read_text().split())
+    assert f"dashed: {grey['--']}" in page
+    assert f"dotted: {grey[':']}" in page
 
 
 def test_an_unknown_suite_is_refused(capsys):

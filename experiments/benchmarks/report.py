@@ -14,6 +14,11 @@ from moejax.plot import color, new_figure
 from parts.command_line import say
 from parts.output import save_figure
 
+FLOORS = {
+    "matmul_floor": ("--", "the products alone"),
+    "memory_floor": (":", "reading the parameters"),
+}
+
 
 def print_table(result: Result) -> None:
     """Prints one row per contender; a buffer is T x K rows of the widest dimension."""
@@ -108,7 +113,7 @@ def longest(results: list[Result], axis: str, other: str) -> list[Result]:
 
 
 def times(series: list[Result], axis: str) -> Figure:
-    """Time of every contender against a size, with the two floors."""
+    """Time of every contender against a size, beside what the machine alone would take."""
     figure, axes = new_figure(1, 2, width=9, height=3.8)
     at = [result.sizes[axis] for result in series]
     for ax, mode in zip(axes[0], (FORWARD, BACKWARD), strict=True):
@@ -119,9 +124,9 @@ def times(series: list[Result], axis: str) -> Figure:
         for index, name in enumerate(lines[0]):
             seconds = [1e3 * line[name]["seconds"] for line in lines]
             ax.plot(at, seconds, marker="o", markersize=3, color=color(index), label=name)
-        for floor, style in (("matmul_floor", "--"), ("memory_floor", ":")):
+        for floor, (style, words) in FLOORS.items():
             seconds = [1e3 * line[DROPLESS][floor] for line in lines]
-            ax.plot(at, seconds, style, color="#666666", label=floor.replace("_", " "))
+            ax.plot(at, seconds, style, color="#666666", label=words)
         ax.set(xlabel=axis, ylabel="ms", title=mode, yscale="log")
         ax.set_xscale("log", base=2)
         ax.set_xticks(at, [str(value) for value in at])
