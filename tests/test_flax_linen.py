@@ -8,7 +8,7 @@ from flax import linen, traverse_util
 
 import moejax
 from cases import params_of
-from moejax.interop.flax import expert_axes, to_linen
+from moejax.interop.flax import expert_axes, linen_variables, to_linen
 from test_flax_nnx import (
     LAYERS,
     LAYERS_OF_USERS,
@@ -53,6 +53,15 @@ def test_it_is_the_layer(layer, x):
     expected, expected_result = pure_gradients(layer)(params, x)
     same(result, expected_result)
     same(pure_params(layer, gradients), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS_OF_USERS.values(), ids=LAYERS_OF_USERS)
+def test_weights_that_are_there_already(layer, key, x):
+    params, module = params_of(layer), to_linen(layer)
+    variables = linen_variables(params)
+    same(jax.jit(module.apply)(variables, x), jax.jit(layer.apply)(params, x))
+    like = jax.eval_shape(module.init, key, x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, like)
 
 
 def test_paths_in_a_model(key, x):

@@ -11,7 +11,7 @@ from flax import nnx
 
 import moejax
 from cases import normal
-from moejax.interop.flax import BalanceBias, expert_axes, to_nnx
+from moejax.interop.flax import BalanceBias, NnxLayer, expert_axes, to_nnx
 
 D, E, T, LAYERS = 4, 8, 16, 3
 TOP_2 = partial(moejax.top_k, k=2)
@@ -85,6 +85,15 @@ def test_it_is_the_layer(layer, x):
     rest = jax.tree.map(jnp.zeros_like, rest)  # the gradients of state that is not trained
     same(nnx.merge(graph, gradients, rest).as_params(), expected)
     assert jax.tree.structure(gradients) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("layer", LAYERS_OF_USERS.values(), ids=LAYERS_OF_USERS)
+def test_weights_that_are_there_already(layer, x):
+    new, params = made(layer)
+    module = NnxLayer(layer, jax.device_get(params))  # such as `load` reads them
+    same(module.as_params(), params)
+    assert nnx.graphdef(module) == nnx.graphdef(new)  # so a compiled function is not traced again
+    same(nnx.jit(lambda module, x: module(x))(module, x), jax.jit(layer.apply)(params, x))
 
 
 def test_paths_are_those_of_the_params():
@@ -286,6 +295,9 @@ def test_on_a_mesh(mesh, x):
     assert kernel.sharding.shard_shape(kernel.shape) == (E // 4, D, 6)
     assert module.router.kernel[...].sharding.is_fully_replicated
     _, params = made(ROUTED)
+    with jax.set_mesh(mesh):
+        loaded = NnxLayer(layer, jax.device_get(params), axes=expert_axes)
+    assert loaded.experts.gate.kernel[...].sharding.is_equivalent_to(along, kernel.ndim)
     expected, decision = jax.jit(ROUTED.apply)(params, x)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
     np.testing.assert_array_equal(routing.experts, decision.experts)

@@ -17,9 +17,12 @@ def names():
 
 
 def test_flax(names):
+    x = names["x"]
     assert names["y"].shape == (2, 5, 16)
     assert names["bias"].any()
-    gradients = names["gradients"](names["model"], names["x"])
+    same(names["loaded"].as_params(), names["params"])
+    same(names["to_linen"](names["layer"]).apply(names["variables"], x), names["loaded"](x))
+    gradients = names["gradients"](names["model"], x)
     assert gradients["moe"]["experts"]["gate"]["kernel"].shape == (8, 16, 32)
     kernel = names["module"].experts.gate.kernel[...]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 32)

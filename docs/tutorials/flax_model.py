@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 
 import moejax
 from moejax import plot
-from moejax.interop.flax import to_linen, to_nnx
+from moejax.interop.flax import linen_variables, to_linen, to_nnx
 
 ROWS, CLASSES, WIDTH, EXPERTS = 8, 10, 32, 8
 
@@ -239,7 +239,7 @@ print("bias of each expert:", np.asarray(bias).round(2))
 
 # %%
 linen_module = to_linen(layer)
-variables = {"params": module.as_params()}
+variables = linen_variables(module.as_params())
 from_linen, _ = jax.jit(linen_module.apply)(variables, x)
 from_module, _ = nnx.jit(lambda module, x: module(x))(module, x)
 np.testing.assert_array_equal(from_linen, from_module)

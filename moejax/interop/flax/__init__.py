@@ -2,6 +2,7 @@
 
 - `from_nnx`, `from_linen`: your module becomes an expert or a router.
 - `to_nnx`, `to_linen`: a mixture, or any other layer, becomes a module of your model.
+- `NnxLayer`, `linen_variables`: the same with params that you already have.
 """
 
 try:
@@ -12,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from moejax.interop.flax.incoming import from_linen, from_nnx
-from moejax.interop.flax.linen import LinenLayer, to_linen
+from moejax.interop.flax.linen import LinenLayer, linen_variables, to_linen
 from moejax.interop.flax.nnx import BalanceBias, NnxLayer, to_nnx
 from moejax.interop.flax.paths import Axes, Path, expert_axes
 
@@ -25,6 +26,7 @@ __all__ = [
     "expert_axes",
     "from_linen",
     "from_nnx",
+    "linen_variables",
     "to_linen",
     "to_nnx",
 ]

@@ -9,7 +9,7 @@ from flax import linen
 
 from moejax._calling import accepts
 from moejax._checks import check_present
-from moejax.base import Array, Layer
+from moejax.base import Array, Layer, Params
 from moejax.interop.flax.paths import BALANCE, Axes, Path, at, cast, named, nested, path_of
 
 COLLECTION = "balance"
@@ -78,10 +78,9 @@ class LinenLayer(linen.Module):
 
     def _create(self) -> None:
         made = named(cast(self.layer.init(self.make_rng("params")), self.param_dtype))
-        for collection in ("params", COLLECTION):
-            own = {path: leaf for path, leaf in made.items() if _place(path)[0] == collection}
-            boxed = {path: self._boxed(path, leaf) for path, leaf in own.items()}
-            for name, value in nested(boxed).items():
+        boxed = {path: self._boxed(path, leaf) for path, leaf in made.items()}
+        for collection, variables in _collections(boxed).items():
+            for name, value in variables.items():
                 self.put_variable(collection, name, value)
 
     def _boxed(self, path: Path, leaf: Array) -> Any:
@@ -94,7 +93,8 @@ def to_linen(layer: Layer, *, axes: Axes | None = None, param_dtype: Any = None)
 
     Its parameters are in the collection "params" with the paths of the layer's params, such as
     ``experts/gate/kernel``; a leaf called ``"balance_bias"``, as in `moejax.biased`, is in the
-    collection "balance". A call returns what ``layer.apply`` returns.
+    collection "balance". A call returns what ``layer.apply`` returns. `linen_variables` makes its
+    variables of params that you already have.
 
     Args:
         layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of your own.
@@ -118,6 +118,32 @@ def to_linen(layer: Layer, *, axes: Axes | None = None, param_dtype: Any = None)
         ((2, 5, 4), (3, 4, 8))
     """
     return LinenLayer(layer, axes, param_dtype)
+
+
+def linen_variables(params: Params) -> dict[str, Any]:
+    """Params of a layer as the variables of its module, such as those of a published model.
+
+    Lists and tuples become dicts with the keys "0", "1", ...; a leaf called ``"balance_bias"`` goes
+    to the collection "balance".
+
+    Args:
+        params: of the layer that `to_linen` gets.
+
+    Returns:
+        The collections, nested dicts, that ``to_linen(layer).init`` would make.
+
+    Example:
+        >>> layer = moejax.mlp(4, 8, 2)
+        >>> params, x = layer.init(jax.random.key(0)), jnp.ones((5, 4))
+        >>> y = to_linen(layer).apply(linen_variables(params), x)
+        >>> bool((y == layer.apply(params, x)).all())
+        True
+    """
+    return _collections(named(params))
+
+
+def _collections(leaves: dict[Path, Any]) -> dict[str, Any]:
+    return nested({(_place(path)[0], *path): leaf for path, leaf in leaves.items()})
 
 
 def _place(path: Path) -> tuple[str, str]:

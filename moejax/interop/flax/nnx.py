@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moejax.base import Array, Layer
+from moejax.base import Array, Layer, Params
 from moejax.interop.flax.paths import BALANCE, Axes, Path, cast, named, nested
 
 
@@ -27,19 +27,22 @@ class BalanceBias(nnx.Variable[Any]):
 
 
 class NnxLayer(nnx.Module):
-    """A layer of moejax as a module; made by `to_nnx`.
+    """A layer of moejax with given params as a module; `to_nnx` makes one with new params.
+
+    Args:
+        layer: as for `to_nnx`.
+        params: of the layer, such as those of a published model; ``as_params()`` gives them back.
+        axes: as for `to_nnx`.
 
     Example:
-        >>> from flax import nnx
-        >>> module = to_nnx(moejax.linear(3, 2), rngs=nnx.Rngs(0))
-        >>> isinstance(module, NnxLayer), module(jnp.ones((5, 3))).shape
-        (True, (5, 2))
+        >>> layer = moejax.linear(3, 2)
+        >>> params = layer.init(jax.random.key(0))
+        >>> module, x = NnxLayer(layer, params), jnp.ones((5, 3))
+        >>> bool((module(x) == layer.apply(params, x)).all())
+        True
     """
 
-    def __init__(
-        self, layer: Layer, *, rngs: nnx.Rngs, axes: Axes | None = None, param_dtype: Any = None
-    ) -> None:
-        params = cast(layer.init(rngs.params()), param_dtype)
+    def __init__(self, layer: Layer, params: Params, *, axes: Axes | None = None) -> None:
         self._layer = nnx.static(layer)
         self._structure = nnx.static(jax.tree.structure(params))
         leaves = named(params)
@@ -75,7 +78,8 @@ def to_nnx(
 
     Its parameters are ordinary ``nnx.Param`` variables with the paths of the layer's params, such
     as ``experts.gate.kernel``; a leaf called ``"balance_bias"``, as in `moejax.biased`, is a
-    `BalanceBias`. A call returns what ``layer.apply`` returns.
+    `BalanceBias`. A call returns what ``layer.apply`` returns. `NnxLayer` makes a module of params
+    that you already have.
 
     Args:
         layer: from `moe`, `moe_of`, `with_shared`, `glu`, or a pair of functions of your own.
@@ -96,7 +100,8 @@ def to_nnx(
         >>> y.shape, module.experts.gate.kernel.shape
         ((2, 5, 4), (3, 4, 8))
     """
-    return NnxLayer(layer, rngs=rngs, axes=axes, param_dtype=param_dtype)
+    params = cast(layer.init(rngs.params()), param_dtype)
+    return NnxLayer(layer, params, axes=axes)
 
 
 def _variable(path: Path, leaf: Array, axes: Axes | None) -> nnx.Variable[Any]:
