@@ -143,6 +143,10 @@ def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Op
     """One block of every operand; ``choice`` and ``inside`` have shape [B]."""
     params, tokens, choices, shared = operands
 
+    def of_expert(a: Array) -> Array:
+        # A gather: XLA spreads it over threads, and a dynamic slice not.
+        return a.at[expert[None]].get(mode="promise_in_bounds")[0]
+
     def token_rows(a: Array) -> Array:
         return a.at[choice % a.shape[0]].get(mode="promise_in_bounds")
 
@@ -151,7 +155,7 @@ def _take(operands: Operands, expert: Array, choice: Array, inside: Array) -> Op
         return jnp.where(kept, a.at[choice].get(mode="promise_in_bounds"), jnp.zeros((), a.dtype))
 
     return Operands(
-        jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), params),
+        jax.tree.map(of_expert, params),
         jax.tree.map(token_rows, tokens),
         jax.tree.map(choice_rows, choices),
         shared,
