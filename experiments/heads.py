@@ -22,7 +22,7 @@ import argparse
 import jax
 
 import moejax
-from parts.command_line import add_data_dir, at_least, positive_float
+from parts.command_line import add_data_dir, at_least, check_epochs, positive_float
 from parts.routes import nothing
 from studies import heads_figure, heads_report
 from studies.blocks import Cell
@@ -77,13 +77,14 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """Every head, a run at a time.
 
     Raises:
-        RefusedError: if a batch has more images than there are.
+        RefusedError: if a batch has more images than there are, or the run too many steps.
     """
     data = loaded(args.data_dir)
     train = jax.device_put(data.train)
     check_batch_size(args.batch_size, len(train.labels))
-    steps = args.epochs * (len(train.labels) // args.batch_size)
-    optimizer = adamw(args.learning_rate, steps)
+    steps_per_epoch = len(train.labels) // args.batch_size
+    check_epochs(args.epochs, steps_per_epoch)
+    optimizer = adamw(args.learning_rate, args.epochs * steps_per_epoch)
     return [
         Cell(name, args.seeds, 1, curves(training, train, data.test, name))
         for name, head in HEADS.items()

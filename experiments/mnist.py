@@ -60,6 +60,7 @@ from parts.command_line import (
     add_arguments,
     add_data_dir,
     at_least,
+    check_epochs,
     check_memory,
     positive_float,
     say,
@@ -78,7 +79,7 @@ from parts.devices import (
     shapes,
     spread,
 )
-from parts.ending import EndedError, RefusedError
+from parts.ending import EndedError
 from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, RUN_ALL, TAKE_TOP_K, Model, by_rule
 from parts.output import make_writable, output_of_one_run
 from parts.progress import waiting
@@ -466,7 +467,7 @@ def work(args: argparse.Namespace, models: dict[str, Model], mesh: Mesh | None) 
         # While they are read, what needs none is compiled.
         first = {name: compile_start(args, model) for name, model in models.items()}
         data = images.result()
-    check_length(args, len(data.train.labels))
+    check_epochs(args.epochs, len(batch_sizes(len(data.train.labels), args.batch_size)))
     on_device = data._replace(
         train=jax.device_put(data.train), test=place(jax.device_put(data.test), mesh)
     )
@@ -496,13 +497,6 @@ def checked_plan(args: argparse.Namespace, out: Path, data: Dataset) -> resumabl
     plan = resumable.plan(args, out, data, steps_per_epoch)
     resumable.check(plan, args.resume)
     return plan
-
-
-def check_length(args: argparse.Namespace, num_examples: int) -> None:
-    """Refuses a run of more steps than an int32 can count."""
-    most = (2**31 - 1) // len(batch_sizes(num_examples, args.batch_size))
-    if args.epochs > most:
-        raise RefusedError(f"--epochs must be at most {most:,} here, got {args.epochs}")
 
 
 def describe(args: argparse.Namespace, name: str) -> str:

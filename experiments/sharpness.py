@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from data import Dataset
-from parts.command_line import add_data_dir, at_least, positive_float
+from parts.command_line import add_data_dir, at_least, check_epochs, positive_float
 from studies import sharpness_figure, sharpness_report
 from studies.blocks import Cell, one_by_one
 from studies.command import Study, heads_option, main, seeds_option
@@ -76,6 +76,7 @@ def images_of(args: argparse.Namespace, data: Dataset) -> Images:
     train = jax.device_put(jax.tree.map(lambda each: each[: args.examples], data.train))
     test = jax.device_put(data.test)
     check_batch_size(args.batch_size, len(train.labels))
+    check_epochs(args.epochs, len(train.labels) // args.batch_size)
     count = min(args.images, len(train.labels), len(test.labels))
     measured = jax.tree.map(lambda *both: jnp.stack([each[:count] for each in both]), train, test)
     return Images(train, test, measured)

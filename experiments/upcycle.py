@@ -28,7 +28,7 @@ import optax
 
 import moejax
 from data import Dataset, Split, flat, load
-from moejax.training import TrainState, init_state, train_epoch, train_step
+from moejax.training import TrainState, batch_sizes, init_state, train_epoch, train_step
 from parts.cache import keep_programs
 from parts.command_line import (
     LARGEST_SEED,
@@ -36,6 +36,7 @@ from parts.command_line import (
     add_arguments,
     add_data_dir,
     at_least,
+    check_epochs,
     say,
     start_devices,
 )
@@ -211,6 +212,9 @@ def work(args: argparse.Namespace) -> None:
         data = load(args.data_dir)
     say(data.notice or f"Data: {data.source}")
     check_batch_size(args.batch_size, len(data.train.labels))
+    steps_per_epoch = len(batch_sizes(len(data.train.labels), args.batch_size))
+    epochs = args.epochs + args.more_epochs
+    check_epochs(epochs, steps_per_epoch, "--epochs and --more-epochs together")
     seeds = range(args.seed, args.seed + args.seeds)
     measure = measurer(args, data)
     each = [measure(seed) for seed in progress(seeds, "seeds")]

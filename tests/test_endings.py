@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from commands import refusal, run, start_process
+from mnist_files import write_small_mnist
 from parts import ending
 from parts.folders import temporary_folder
 
@@ -165,18 +166,18 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("toy", ["--samples", str(10**12)], "this run would take"),
+        ("toy", ["--samples", str(10**9)], "this run would take"),
         (
             "toy",
             ["--experts", "100000000"],
             "choose a smaller --samples, --steps, --seeds or --exp",
         ),
-        ("mnist", ["--hidden", "99999999999"], "of memory, and this machine has"),
+        ("mnist", ["--hidden", str(10**9)], "of memory, and this machine has"),
         ("mnist", ["--experts", "100000000"], "choose a smaller --experts, --hidden or --batch"),
         ("toy", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),
         ("mnist", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),
-        ("toy", ["--samples", "²"], "must be a whole number of at least 2, got ²"),
-        ("toy", ["--samples", "9" * 5000], "must be a whole number of at least 2, got 999"),
+        ("toy", ["--samples", "²"], "must be a whole number from 2 to 1000000000, got ²"),
+        ("toy", ["--samples", "9" * 5000], "must be a whole number from 2 to 1000000000, got 999"),
         ("toy", ["--out", ""], "argument --out: must name a folder, got nothing"),
         ("toy", ["--out", __file__], "--out must be a folder, got the file"),
         ("toy", ["--out", "s3://bucket/run"], "must be a folder on this machine, got s3://bucket"),
@@ -186,7 +187,7 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
             ["--out", "~nobody-of-this-name/run"],
             "got ~nobody-of-this-name/run: no such user",
         ),
-        ("heads", ["--batch-size", "1"], "must be a whole number of at least 2, got 1"),
+        ("heads", ["--batch-size", "1"], "must be a whole number from 2 to 1000000000, got 1"),
         ("mnist", ["--data-dir", "gs://bucket"], "must be a folder on this machine, got gs://"),
         ("benchmark", ["--out", __file__], "--out must be a folder, got the file"),
         ("upcycle", ["--data-dir", "/no/such"], "/no/such"),
@@ -194,7 +195,7 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
         ("language_model", ["--seed", "7"], "unrecognized arguments: --seed 7"),
         ("language_model", ["--text", "/no/such"], "--text must name files, got nothing called"),
         ("efficiency", ["--docs", "/no/such"], "--docs must be a folder that has studies.md"),
-        ("upcycle", ["--seeds", "0"], "must be a whole number of at least 1, got 0"),
+        ("upcycle", ["--seeds", "0"], "must be a whole number from 1 to 1000000000, got 0"),
         ("mnist", ["--data-dir", ""], "argument --data-dir: must name a folder, got nothing"),
         ("mnist", ["--coordinator", "localhost"], "must be HOST:PORT, such as 127.0.0.1:9876, got"),
         ("mnist", ["--coordinator", "a:1"], "do nothing without --mesh and --processes"),
@@ -208,13 +209,29 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
         ("mnist", ["--dataset", "digits", "--data-dir", "."], "--data-dir does nothing with"),
         ("mnist", ["--model", "all", "--resume", "0"], "--resume STEP goes with one --model"),
         ("mnist", ["--mesh", "expert=²"], "must be like data=2,expert=4, got expert=²"),
-        ("mnist", [*DIGITS, "--epochs", str(10**15)], "--epochs must be at most"),
+        ("mnist", [*DIGITS, "--epochs", str(10**9)], "--epochs must be at most"),
     ],
 )
 def test_what_cannot_be_is_refused(name, arguments, message, capsys, tmp_path):
     out = [] if "--out" in arguments else ["--out", str(tmp_path)]
     assert message in refusal(name, *out, *arguments, capsys=capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("heads", "--epochs"),
+        ("sharpness", "--epochs"),
+        ("upcycle", "--epochs and --more-epochs together"),
+    ],
+)
+def test_steps_that_cannot_be_counted_are_refused(name, options, capsys, tmp_path):
+    folders = ["--data-dir", str(write_small_mnist(tmp_path / "data").folder)]
+    folders += ["--out", str(tmp_path / "out")]
+    sizes = ["--batch-size", "3", "--epochs", str(10**9)]
+    message = refusal(name, *folders, *sizes, capsys=capsys)
+    assert f"{options} must be at most 100,000,000 here, got 100000000" in message
 
 
 @pytest.mark.parametrize("variable", ["MOEJAX_CACHE_DIR", "XDG_CACHE_HOME", "MOEJAX_DATA_DIR"])

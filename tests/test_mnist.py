@@ -152,7 +152,7 @@ def test_an_incomplete_final_batch_and_plain_sgd(tmp_path, without_pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "--epochs: must be a whole number of at least 1, got 0"),
+        (["--epochs", "0"], "--epochs: must be a whole number from 1 to 1000000000, got 0"),
         (["--learning-rate", "-1"], "--learning-rate: must be a finite number above zero, got -1"),
         (["--learning-rate", "nan"], "must be a finite number above zero, got nan"),
         (["--model", "huge"], "invalid choice: 'huge'"),

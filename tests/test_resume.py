@@ -287,8 +287,8 @@ def everything(out):
         (["--resume", "--model", "soft"], "--model must be what the run began with, dense"),
         (["--resume", "--epochs", "1"], "--epochs must be at least 2, got 1"),
         (["--resume", "7"], "must be a checkpoint of step 7"),
-        (["--resume", "-1"], "must be a whole number of at least 0"),
-        (["--checkpoint-every", "0"], "must be a whole number of at least 1"),
+        (["--resume", "-1"], "must be a whole number from 0 to"),
+        (["--checkpoint-every", "0"], "must be a whole number from 1 to"),
     ],
 )
 def test_what_is_refused_changes_nothing(finished, arguments, message, capsys):

@@ -13,6 +13,7 @@ import pytest
 from commands import forks, refusal
 from data import Dataset
 from pages import DOCS
+from parts.command_line import OneLineParser
 from parts.ending import EndedError, RefusedError
 from studies import (
     balance_report,
@@ -201,6 +202,23 @@ def test_help_tells_every_default(name):
         if action.default not in (None, False) and "(default: " not in action.help
     ]
     assert not untold
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_count_that_32_bits_do_not_hold_is_refused(name, capsys):
+    parser = OneLineParser(add_help=False)
+    importlib.import_module(name).STUDY.add_options(parser)
+    counts = [
+        action.option_strings[0]
+        for action in parser._actions
+        if all(isinstance(default, int) for default in np.atleast_1d(action.default).tolist())
+    ]
+    assert "--seeds" in counts
+    for option in counts:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([option, str(10**13)])
+        assert ended.value.code == 2
+        assert f"argument {option}: must be a whole number from" in capsys.readouterr().err
 
 
 def test_a_table():

@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, empty_pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps: must be a whole number of at least 1, got 0"),
+        (["--steps", "0"], "--steps: must be a whole number from 1 to 1000000000, got 0"),
         (["--samples", "many"], "--samples"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--out", "/proc/none"], "choose another folder"),

@@ -19,7 +19,6 @@ from parts import ending
 from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
 from parts.devices import mesh_axes
 
-LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits
 # Filled in late: until then, None tells that an option was not given.
 DEFAULTS = {"seeds": 3, "windows": 512, "experts": 8, "top_k": 2}
 TRAINING_ONLY = ("text", "seeds", "windows", "mesh", "resume")
@@ -40,7 +39,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
     add("--seeds", type=at_least(1), help=f"runs of each model {late('seeds')}")
-    add("--steps", type=at_least(1, LARGEST_STEP), default=1500, help=f"of training {shown}")
+    add("--steps", type=at_least(1), default=1500, help=f"of training {shown}")
     add(
         "--evaluate-every",
         type=at_least(1),

@@ -18,6 +18,7 @@ from parts.folders import local_folder
 from parts.progress import clear_bar
 
 LARGEST_SEED = 2**32 - 1  # a larger one would be cut to the seed of another run
+LARGEST_COUNT = 10**9  # of steps, examples and sizes: twice as many still fit in 32 bits
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,14 +35,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def at_least(minimum: int, at_most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: integers from ``minimum`` on."""
-    limits = f"of at least {minimum}" if at_most is None else f"from {minimum} to {at_most}"
+def at_least(minimum: int, at_most: int = LARGEST_COUNT) -> Callable[[str], int]:
+    """An argparse type: integers from ``minimum`` to ``at_most``."""
 
     def parse(text: str) -> int:
         number = int(text) if re.fullmatch(r"-?[0-9]{1,4000}", text) else None
-        if number is None or number < minimum or number > (at_most or number):
-            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text[:80]}")
+        if number is None or not minimum <= number <= at_most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {minimum} to {at_most}, got {text[:80]}"
+            )
         return number
 
     return parse
@@ -122,6 +124,22 @@ def start_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # JAX asserts where no platform is left
         first, *_ = *str(error).splitlines(), "JAX found no device"
         raise EndedError(f"{first} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})") from None
+
+
+def check_epochs(epochs: int, steps_per_epoch: int, options: str = "--epochs") -> None:
+    """Refuses a run of more steps than can be counted.
+
+    Args:
+        epochs: how many are asked for.
+        steps_per_epoch: which only the data tell.
+        options: that ask for them.
+
+    Raises:
+        RefusedError: with the most epochs that there can be.
+    """
+    most = LARGEST_COUNT // steps_per_epoch
+    if epochs > most:
+        raise RefusedError(f"{options} must be at most {most:,} here, got {epochs}")
 
 
 def check_memory(needed: int, options: str) -> None:
