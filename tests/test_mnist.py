@@ -153,8 +153,10 @@ def test_an_incomplete_final_batch_and_plain_sgd(tmp_path, without_pictures):
     ("arguments", "message"),
     [
         (["--epochs", "0"], "--epochs: must be a whole number from 1 to 1000000000, got 0"),
-        (["--learning-rate", "-1"], "--learning-rate: must be a finite number above zero, got -1"),
-        (["--learning-rate", "nan"], "must be a finite number above zero, got nan"),
+        (["--learning-rate", "-1"], "--learning-rate: must be a number from 1.18e-38 to 3.4e+38"),
+        (["--learning-rate", "nan"], "must be a number from 1.18e-38 to 3.4e+38, got nan"),
+        (["--learning-rate", "1e-46"], "must be a number from 1.18e-38 to 3.4e+38, got 1e-46"),
+        (["--learning-rate", "1e300"], "must be a number from 1.18e-38 to 3.4e+38, got 1e300"),
         (["--model", "huge"], "invalid choice: 'huge'"),
         (["--model", "sparse", "--top-k", "9"], "`k` must be an integer between 1 and"),
         (["--model", "sparse", "--top-k", "1"], "exactly zero gradient"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from parts.ending import EndedError, RefusedError
 from parts.folders import local_folder
@@ -60,13 +61,16 @@ def folder_name(text: str) -> Path:
 
 
 def positive_float(text: str) -> float:
-    """An argparse type: finite numbers above zero."""
+    """An argparse type: numbers above zero that float32 holds with all its digits."""
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above zero, got {text}")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(
+            f"must be a number from {least:.3g} to {most:.3g}, got {text[:80]}"
+        )
     return value
 
 
