@@ -287,6 +287,7 @@ def test_one_rule_on_a_mesh(files, tmp_path, without_samples):
         (["--sample=x", "--seeds=3"], "--seeds does nothing with --sample"),
         (["--sample=x", "--windows=64"], "--windows does nothing with --sample"),
         (["--sample=def", "--sample-length=3"], "must be more than the 3 characters of --sample"),
+        (["--sample-length=3000000000"], "must be a whole number from 1 to 1000000, got"),
         (["--mesh=data=2,expert=4", "--batch-size=3", "--context=3"], "multiple of the 8 devices"),
     ],
 )

@@ -19,6 +19,7 @@ from parts import ending
 from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
 from parts.devices import mesh_axes
 
+LONGEST_SAMPLE = 10**6  # characters: a page with more of them is too large for a browser
 # Filled in late: until then, None tells that an option was not given.
 DEFAULTS = {"seeds": 3, "windows": 512, "experts": 8, "top_k": 2}
 TRAINING_ONLY = ("text", "seeds", "windows", "mesh", "resume")
@@ -80,7 +81,7 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--sample", metavar="PROMPT", help="write on from this, by the models trained in --out")
     add(
         "--sample-length",
-        type=at_least(1),
+        type=at_least(1, LONGEST_SAMPLE),
         default=500,
         metavar="CHARACTERS",
         help=f"how long a sample is, the prompt included {shown}",
