@@ -21,6 +21,7 @@ import argparse
 from functools import partial
 
 from parts.command_line import at_least
+from parts.ending import RefusedError
 from studies import clusters_report
 from studies.blocks import Cell, one_by_one
 from studies.clusters_data import SETTINGS
@@ -30,6 +31,7 @@ from studies.command import Study, main, seeds_option
 
 BLOCK = 2  # the most seeds that are lost if a run is killed
 SINGLE_RATES = {"nonlinear": 1e-2, "linear": 3e-3}
+SINGLE_STEPS = 801
 KINDS = {"nonlinear": CUBIC, "linear": LINEAR}
 
 
@@ -54,14 +56,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     counts = {
         "--examples": (8, 16000, "to train, and as many to test"),
         "--steps": (1, 501, "of a mixture, at the most"),
-        "--single-steps": (1, 801, "of one network, at the most"),
+        "--single-steps": (1, SINGLE_STEPS, "of one network, at the most"),
     }
     for name, (least, default, text) in counts.items():
         add(name, type=at_least(least), default=default, help=f"{text} (default: %(default)s)")
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """Every setting with every network; a program serves all settings."""
+    """Every setting with every network; a program serves all settings.
+
+    Raises:
+        RefusedError: if there are steps for networks alone, and no such networks.
+    """
+    if not args.single_seeds and args.single_steps != SINGLE_STEPS:
+        raise RefusedError(
+            "--single-steps does nothing with --single-seeds 0, which trains no network alone"
+        )
     sizes = Sizes(args.examples, args.steps, args.single_steps)
     mixtures = {
         name: one_by_one(partial(train_mixture, kind=kind, sizes=sizes))

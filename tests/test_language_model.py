@@ -31,9 +31,9 @@ SIZES = Sizes(vocabulary=UNKNOWN + 1, width=16, layers=2, heads=2, context=12)
 MIXTURE = Mixture(num_experts=4, k=2, hidden=8)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-TINY = "--width 16 --heads 2 --context 16 --experts 4 --hidden 8 --batch-size 4 --layers 1"
-TRAINED = [*TINY.split(), "--steps=6", "--evaluate-every=3", "--sample-length=20"]
-SHORT = [*TRAINED, "--windows=64", "--seeds=2"]
+TINY = "--width 16 --heads 2 --context 16 --experts 4 --hidden 8 --layers 1 --sample-length 20"
+TRAINING = "--steps 6 --evaluate-every 3 --batch-size 4 --windows 64 --seeds 2"
+SHORT = [*TINY.split(), *TRAINING.split()]
 
 
 @cache
@@ -219,7 +219,7 @@ def test_all_runs_are_checked_before_one_begins(whole, files, tmp_path, capsys):
 
 
 def test_it_writes_on_by_a_network_that_was_trained(whole, capsys):
-    options = [*TRAINED, "--out", str(whole), "--model=sparse"]
+    options = [*TINY.split(), "--out", str(whole), "--model=sparse"]
     run("language_model", *options, "--sample=try:")
     written = capsys.readouterr().out
     assert "characters per second" in written
@@ -286,6 +286,12 @@ def test_one_rule_on_a_mesh(files, tmp_path, without_samples):
         (["--sample=x", "--mesh=expert=8"], "--mesh does nothing with --sample"),
         (["--sample=x", "--seeds=3"], "--seeds does nothing with --sample"),
         (["--sample=x", "--windows=64"], "--windows does nothing with --sample"),
+        (["--sample=x", "--steps=7"], "--steps does nothing with --sample"),
+        (["--sample=x", "--evaluate-every=3"], "--evaluate-every does nothing with --sample"),
+        (["--sample=x", "--batch-size=5"], "--batch-size does nothing with --sample"),
+        (["--sample=x", "--learning-rate=3"], "--learning-rate does nothing with --sample"),
+        (["--model=dense", "--mesh=expert=8"], "--mesh does nothing with --model dense"),
+        (["--model=dense_total", "--mesh=expert=8"], "--mesh does nothing with --model dense_"),
         (["--sample=def", "--sample-length=3"], "must be more than the 3 characters of --sample"),
         (["--sample-length=3000000000"], "must be a whole number from 1 to 1000000, got"),
         (["--mesh=data=2,expert=4", "--batch-size=3", "--context=3"], "multiple of the 8 devices"),

@@ -228,3 +228,9 @@ def test_a_table():
 def test_settings_that_are_not_there_are_refused(capsys):
     message = refusal("clusters", "--settings", "5", capsys=capsys)
     assert "must be a whole number from 1 to 4" in message
+
+
+def test_steps_of_networks_that_are_not_trained_are_refused(tmp_path, capsys):
+    options = "--single-seeds 0 --single-steps 5 --out".split()
+    message = refusal("clusters", *options, str(tmp_path), capsys=capsys)
+    assert "--single-steps does nothing with --single-seeds 0" in message

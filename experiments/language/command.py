@@ -21,8 +21,16 @@ from parts.devices import mesh_axes
 
 LONGEST_SAMPLE = 10**6  # characters: a page with more of them is too large for a browser
 # Filled in late: until then, None tells that an option was not given.
-DEFAULTS = {"seeds": 3, "windows": 512, "experts": 8, "top_k": 2}
-TRAINING_ONLY = ("text", "seeds", "windows", "mesh", "resume")
+TRAINING = {
+    "seeds": 3,
+    "steps": 1500,
+    "evaluate_every": 100,
+    "windows": 512,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+}
+DEFAULTS = TRAINING | {"experts": 8, "top_k": 2}
+TRAINING_ONLY = ("text", *TRAINING, "mesh", "resume")
 
 
 def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -40,13 +48,13 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     add("--model", default="all", help=f"all, or one of {', '.join(NETWORKS)} (default: all)")
     add("--seeds", type=at_least(1), help=f"runs of each model {late('seeds')}")
-    add("--steps", type=at_least(1), default=1500, help=f"of training {shown}")
+    add("--steps", type=at_least(1), help=f"of training {late('steps')}")
     add(
         "--evaluate-every",
         type=at_least(1),
-        default=100,
         metavar="STEPS",
-        help=f"steps between two looks at the validation text, and between checkpoints {shown}",
+        help="steps between two looks at the validation text, and between checkpoints "
+        f"{late('evaluate_every')}",
     )
     add(
         "--windows",
@@ -69,12 +77,11 @@ def arguments(description: str) -> tuple[argparse.ArgumentParser, argparse.Names
         help=f"experts per character, for rules that ask {late('top_k')}",
     )
     add("--hidden", type=at_least(1), default=64, help=f"hidden width of one expert {shown}")
-    add("--batch-size", type=at_least(1), default=16, help=f"windows per step {shown}")
+    add("--batch-size", type=at_least(1), help=f"windows per step {late('batch_size')}")
     add(
         "--learning-rate",
         type=positive_float,
-        default=1e-2,
-        help=f"the highest, of AdamW {shown}",
+        help=f"the highest, of AdamW {late('learning_rate')}",
     )
     add("--mesh", type=mesh_axes, help="devices along each axis, such as data=2,expert=4")
     add("--resume", action="store_true", help="go on with the runs in --out")
@@ -110,13 +117,16 @@ def refuse_what_does_nothing(parser: argparse.ArgumentParser, args: argparse.Nam
     if args.sample is not None:
         for name in TRAINING_ONLY:
             if getattr(args, name):
-                parser.error(f"--{name} does nothing with --sample, which trains nothing")
+                option = name.replace("_", "-")
+                parser.error(f"--{option} does nothing with --sample, which trains nothing")
     if args.model not in NETWORKS:
         return
     if args.top_k is not None and args.model not in ("dense", *CHOOSE_K):  # dense is K as wide
         parser.error(f"--top-k does nothing with --model {args.model}")
     if args.experts is not None and args.model == "dense":
         parser.error("--experts does nothing with --model dense, which is one network")
+    if args.mesh and args.model in CONTENDERS and args.model != "sparse":
+        parser.error(f"--mesh does nothing with --model {args.model}, which has no experts")
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
