@@ -83,6 +83,20 @@ def test_other_runs_are_refused(tmp_path):
         collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_measured_nothing_leaves_its_folder_free(resume, tmp_path, capsys):
+    def stop(keys):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "blocks", [Cell("a", 1, 1, stop)], 0, {"--x": "1"}, resume=False)
+    cells = [Cell("a", 1, 1, uniform([]))]
+    found = collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=resume)
+    assert ("nothing to resume" in capsys.readouterr().out) == resume
+    again = collect(tmp_path / "blocks", cells, 0, {"--x": "2"}, resume=True)
+    np.testing.assert_array_equal(again["a"]["value"], found["a"]["value"])
+
+
 @pytest.mark.parametrize("name", ["identity.json", "a-000-001.json"])
 @pytest.mark.parametrize("text", ['{"value": [1.', "[]", "{}"])
 def test_damaged_files_are_named(name, text, tmp_path):

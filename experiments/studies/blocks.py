@@ -149,23 +149,23 @@ def damaged(path: Path) -> RefusedError:
 
 
 def begin(folder: Path, identity: dict[str, str], resume: bool) -> None:
-    """Makes the folder with its identity, or checks that it may go on."""
+    """Makes the folder with its identity, or checks that what is measured there may go on."""
     path = folder / IDENTITY
     here = versions()
     now = identity | {"the version of jax": here["jax"]}
-    known = path.exists()
-    if known and not resume:
+    begun = any(folder.glob("[!.]*-*-*.json"))
+    if begun and not path.exists():
+        raise RefusedError(f"{folder} holds results of an unknown run: choose another --out")
+    if begun and not resume:
         raise RefusedError(
             f"{folder} holds results of an earlier run: go on with it by --resume, or choose "
             "another --out"
         )
-    if not known and any(folder.glob("[!.]*-*-*.json")):
-        raise RefusedError(f"{folder} holds results of an unknown run: choose another --out")
-    if resume and not known:
-        say(f"nothing to resume in {folder}: starting from the beginning")
-    if known:
+    if begun:
         check_same_run(now, record(path))
         note_other_measurements(folder / "versions.json", here)
+    elif resume:
+        say(f"nothing to resume in {folder}: starting from the beginning")
     folder.mkdir(exist_ok=True)
     write_json(path, now)
     write_json(folder / "versions.json", here)
