@@ -49,6 +49,7 @@ from parts.cache import keep_programs
 from parts.command_line import say, start_devices
 from parts.compiling import QUICK_TO_COMPILE
 from parts.devices import everywhere, make_mesh, place, places, shapes
+from parts.folders import check_named_in_utf8
 from parts.output import output_of_one_run
 from parts.progress import progress
 from parts.records import versions, write_json
@@ -193,6 +194,7 @@ def main() -> None:
     parser, args = arguments(__doc__.splitlines()[0])
     check(parser, args)
     with ending.one_line_errors():
+        check_named_in_utf8(args.out)
         keep_programs(not args.no_cache)
         start_devices()
         mesh = make_mesh(parser, args)

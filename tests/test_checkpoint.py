@@ -163,6 +163,22 @@ def test_an_address_elsewhere_is_refused_by_name(tmp_path, monkeypatch, address)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_that_is_not_utf8_is_refused_by_name(two, tmp_path):
+    folder, states = two
+    other = tmp_path / "Fr\udcc3\udca4ulein"  # as an ASCII locale reads an a with two dots
+    uses = [
+        lambda: checkpoint.save(other, states[10], step=30),
+        lambda: checkpoint.restore(other, states[10]),
+        lambda: checkpoint.read_config(other),
+    ]
+    for moved in (lambda: None, lambda: shutil.copytree(folder, other)):
+        moved()
+        for use in uses:
+            with pytest.raises(ValueError, match=r"must be one in UTF-8.*set PYTHONUTF8=1"):
+                use()
+    assert checkpoint.latest(other) == 20
+
+
 def test_entries_of_others_are_left_alone(two):
     folder, states = two
     (folder / "30").write_text("notes")

@@ -303,6 +303,14 @@ def test_refusals(arguments, words, tmp_path, capsys):
     assert words in error
 
 
+@pytest.mark.parametrize("sample", [[], ["--sample=def"]])
+def test_a_folder_that_is_not_utf8_is_refused(sample, tmp_path, capsys):
+    out = tmp_path / "Fr\udcc3\udca4ulein"  # as an ASCII locale reads an a with two dots
+    message = refusal("language_model", "--out", str(out), *sample, capsys=capsys)
+    assert "set PYTHONUTF8=1, or choose another --out" in message
+    assert not out.exists()
+
+
 def test_a_short_text_is_refused(tmp_path, capsys):
     path = tmp_path / "short.txt"
     path.write_text("too short")

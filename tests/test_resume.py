@@ -345,6 +345,13 @@ def test_a_folder_that_cannot_be_written_is_reported_before_training(tmp_path, c
     assert "A checkpoint could not be written to" in message
 
 
+def test_a_folder_that_is_not_utf8_is_refused_for_checkpoints_alone(tmp_path, capsys):
+    command = ["--out", str(tmp_path / "Fr\udcc3\udca4ulein"), *DIGITS]
+    message = refusal("mnist", *command, "--checkpoint-every", "5", capsys=capsys)
+    assert "set PYTHONUTF8=1, or choose another --out" in message
+    run("mnist", *command)
+
+
 def test_too_little_room_is_reported_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     command = ["--out", str(tmp_path), *DIGITS, "--checkpoint-every", "5"]

@@ -31,6 +31,21 @@ def local_folder(text: str | os.PathLike[str]) -> Path:
         raise RefusedError(f"must be a folder on this machine, got {text}: no such user") from None
 
 
+def check_named_in_utf8(folder: Path) -> None:
+    """Refuses a folder for checkpoints whose name what writes them cannot take.
+
+    Raises:
+        RefusedError: if its path is not UTF-8, as with other letters in an ASCII locale.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RefusedError(
+            f"the path of checkpoints must be UTF-8, got {str(folder.absolute())!a}: set "
+            "PYTHONUTF8=1, or choose another --out"
+        ) from None
+
+
 def folder_of(variable: str) -> Path | None:
     """The folder that an environment variable names, or None where it is not set or empty."""
     value = os.environ.get(variable)

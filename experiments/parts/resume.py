@@ -23,6 +23,7 @@ from moejax import checkpoint
 from moejax.training import Metrics, TrainState
 from parts.command_line import at_least, in_words, say
 from parts.ending import EndedError, RefusedError, end_at_once, signals
+from parts.folders import check_named_in_utf8
 from parts.records import check_same_run, data_identity, versions, write_lines
 
 KEEP = 3  # checkpoints
@@ -125,8 +126,10 @@ def check(plan: Plan, resume: int | None) -> None:
 
     Raises:
         RefusedError: if there are checkpoints of another run, or a damaged one, or none of the
-            step that is asked for.
+            step that is asked for; or if the folder cannot hold any.
     """
+    if plan.every is not None:
+        check_named_in_utf8(plan.folder)
     if resume is None:
         check_fresh(plan.folder)
     elif checkpoint.latest(plan.folder) is not None:

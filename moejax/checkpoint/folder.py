@@ -96,6 +96,23 @@ def steps_in(folder: Path) -> list[int]:
     return [int(path.name) for path in numbered if path.name == str(int(path.name))]
 
 
+def named_in_utf8(folder: str | Path) -> Path:
+    """The absolute path of a folder whose name orbax can take.
+
+    Raises:
+        ValueError: if it is not UTF-8; orbax would call its checkpoints damaged.
+    """
+    path = local(folder)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"The path must be one in UTF-8, got {str(path)!a}: set PYTHONUTF8=1, or choose "
+            "another folder."
+        ) from None
+    return path
+
+
 @contextmanager
 def orbax() -> Iterator[ModuleType]:
     """Orbax, loaded where it is used, leaving the logging of the process as it was."""

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax._paths import local
-from moejax.checkpoint.folder import apart, orbax, steps_in
+from moejax.checkpoint.folder import apart, named_in_utf8, orbax, steps_in
 from moejax.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -68,7 +67,7 @@ def restore(folder: str | Path, like: Any, *, step: SupportsIndex | None = None)
     Raises:
         ValueError: if there is no such checkpoint, or the step is not an integer; if it is damaged,
             naming the newest one before it that is intact; if its structure, a shape or a dtype
-            differs from ``like``, naming the leaf.
+            differs from ``like``, naming the leaf; if the folder is not named in UTF-8.
 
     Example:
         >>> import tempfile
@@ -96,8 +95,8 @@ def read_config(folder: str | Path, *, step: SupportsIndex | None = None) -> dic
         What was saved as ``config``.
 
     Raises:
-        ValueError: if there is no such checkpoint, if the step is not an integer, or if its
-            manifest is damaged.
+        ValueError: if there is no such checkpoint, if the step is not an integer, if its manifest
+            is damaged, or if the folder is not named in UTF-8.
 
     Example:
         >>> import tempfile
@@ -112,7 +111,7 @@ def read_config(folder: str | Path, *, step: SupportsIndex | None = None) -> dic
 
 
 def _find(folder: str | Path, step: SupportsIndex | None) -> Path:
-    folder = local(folder)
+    folder = named_in_utf8(folder)
     steps = sorted(steps_in(folder))
     wanted = step if step is None else step_number(step)
     if not steps or wanted not in [None, *steps]:

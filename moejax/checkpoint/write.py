@@ -10,8 +10,16 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from moejax._paths import local
-from moejax.checkpoint.folder import apart, clear, delete, latest, on_first_process, orbax, steps_in
+from moejax.checkpoint.folder import (
+    apart,
+    clear,
+    delete,
+    latest,
+    named_in_utf8,
+    on_first_process,
+    orbax,
+    steps_in,
+)
 from moejax.checkpoint.manifest import describe, named_leaves, step_number, stored
 
 Save = Callable[..., None]  # (state, *, step, config=None)
@@ -38,7 +46,8 @@ def save(
     Raises:
         ValueError: if a leaf is not an array of a dtype that JAX has, the configuration is not
             JSON, the step is not an integer of at least zero, the folder holds a checkpoint of this
-            step or a later one, or the folder is an address on another machine.
+            step or a later one, or the folder is an address on another machine or not named in
+            UTF-8.
         OSError: if it cannot be written. The checkpoints before it are untouched.
 
     Example:
@@ -70,7 +79,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
 
     Raises:
         ValueError: if ``keep`` is not a positive integer, or the folder is an address on another
-            machine.
+            machine or not named in UTF-8.
         OSError: if the folder cannot be made.
         RuntimeError: in ``save``, after the ``with`` block.
 
@@ -84,7 +93,7 @@ def writer(folder: str | Path, *, keep: int | None = 3) -> Iterator[Save]:
         raise ValueError(
             f"`keep` must be an integer of at least 1, or None to keep all, got {keep}."
         )
-    folder = local(folder)
+    folder = named_in_utf8(folder)
     with orbax() as ocp:
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
