@@ -15,6 +15,7 @@ from commands import die_after, draw_nothing, refusal, run, start_fork
 from data.kinds import KINDS, kinds_of
 from data.text import CHARACTERS, UNKNOWN, decode, encode, from_files, standard_library
 from language.contenders import CONTENDERS, Mixture, count
+from language.figures import curves
 from language.page import page
 from language.report import add_times, claim, print_table
 from language.runs import Plan, Run, check_finite, note_nothing_to_resume
@@ -329,6 +330,21 @@ def test_every_model_reaches_the_worst_of_the_final_losses():
         summaries = {"dense": {}}
         add_times(summaries, {"dense": runs})
         assert summaries["dense"]["steps_to_equal_loss"] == 1
+
+
+@pytest.mark.parametrize(("count", "cut"), [(1, 0), (3, 0), (7, 0), (16, 2)])
+def test_every_loss_but_the_first_of_many_is_in_the_picture(count, cut):
+    losses = [5.0, *np.linspace(4, 2, count)][:count]
+    history = [
+        {"step": 10 * place, "seconds": float(place), "validation_loss": loss}
+        for place, loss in enumerate(losses, 1)
+    ]
+    for axes in curves({"sparse": [Run(history, {}, None)] * 2}).axes:
+        (line,) = axes.lines
+        assert line.get_marker() == "."  # one record makes no line
+        low, high = axes.get_ylim()
+        shown = [low < loss <= high for loss in losses]
+        assert shown == [False] * cut + [True] * (count - cut)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, tmp_path, capsys):

@@ -11,6 +11,7 @@ from data.kinds import KINDS
 from data.text import decode
 from language.report import Runs, losses, seconds, steps
 from moejax.plot import color
+from studies.curves import mean_and_range
 
 
 def curves(runs: Runs) -> Figure:
@@ -20,15 +21,14 @@ def curves(runs: Runs) -> Figure:
     for index, (name, each) in enumerate(runs.items()):
         every, clock = losses(each), seconds(each).mean(axis=0)
         for ax, where in zip(axes, (steps(each), clock), strict=True):
-            low, high = every.min(axis=0), every.max(axis=0)
-            ax.fill_between(where, low, high, color=color(index), alpha=0.2, linewidth=0)
-            ax.plot(where, every.mean(axis=0), color=color(index), label=name)
+            mean_and_range(ax, where, every, color=color(index), label=name)
     for ax, label in zip(axes, ("steps", "seconds of training"), strict=True):
         ax.set(xlabel=label)
         ax.grid(alpha=0.3)
-    # The first steps are steep and much the same for all: without them the rest can be told apart.
-    early = max(losses(each).max(axis=0)[len(steps(each)) // 8] for each in runs.values())
-    axes[0].set_ylim(None, early)
+    # The first of many are steep and much the same for all; without them the rest is told apart.
+    early = min(len(steps(each)) for each in runs.values()) // 8
+    if early:
+        axes[0].set_ylim(None, max(losses(each).max(axis=0)[early] for each in runs.values()))
     axes[0].set_ylabel("validation loss, nats per character")
     axes[0].legend(frameon=False)
     return figure
