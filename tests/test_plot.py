@@ -139,6 +139,24 @@ def test_diagnostics_of_any_sign_are_shown(values):
     assert shows(axes, [0, *values])
 
 
+@pytest.mark.parametrize("quantities", [1, 8])
+@pytest.mark.parametrize("num_experts", [2, 11, 12, 40, 300])
+def test_diagnostics_name_every_expert(quantities, num_experts):
+    record = {f"load {i}": np.full(num_experts, 1 / num_experts) for i in range(quantities)}
+    figure = diagnostics([{"epoch": 1, **record}])
+    pixels(figure)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == [str(i) for i in range(num_experts)]
+    inside = legend.get_window_extent()
+    assert figure.bbox.containsx(inside.x0)
+    assert figure.bbox.containsx(inside.x1)
+    assert figure.bbox.containsy(inside.y0)
+    assert figure.bbox.containsy(inside.y1)
+    panel = figure.axes[0].get_window_extent()
+    assert panel.width / figure.dpi > 1.5  # the legend leaves it its room
+    assert not panel.overlaps(inside)
+
+
 def test_a_table_of_negative_numbers_is_drawn():
     pixels(table(-np.ones((2, 2)), rows="r", columns="c", title="t", form=str))
 

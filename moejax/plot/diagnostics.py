@@ -15,6 +15,7 @@ from moejax.plot.style import WHOLE_MODEL, color, new_figure
 
 COLUMNS = 3
 MOST_TICKS = 8
+WIDTH_OF_NAME, HEIGHT_OF_NAME, ROOM_OF_TITLE = 0.8, 0.21, 0.4  # of the legend, in inches
 SHARE, NATS, COUNT = "share", "nats", "number of experts"
 UNITS = MappingProxyType(
     {
@@ -106,5 +107,17 @@ def _name_experts(figure: Figure) -> None:
     handles, names = max(
         (ax.get_legend_handles_labels() for ax in figure.axes), key=lambda h: len(h[0])
     )
-    if len(handles) > 1:  # one line is the whole model's
-        figure.legend(handles, names, title="expert", loc="outside right upper", frameon=False)
+    if len(handles) < 2:  # one line is the whole model's
+        return
+    width, height = figure.get_size_inches()
+    columns = -(-len(names) // int((height - ROOM_OF_TITLE) / HEIGHT_OF_NAME))
+    figure.set_size_inches(width + (columns - 1) * WIDTH_OF_NAME, height)
+    figure.legend(
+        handles,
+        names,
+        title="expert",
+        loc="outside right upper",
+        frameon=False,
+        ncols=columns,
+        columnspacing=1,
+    )
