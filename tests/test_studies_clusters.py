@@ -9,6 +9,7 @@ import pytest
 
 import moejax
 from cases import normal
+from moejax.plot.style import pixels
 from studies.clusters_data import CLUSTERS, SCALE, SETTINGS, WIDTH, directions, examples
 from studies.clusters_models import (
     CUBIC,
@@ -172,6 +173,26 @@ def test_every_cell_has_its_lines():
     assert "| 1 | one linear network | 1 | 68.31 |" in text
     assert "All this took 90 seconds, compilation included, on 2 cores of a processor." in text
     assert len(study.draw(summary, measured).axes) == 4
+
+
+def test_a_small_run_is_drawn_whole():
+    options = "--seeds 2 --single-seeds 0 --settings 1 --steps 1"
+    _, measured, study = studied("clusters", options)
+    measured["1-linear"]["accuracy"] = np.array([30.0, 40.0])  # whose interval goes below zero
+    measured["1-nonlinear"]["accuracy"] = np.array([95.0, 99.0])  # and beyond 100
+    figure = study.draw(study.summarize(measured), measured)
+    pixels(figure)
+    top, bottom = figure.axes
+    names = [tick.get_text().replace("\n", " ") for tick in top.get_xticklabels()]
+    assert names == ["eight cubic experts", "eight linear experts"]  # no network alone
+    low, high = top.get_ylim()
+    drawn = [bars.get_segments() for bars in top.collections if hasattr(bars, "get_segments")]
+    heights = np.concatenate(drawn, axis=None).reshape(-1, 2)[:, 1]
+    assert low < heights.min() < heights.max() < high
+    (legend,) = figure.legends
+    assert not top.get_window_extent().overlaps(legend.get_window_extent())
+    points = [line for line in bottom.lines if len(line.get_xdata()) == 1]
+    assert [line.get_marker() for line in points] == [".", "."]
 
 
 def test_the_verdict_names_what_was_missed():

@@ -9,6 +9,7 @@ import numpy as np
 from studies.blocks import Measured
 from studies.clusters_data import CLUSTERS, SETTINGS
 from studies.clusters_training import EVERY
+from studies.curves import mean_and_range
 from studies.intervals import half_width, intervals_of, shown, shown_with_deviation
 from studies.page import Summary, duration, table
 
@@ -158,26 +159,43 @@ def draw(summary: Summary, measured: dict[str, Measured]) -> Any:
     settings = sorted({name.partition("-")[0] for name in summary["cells"]})
     figure, axes = new_figure(2, len(settings), width=2.6 * len(settings) + 1, height=5.4)
     shades = {contender: color(index) for index, contender in enumerate(CONTENDERS)}
-    least = min(min(one["accuracy"]["values"]) for one in summary["cells"].values())
+    trained = {name.partition("-")[2] for name in summary["cells"]}
+    labels = {name: text for name, text in CONTENDERS.items() if name in trained}
+    least = min(lowest(one["accuracy"]) for one in summary["cells"].values())
     for column, setting in enumerate(settings):
         top, bottom = axes[:, column]
         noise, distractor = SETTINGS[int(setting)].noise, SETTINGS[int(setting)].distractor[1]
         top.set_title(f"setting {setting}: noise {noise:g}, distractor to {distractor:g}", size=9)
-        for place, contender in enumerate(CONTENDERS):
+        for place, contender in enumerate(labels):
             name = f"{setting}-{contender}"
             if name in summary["cells"]:
                 draw_accuracy(top, place, summary, name, shades[contender])
             if "curve" in measured.get(name, {}):
-                draw_curve(bottom, measured[name]["curve"], shades[contender])
-        top.set(ylim=(min(60, least - 1), 101.5), xticks=range(len(CONTENDERS)))
-        top.set_xticklabels([each.replace(" ", "\n") for each in CONTENDERS.values()], size=7)
+                curves = measured[name]["curve"]
+                steps = EVERY * np.arange(curves.shape[1])
+                mean_and_range(bottom, steps, curves, color=shades[contender], label=contender)
+        top.set(ylim=(min(60, least - 1), 101.5), xlim=(-0.6, len(labels) - 0.4))
+        ticks = [text.replace(" ", "\n") for text in labels.values()]
+        top.set_xticks(range(len(labels)), ticks, size=7)
         bottom.set(xlabel="step", ylim=(-0.05, 1.5))
         bottom.axhline(np.log(CLUSTERS), color="0.7", linestyle=":", linewidth=1)
         bottom.text(0, np.log(CLUSTERS), f"log {CLUSTERS}", size=7, color="0.5", va="bottom")
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[1, 0].set_ylabel("dispatch entropy, nats")
-    axes[0, 0].legend(loc="lower left", fontsize=7)
+    meanings = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*meanings, loc="outside upper center", ncols=3, fontsize=7, frameon=False)
     return figure
+
+
+def lowest(one: dict[str, Any]) -> float:
+    """What is drawn lowest of an accuracy over seeds."""
+    return min(*one["values"], one["mean"] - bar(one)[0][0])
+
+
+def bar(one: dict[str, Any]) -> list[list[float]]:
+    """How far the interval reaches below and above the mean, where there are accuracies."""
+    half = half_width(one)
+    return [[min(half, one["mean"])], [min(half, 100 - one["mean"])]]
 
 
 def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) -> None:
@@ -197,7 +215,7 @@ def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) 
     ax.errorbar(
         place,
         one["mean"],
-        half_width(one),
+        bar(one),
         fmt="o",
         ms=4,
         color=shade,
@@ -211,13 +229,4 @@ def draw_accuracy(ax: Any, place: int, summary: Summary, name: str, shade: str) 
         ms=4,
         color="0.4",
         label="published, ± sd" if first else None,
-    )
-
-
-def draw_curve(ax: Any, curves: np.ndarray, shade: str) -> None:
-    """The mean over seeds, and their range."""
-    steps = EVERY * np.arange(curves.shape[1])
-    ax.plot(steps, curves.mean(axis=0), color=shade)
-    ax.fill_between(
-        steps, curves.min(axis=0), curves.max(axis=0), color=shade, alpha=0.2, linewidth=0
     )
