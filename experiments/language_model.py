@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.text import Text, decode, encode
-from language.command import arguments, build, check, load
+from language.command import arguments, build, check, check_sizes, load
 from language.contenders import Network
 from language.report import add_times, claim, print_table, summarize
 from language.runs import (
@@ -195,6 +195,8 @@ def main() -> None:
     check(parser, args)
     with ending.one_line_errors():
         check_named_in_utf8(args.out)
+        if args.sample is None:
+            check_sizes(args)
         keep_programs(not args.no_cache)
         start_devices()
         mesh = make_mesh(parser, args)

@@ -16,7 +16,15 @@ from language.training import EVALUATED_AT_ONCE
 from language.transformer import Sizes
 from moejax.sharding import expert_parallel, shardings
 from parts import ending
-from parts.command_line import OneLineParser, add_no_cache, add_out, at_least, positive_float, say
+from parts.command_line import (
+    OneLineParser,
+    add_no_cache,
+    add_out,
+    at_least,
+    check_memory,
+    positive_float,
+    say,
+)
 from parts.devices import mesh_axes
 
 LONGEST_SAMPLE = 10**6  # characters: a page with more of them is too large for a browser
@@ -159,6 +167,31 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             f"--batch-size times --context must be a multiple of the {devices} devices, got "
             f"{args.batch_size * args.context}"
         )
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuses a training that the machine could not hold.
+
+    Raises:
+        RefusedError: with what it would take, and what there is.
+    """
+    check_memory(
+        memory(args),
+        "--width, --layers, --experts, --hidden, --context, --batch-size or --seeds",
+    )
+
+
+def memory(args: argparse.Namespace) -> int:
+    """The least bytes that a training takes.
+
+    The parameters as AdamW keeps them, and once more for every seed; and for the gradient, what
+    every layer has seen and where it looked.
+    """
+    experts = args.top_k if args.model == "dense" else args.experts
+    of_a_layer = args.width * (4 * args.width + 3 * experts * args.hidden)
+    parameters = args.layers * of_a_layer + VOCABULARY * args.width
+    seen = args.layers * (args.width + args.heads * args.context) + VOCABULARY
+    return 4 * ((3 + args.seeds) * parameters + args.batch_size * args.context * seen)
 
 
 def load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Text:
