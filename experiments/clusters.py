@@ -24,10 +24,10 @@ from parts.command_line import at_least
 from parts.ending import RefusedError
 from studies import clusters_report
 from studies.blocks import Cell, one_by_one
-from studies.clusters_data import SETTINGS
+from studies.clusters_data import PATCHES, SETTINGS, WIDTH
 from studies.clusters_models import CUBIC, LINEAR
 from studies.clusters_training import Sizes, train_mixture, train_single
-from studies.command import Study, main, seeds_option
+from studies.command import MOST_SEEDS, Study, main, seeds_option
 
 BLOCK = 2  # the most seeds that are lost if a run is killed
 SINGLE_RATES = {"nonlinear": 1e-2, "linear": 3e-3}
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--single-seeds",
-        type=at_least(0),
+        type=at_least(0, MOST_SEEDS),
         default=2,
         help="runs of each network alone, which takes longest (default: %(default)s)",
     )
@@ -92,6 +92,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """The least bytes, by option: examples to train and to test."""
+    return {"--examples": 4 * 2 * args.examples * PATCHES * WIDTH}
+
+
 STUDY = Study(
     "clusters",
     add_options,
@@ -99,6 +104,7 @@ STUDY = Study(
     clusters_report.summarize,
     clusters_report.render,
     clusters_report.draw,
+    memory=memory,
 )
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from studies.blocks import Cell
 from studies.command import Study, main, seeds_option
 from studies.efficiency_measures import turn_of
 from studies.efficiency_report import cell_name
+from studies.heads import HIDDEN
 from studies.identity import identity_of
-from studies.sharpness_models import HEADS
+from studies.sharpness_models import FEATURES, HEADS
 
 BATCHES = (1, 128, 10_000)
 
@@ -53,6 +54,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """The least bytes, by option: features, and the hidden units of the dense head."""
+    return {"--batches": 4 * max(args.batches) * (FEATURES + HIDDEN)}
+
+
 def identity(args: argparse.Namespace) -> dict[str, str]:
     """The options, and the machine: its times are not another's."""
     return identity_of(args) | {"the machine": f"{cores()} cores of {processor()}"}
@@ -66,6 +72,7 @@ STUDY = Study(
     efficiency_report.render,
     efficiency_report.draw,
     identity,
+    memory,
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import jax
 from parts.command_line import at_least
 from studies import hierarchy_report
 from studies.blocks import Cell
-from studies.command import Study, main, seeds_option
+from studies.command import MOST_SEEDS, Study, main, seeds_option
 from studies.competition import EXPERTS, OBJECTIVES, trained_and_tested
 from studies.hierarchy_measures import PROBLEMS, Problem, by_em, by_gradient, measure
 from studies.tree import Tree
@@ -40,7 +40,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
     seeds_option(parser, 30, " of trees")
     add = parser.add_argument
-    add("--toy-seeds", type=at_least(1), default=100, help="runs of the toy (default: %(default)s)")
+    add(
+        "--toy-seeds",
+        type=at_least(1, MOST_SEEDS),
+        default=100,
+        help="runs of the toy (default: %(default)s)",
+    )
     add(
         "--toy-steps",
         type=at_least(1),
@@ -112,6 +117,17 @@ def over_seeds(measure: partial[dict[str, jax.Array]]) -> Program:
     return jax.jit(jax.vmap(measure))
 
 
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """The least bytes, by option: examples with their four leaves, and what a step leaves."""
+    toys, trees = min(TOY_BLOCK, args.toy_seeds), min(BLOCK, args.seeds)
+    return {
+        "--toy-steps": 8 * toys * args.toy_steps,
+        "--samples": 8 * trees * args.samples * 6,
+        "--iterations": 8 * trees * args.iterations,
+        "--steps": 8 * trees * args.steps,
+    }
+
+
 STUDY = Study(
     "hierarchy",
     add_options,
@@ -119,6 +135,7 @@ STUDY = Study(
     hierarchy_report.summarize,
     hierarchy_report.render,
     hierarchy_report.draw,
+    memory=memory,
 )
 
 if __name__ == "__main__":

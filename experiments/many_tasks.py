@@ -26,6 +26,7 @@ from parts.command_line import at_least, positive_float
 from studies import many_tasks_report
 from studies.blocks import Cell, one_by_one
 from studies.command import Study, main, seeds_option
+from studies.many_tasks_data import WIDTH
 from studies.many_tasks_report import cell_name
 from studies.many_tasks_training import MODELS, POINTS, train
 
@@ -90,6 +91,11 @@ def over_seeds(model: Layer, steps: int, batch_size: int) -> jax.stages.Wrapped:
     return one_by_one(partial(train, model=model, steps=steps, batch_size=batch_size))
 
 
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """The least bytes, by option: a key and a loss for every step, and the examples of one."""
+    return {"--steps": 12 * args.steps, "--batch-size": 4 * args.batch_size * WIDTH}
+
+
 STUDY = Study(
     "many_tasks",
     add_options,
@@ -97,6 +103,7 @@ STUDY = Study(
     many_tasks_report.summarize,
     many_tasks_report.render,
     many_tasks_report.draw,
+    memory=memory,
 )
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from parts.command_line import add_data_dir, at_least, check_epochs, positive_fl
 from studies import sharpness_figure, sharpness_report
 from studies.blocks import Cell, one_by_one
 from studies.command import Study, heads_option, main, seeds_option
+from studies.heads import HIDDEN
 from studies.images import check_batch_size, identity, loaded
-from studies.sharpness_models import MODELS
+from studies.sharpness_models import FEATURES, MODELS
 from studies.sharpness_training import Images, Sizes, run
 
 
@@ -82,6 +83,15 @@ def images_of(args: argparse.Namespace, data: Dataset) -> Images:
     return Images(train, test, measured)
 
 
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """The least bytes, by option: a vector of Lanczos for every step, one for every start."""
+    parameters = FEATURES * HIDDEN
+    return {
+        "--steps": 4 * args.steps * (parameters + args.steps),
+        "--starts": 4 * args.starts * parameters,
+    }
+
+
 STUDY = Study(
     "sharpness",
     add_options,
@@ -90,6 +100,7 @@ STUDY = Study(
     sharpness_report.render,
     sharpness_figure.draw,
     identity,
+    memory,
 )
 
 if __name__ == "__main__":

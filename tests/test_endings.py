@@ -166,7 +166,7 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("toy", ["--samples", str(10**9)], "this run would take"),
+        ("toy", [f"--samples={10**9}", "--experts=1000"], "this run would take"),
         (
             "toy",
             ["--experts", "100000000"],

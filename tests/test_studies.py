@@ -235,6 +235,26 @@ def test_a_count_that_32_bits_do_not_hold_is_refused(name, capsys):
         assert f"argument {option}: must be a whole number from" in capsys.readouterr().err
 
 
+TOO_LARGE = {
+    "clusters": ["--examples"],
+    "efficiency": ["--batches"],
+    "hierarchy": ["--toy-steps", "--samples", "--iterations", "--steps"],
+    "many_tasks": ["--batch-size"],
+    "sharpness": ["--steps", "--starts"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, each in TOO_LARGE.items() for option in each]
+)
+def test_a_size_that_a_machine_cannot_hold_is_refused(name, option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("parts.command_line.machine_memory", lambda: 10**9)
+    out = tmp_path / "out"
+    message = refusal(name, "--out", str(out), option, str(10**9), capsys=capsys)
+    assert message.endswith(f": choose a smaller {option}\n")
+    assert not out.exists()
+
+
 def test_a_table():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 

@@ -13,6 +13,7 @@ from parts.command_line import (
     OneLineParser,
     add_arguments,
     at_least,
+    check_memory,
     folder_name,
     say,
     start_devices,
@@ -37,6 +38,7 @@ class Study(NamedTuple):
         render: ``summary -> the section of docs``, Markdown.
         draw: ``(summary, measures by cell) -> picture``.
         identity: ``options -> what must stay the same for a resumed run to be the same run``.
+        memory: ``options -> the least bytes that a run takes``, by the option to choose smaller.
     """
 
     name: str
@@ -46,6 +48,10 @@ class Study(NamedTuple):
     render: Callable[[Summary], str]
     draw: Callable[[Summary, dict[str, Measured]], Any]
     identity: Callable[[argparse.Namespace], dict[str, str]] = identity_of
+    memory: Callable[[argparse.Namespace], dict[str, int]] = lambda options: {}
+
+
+MOST_SEEDS = 10**5  # every block of them is a file
 
 
 def main(study: Study, description: str) -> None:
@@ -63,6 +69,8 @@ def main(study: Study, description: str) -> None:
     )
     args = parser.parse_args()
     with ending.one_line_errors():
+        for option, needed in study.memory(args).items():
+            check_memory(needed, option)
         keep_programs(not args.no_cache)
         if args.docs is not None:
             check_page(args.docs, study.name)
@@ -117,7 +125,7 @@ def seeds_option(parser: argparse.ArgumentParser, default: int, what: str = "") 
     """The option of how many seeds."""
     parser.add_argument(
         "--seeds",
-        type=at_least(1),
+        type=at_least(1, MOST_SEEDS),
         default=default,
         help=f"runs of each contender{what} (default: %(default)s)",
     )
