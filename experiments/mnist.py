@@ -80,7 +80,17 @@ from parts.devices import (
     spread,
 )
 from parts.ending import EndedError
-from parts.models import DIGITS, EXPERTS, MODELS, PIXELS, RUN_ALL, TAKE_TOP_K, Model, by_rule
+from parts.models import (
+    CONVOLVED,
+    DIGITS,
+    EXPERTS,
+    MODELS,
+    PIXELS,
+    RUN_ALL,
+    TAKE_TOP_K,
+    Model,
+    by_rule,
+)
 from parts.output import make_writable, output_of_one_run
 from parts.progress import waiting
 from parts.records import write_json
@@ -408,8 +418,8 @@ def memory(args: argparse.Namespace) -> int:
     experts = 1 if args.model == "dense" and not args.route else args.experts
     parameters = experts * (PIXELS * args.hidden + args.hidden * DIGITS + PIXELS)
     served_by = experts if (args.route or args.model) in RUN_ALL else 1
-    activations = served_by * args.batch_size * args.hidden
-    return 4 * (4 * parameters + 2 * activations)
+    activations = served_by * args.batch_size * (2 * args.hidden + CONVOLVED[args.expert])
+    return 4 * (4 * parameters + activations)
 
 
 def load_images(args: argparse.Namespace) -> Dataset:

@@ -173,6 +173,11 @@ def test_a_signal_cleans_up_before_it_ends_the_process(monkeypatch, capfd):
             "choose a smaller --samples, --steps, --seeds or --exp",
         ),
         ("mnist", ["--hidden", str(10**9)], "of memory, and this machine has"),
+        (
+            "mnist",
+            "--dataset digits --expert conv --hidden 1 --experts 1000 --batch-size 60000".split(),
+            "this run would take",
+        ),
         ("mnist", ["--experts", "100000000"], "choose a smaller --experts, --hidden or --batch"),
         ("toy", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),
         ("mnist", ["--seed", str(2**32)], "must be a whole number from 0 to 4294967295"),

@@ -92,6 +92,7 @@ MODELS = {"dense": dense, "soft": soft, "sparse": sparse, "hard": hard}
 TAKE_TOP_K = ("sparse",)
 RUN_ALL = ("soft", "all", "softmax", "softmax-information")  # every expert sees every image
 EXPERTS = {"mlp": mlp_expert, "conv": conv_expert}
+CONVOLVED = {"mlp": 0, "conv": 14 * 14 * 8 + 7 * 7 * 16}  # numbers that an expert makes of an image
 
 
 def mixture(
