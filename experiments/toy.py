@@ -95,11 +95,11 @@ def competing(num_experts: int) -> Task:
     """The blend of the experts' own probabilities, ``p = sum_e g_e sigmoid(s_e)``, under -log p."""
 
     def probability(params: Any, x: jax.Array) -> jax.Array:
-        outputs, logits = scores_and_logits(params, x)
+        outputs, logits = outputs_and_logits(params, x)
         return jnp.einsum("ne,en->n", jax.nn.softmax(logits), jax.nn.sigmoid(outputs))
 
     def loss(params: Any, batch: Points) -> jax.Array:
-        outputs, logits = scores_and_logits(params, batch.x)
+        outputs, logits = outputs_and_logits(params, batch.x)
         log_p = moejax.bernoulli_log_likelihood(outputs, batch.y)
         return moejax.mixture_nll(jax.nn.log_softmax(logits), log_p)
 
@@ -151,7 +151,7 @@ def mixture(num_experts: int) -> moejax.Layer:
     return moejax.moe(moejax.linear(2, 1), moejax.mlp(2, 4, num_experts), num_experts=num_experts)
 
 
-def scores_and_logits(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def outputs_and_logits(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output of every expert [E, N], and its logit in the gate [N, E]."""
     num_experts = len(params["experts"]["bias"])
     outputs = moejax.stack(moejax.linear(2, 1), num_experts).apply(params["experts"], x)
@@ -168,7 +168,7 @@ def objective(
 
 def alone(params: Any, data: Points) -> jax.Array:
     """The accuracy if the expert with the largest gate decides each point by itself."""
-    outputs, logits = scores_and_logits(params, data.x)
+    outputs, logits = outputs_and_logits(params, data.x)
     output = jnp.take_along_axis(outputs.T, logits.argmax(axis=-1, keepdims=True), axis=-1)
     return jnp.mean((output[:, 0] > 0) == (data.y > 0.5))
 
@@ -265,7 +265,7 @@ def on_plane(task: Task, params: Any, points: np.ndarray) -> Plane:
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
 def parts_of(task: Task, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     """Outputs of the experts [E, N], gates [E, N] and the probability [N]."""
-    outputs, logits = scores_and_logits(params, x)
+    outputs, logits = outputs_and_logits(params, x)
     return outputs, jax.nn.softmax(logits).T, task.probability(params, x)
 
 

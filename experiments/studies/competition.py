@@ -37,8 +37,8 @@ def trained_and_tested(
     train, test = (sample(one, samples) for one in (train_key, test_key))
     trained = toy.run(task, train, steps, toy.start(task, init_key))
     params = jax.tree.map(lambda leaf: leaf[-1], trained["frames"])
-    scores, logits = toy.scores_and_logits(params, test.x)
-    by_itself = ((scores > 0) == (test.y > 0.5)).mean(axis=1)  # [E]
+    outputs, logits = toy.outputs_and_logits(params, test.x)
+    by_itself = ((outputs > 0) == (test.y > 0.5)).mean(axis=1)  # [E]
     return {
         "accuracy": 100 * blend_accuracy(task, params, test),
         "top_alone": 100 * toy.alone(params, test),
