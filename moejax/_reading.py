@@ -84,7 +84,7 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[Any]:
         yield from _of_function(value, seen)
         yield value
     elif not isinstance(value, (ModuleType, type)):
-        if not has_hash(value) or type(value).__hash__ is object.__hash__:
+        if not has_hash(value) or _is_compared_by_identity(type(value)):
             raise _MayChangeError
         yield type(value), value
 
@@ -119,6 +119,9 @@ def _is_an_object(function: Any) -> bool:
     """Whether it is an object that can be called, and compared by identity alone."""
     kind = type(function)
     called = inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
-    by_identity = inspect.getattr_static(kind, "__hash__") is object.__hash__
     of_jax = kind.__module__.startswith("jax.")  # such as a function with a derivative of its own
-    return called and by_identity and not of_jax
+    return called and _is_compared_by_identity(kind) and not of_jax
+
+
+def _is_compared_by_identity(kind: type) -> bool:
+    return inspect.getattr_static(kind, "__hash__") is object.__hash__
