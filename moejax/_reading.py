@@ -17,7 +17,7 @@ import numpy as np
 
 from moejax._comparing import Itself, Made, has_hash
 
-_LIBRARIES = {"jax", "flax", "moejax", "numpy", "optax"}  # their variables stay as they are
+_LIBRARIES = {"jax", "flax", "moejax", "numpy", "optax"}  # their own variables stay as they are
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
 
 
@@ -55,7 +55,7 @@ class _MayChangeError(Exception):
 
 
 def _of_function(function: Any, seen: set[int]) -> Iterator[Any]:
-    if id(function) in seen:
+    if id(function) in seen or isinstance(function, type):
         return
     seen.add(id(function))
     if isinstance(function, functools.partial):
@@ -80,25 +80,30 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(value, (tuple, frozenset)):
         for one in value:
             yield from _of_value(one, seen)
-    elif callable(value) and not isinstance(value, type):
+    elif callable(value):
         yield from _of_function(value, seen)
         yield value
-    elif not isinstance(value, (ModuleType, type)):
+    elif not isinstance(value, ModuleType):
         if not has_hash(value) or _is_compared_by_identity(type(value)):
             raise _MayChangeError
         yield type(value), value
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:
-    """What a plain function closes over, its defaults, and the globals that it names."""
-    for cell in function.__closure__ or ():
-        if (value := _content(cell)) is not None:
-            yield value
+    """What a plain function closes over, its defaults, and the globals that it names.
+
+    Of a library's function, such as what `jax.vmap` returns, the functions that it closes
+    over: they may be the user's.
+    """
+    closed_over = [_content(cell) for cell in function.__closure__ or ()]
+    if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+        yield from filter(callable, closed_over)
+        return
+    yield from closed_over
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    if (function.__module__ or "").partition(".")[0] not in _LIBRARIES:
-        known = function.__globals__
-        yield from (known[name] for name in _names(function.__code__) if name in known)
+    known = function.__globals__
+    yield from (known[name] for name in _names(function.__code__) if name in known)
 
 
 def _content(cell: Any) -> Any:

@@ -111,12 +111,13 @@ def reading(kind):
         "a list": (lambda x: listed[0] * x, lambda: listed.__setitem__(0, 3.0)),
         "a bound object": (partial(lambda holder, x: holder.factor * x, holder), holder.change),
         "a default": (lambda x, holder=holder: holder.factor * x, holder.change),
+        "under vmap": (jax.vmap(lambda x: cell * x), change_the_cell),
     }[kind]
 
 
 READ = (
     "a global,a global of an inner function,a variable,a function that reads one,an object,"
-    "a method,a callable object,a list,a bound object,a default"
+    "a method,a callable object,a list,a bound object,a default,under vmap"
 ).split(",")
 
 
@@ -147,7 +148,16 @@ def test_what_a_layer_was_made_with_may_change(kind):
     assert abs(after - before).max() > 0.1
 
 
-@pytest.mark.parametrize("function", [jax.nn.silu, jnp.tanh, lambda x: 2.0 * x, scaled_by_a_global])
+CONSTANT = [
+    jax.nn.silu,
+    jnp.tanh,
+    jax.checkpoint(jnp.tanh),
+    lambda x: 2.0 * x,
+    scaled_by_a_global,
+]
+
+
+@pytest.mark.parametrize("function", CONSTANT)
 def test_what_reads_constants_alone_is_compiled_once(function, compilations):
     routing, x = moejax.top_k(jnp.zeros((53, 4)), k=2), jnp.ones((53, 2))
     expert, params = (lambda params, x: params * function(x)), jnp.ones(4)

@@ -57,6 +57,15 @@ def test_a_module_is_an_expert(expert, route, key):
     assert jax.tree.structure(gradients) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("expert", EXPERTS.values(), ids=EXPERTS)
+def test_a_module_is_traced_once_without_jit(expert, key):
+    layer = moejax.moe(expert, moejax.linear(D, E), num_experts=E)
+    params, x = layer.init(key), normal(0, T, D)
+    y, _ = layer.apply(params, x)
+    with jax.no_tracing():
+        np.testing.assert_array_equal(layer.apply(params, x)[0], y)
+
+
 def test_a_module_is_a_router(key):
     router = from_nnx(lambda rngs: nnx.Linear(D, E, rngs=rngs))
     layer = moejax.moe(moejax.linear(D, O), router, num_experts=E)
