@@ -17,7 +17,8 @@ import numpy as np
 
 from moejax._comparing import Itself, Made, has_hash
 
-_LIBRARIES = {"jax", "flax", "moejax", "numpy", "optax"}  # their own variables stay as they are
+# Their own variables stay as they are.
+_LIBRARIES = frozenset({"jax", "flax", "moejax", "numpy", "optax"})
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
 
 
