@@ -253,6 +253,15 @@ def test_a_gzip_bomb_is_not_inflated_beyond_what_its_header_announces(small, ann
     assert most < 10**6
 
 
+def test_members_of_gzip_are_not_without_number(small, monkeypatch):
+    (small.folder / IMAGES).write_bytes(in_members(small.contents[IMAGES]))
+    monkeypatch.setattr(idx, "MOST_MEMBERS", 2)
+    load(small.folder)
+    monkeypatch.setattr(idx, "MOST_MEMBERS", 1)
+    with pytest.raises(ValueError, match=f"{IMAGES} must be .* got: more than 1 members of gzip"):
+        load(small.folder)
+
+
 def test_another_data_set_is_custom_and_never_mnist(tmp_path):
     small = write_small_mnist(tmp_path / "mnist")
     data = load(small.folder)

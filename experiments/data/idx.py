@@ -34,6 +34,7 @@ MNIST_SHA256 = MappingProxyType(
 
 MOST_PER_BYTE = 1040  # bytes that one byte of gzip can inflate to, rounded up
 GZIP_HEADERS = 2**17  # bytes of gzip beside the content, as for a name; more are not read
+MOST_MEMBERS = 10_000  # of a file of gzip: what follows one is copied, so that many take long
 
 
 class Kind(NamedTuple):
@@ -168,14 +169,18 @@ def _inflate(data: bytes, most: int) -> bytes:
     Modules of the standard library inflate a few thousand bytes at a time, and wait for the
     interpreter's lock each time. While another thread computes, that takes longer than inflating.
     """
-    content = b""
-    while data and len(content) < most:
+    members: list[bytes] = []
+    left = most
+    while data and left:
+        if len(members) == MOST_MEMBERS:
+            raise EOFError(f"more than {MOST_MEMBERS:,} members of gzip")
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        content += member.decompress(data, most - len(content))
-        if not member.eof and len(content) < most:
+        members.append(member.decompress(data, left))
+        left -= len(members[-1])
+        if not member.eof and left:
             raise EOFError("the file ended before gzip's end-of-stream marker")
         data = member.unused_data.lstrip(b"\0")
-    return content
+    return b"".join(members)
 
 
 def _check_identity(files: dict[str, IdxFile]) -> bool:
