@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,8 @@ MNIST_SHA256 = MappingProxyType(
 
 MOST_PER_BYTE = 1040  # bytes that one byte of gzip can inflate to, rounded up
 GZIP_HEADERS = 2**17  # bytes of gzip beside the content, as for a name; more are not read
-MOST_MEMBERS = 10_000  # of a file of gzip: what follows one is copied, so that many take long
+AT_ONCE = 2**22  # bytes of gzip that are inflated in one call
+MOST_MEMBERS = 10_000  # of a file of gzip: some of what follows one is copied, so many take long
 
 
 class Kind(NamedTuple):
@@ -164,23 +166,31 @@ def _beginning(path: Path, most: int) -> bytes:
 
 
 def _inflate(data: bytes, most: int) -> bytes:
-    """At most so many bytes of what gzip holds, each member in one call.
+    """At most so many bytes of what gzip holds, in few calls.
 
     Modules of the standard library inflate a few thousand bytes at a time, and wait for the
     interpreter's lock each time. While another thread computes, that takes longer than inflating.
     """
-    members: list[bytes] = []
-    left = most
-    while data and left:
-        if len(members) == MOST_MEMBERS:
+    content, left, at, members = [], most, 0, 0
+    while at < len(data) and left:
+        if members == MOST_MEMBERS:
             raise EOFError(f"more than {MOST_MEMBERS:,} members of gzip")
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        members.append(member.decompress(data, left))
-        left -= len(members[-1])
-        if not member.eof and left:
-            raise EOFError("the file ended before gzip's end-of-stream marker")
-        data = member.unused_data.lstrip(b"\0")
-    return b"".join(members)
+        member, members = zlib.decompressobj(zlib.MAX_WBITS | 16), members + 1
+        while not member.eof and left:
+            if at == len(data):
+                raise EOFError("the file ended before gzip's end-of-stream marker")
+            piece = data[at : at + AT_ONCE]
+            content.append(member.decompress(piece, left))
+            left -= len(content[-1])
+            at += len(piece) - len(member.unused_data)
+        at = _after_padding(data, at)
+    return b"".join(content)
+
+
+def _after_padding(data: bytes, at: int) -> int:
+    """Where the zeros end that may follow a member."""
+    other = re.compile(rb"[^\0]").search(data, at)
+    return other.start() if other else len(data)
 
 
 def _check_identity(files: dict[str, IdxFile]) -> bool:
