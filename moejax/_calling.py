@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from moejax._reading import Reading, reads
+from moejax._comparing import Made
+from moejax._reading import reads
 from moejax.base import Array, Expert, Layer, Rule
 
 
@@ -50,7 +51,7 @@ def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     values = reads(function)
     if values is not None:
-        return Reading(function, values) if values else function
+        return Made(function, (function, values)) if values else function
 
     @functools.wraps(function, updated=())
     def anew(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 class Made:
-    """A function that a maker returned; equal to what the maker returns for equal arguments."""
+    """A function that is equal to another by a key: by what made it, or by what it reads."""
 
     def __init__(self, function: Callable[..., Any], key: Hashable) -> None:
         functools.update_wrapper(self, function)
@@ -31,7 +31,7 @@ class Made:
         return hash(self._key)
 
     def parts(self) -> Iterator[Callable[..., Any]]:
-        """The functions that it was made by and of."""
+        """The functions in its key."""
         return _functions(self._key)
 
 

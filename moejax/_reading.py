@@ -22,27 +22,6 @@ _LIBRARIES = frozenset({"jax", "flax", "moejax", "numpy", "optax"})
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
 
 
-class Reading:
-    """A function with the values that it reads; equal to another only if those are."""
-
-    def __init__(self, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
-        self._values = values
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Reading) and self._parts() == other._parts()
-
-    def __hash__(self) -> int:
-        return hash(self._parts())
-
-    def _parts(self) -> tuple[Any, ...]:
-        return self._function, self._values
-
-
 def reads(function: Callable[..., Any]) -> tuple[Any, ...] | None:
     """The values that a function reads besides its arguments; None if one may change in place."""
     try:

@@ -87,8 +87,8 @@ def change_the_global(value):
     globals()["factor"] = value
 
 
-def reading(kind):
-    """A function of x that doubles it, and a function that makes it treble it."""
+def readings():
+    """Functions of x that double it, each with a function that makes it treble x."""
     holder, cell = Holder(), 2.0
 
     def change_the_cell():
@@ -112,20 +112,17 @@ def reading(kind):
         "a bound object": (partial(lambda holder, x: holder.factor * x, holder), holder.change),
         "a default": (lambda x, holder=holder: holder.factor * x, holder.change),
         "under vmap": (jax.vmap(lambda x: cell * x), change_the_cell),
-    }[kind]
+    }
 
 
-READ = (
-    "a global,a global of an inner function,a variable,a function that reads one,an object,"
-    "a method,a callable object,a list,a bound object,a default,under vmap"
-).split(",")
+READ = list(readings())
 
 
 @pytest.mark.parametrize("schedule", ["dense", "dropless"])
 @pytest.mark.parametrize("kind", READ)
 def test_what_an_expert_reads_may_change(kind, schedule):
     change_the_global(2.0)
-    function, change = reading(kind)
+    function, change = readings()[kind]
     routing, x = moejax.top_k(jnp.zeros((3, 4)), k=2), jnp.ones((3, 2))
     run = partial(ONE_DEVICE[schedule], lambda params, x: params * function(x), jnp.ones(4))
     assert run(x, routing)[0, 0] == 2
@@ -136,7 +133,7 @@ def test_what_an_expert_reads_may_change(kind, schedule):
 @pytest.mark.parametrize("kind", READ)
 def test_what_a_layer_was_made_with_may_change(kind):
     change_the_global(2.0)
-    function, change = reading(kind)
+    function, change = readings()[kind]
     layer = moejax.mlp(2, 2, 2, activation=function)
     routing, x = moejax.top_k(jnp.zeros((3, 4)), k=2), jnp.ones((3, 2))
     params = params_of(moejax.stack(layer, 4))
